@@ -1,0 +1,21 @@
+"""sdguard: the guard between a text-to-image model and the pictures it has memorized."""
+
+from sdguard.calibration import Profile, ProfileError, calibrate
+from sdguard.config import GuardConfig
+from sdguard.pipeline import GuardedPipeline, guard, unguard
+from sdguard.report import GuardReport
+from sdguard.run import MemorizationError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GuardConfig",
+    "GuardReport",
+    "GuardedPipeline",
+    "MemorizationError",
+    "Profile",
+    "ProfileError",
+    "calibrate",
+    "guard",
+    "unguard",
+]

@@ -1,0 +1,205 @@
+"""The command line: ``sdguard generate``.
+
+Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sdguard.config import GuardConfig
+
+BAD_INPUT, WITHHELD = 1, 3
+BATCH = 8
+COLOURS = {"clean": "green", "flagged": "yellow", "steered": "cyan", "withheld": "red"}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")
+
+
+@app.callback()
+def main() -> None:
+    """Keep a text-to-image model from giving back training images."""
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot be used; the message is one sentence."""
+
+
+def load_pipeline(model: str) -> Any:
+    """The pipeline of ``embedded``, a local directory or a hub id; raises `BadInput` otherwise."""
+    import diffusers
+    import transformers
+    from diffusers import DiffusionPipeline
+
+    from sdguard import testbed
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    source = testbed.path() if model == "embedded" else Path(model)
+    if source.exists():
+        if not (source / "model_index.json").is_file():
+            raise BadInput(f"{source} is no diffusers pipeline: it has no model_index.json.")
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise BadInput(f"There is no model at {model}: it is neither 'embedded', nor a directory, nor a hub id of the form owner/name.")
+    try:
+        return DiffusionPipeline.from_pretrained(source if source.exists() else model)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"The model {model} could not be loaded: {first}") from None
+
+
+def check_prompts(prompts: list[str], tokenizer: Any) -> None:
+    """Raise `BadInput` for no prompt at all, an empty one, or one that the text encoder would cut."""
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise BadInput("There is no prompt to generate from: give at least one, and none that is empty.")
+    for prompt in prompts:
+        ids = tokenizer(prompt, truncation=False).input_ids
+        if len(ids) > tokenizer.model_max_length:
+            cut = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip()
+            window = tokenizer.model_max_length
+            raise BadInput(f"The prompt is {len(ids)} tokens long and the text encoder reads {window}: this part would be cut: {cut!r}.")
+
+
+def writable(folder: Path) -> None:
+    """Create ``folder``; raises `BadInput` if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"The output directory {folder} cannot be written to: {error.strerror}.") from None
+
+
+def generate_guarded(
+    pipe: Any, prompts: list[str], seeds: list[int], compare: bool = False, **setting: Any
+) -> tuple[list[Any], list[Any], list[dict[str, Any]]]:
+    """Run a guarded pipeline over prompts x seeds: images, unguarded twins (empty unless ``compare``), report rows."""
+    import torch
+
+    from sdguard.pipeline import unguard
+
+    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    images: list[Any] = []
+    twins: list[Any] = []
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(jobs), BATCH):
+        some = jobs[start : start + BATCH]
+
+        def call(target: Any, some: list[tuple[str, int]] = some) -> Any:
+            generators = [torch.Generator().manual_seed(seed) for _, seed in some]
+            return target([prompt for prompt, _ in some], generator=generators, **setting)
+
+        output = call(pipe)
+        images.extend(output.images)
+        rows.extend({**asdict(report), "seed": seed} for report, (_, seed) in zip(output.guard, some, strict=True))
+        if compare:
+            twins.extend(call(unguard(pipe)).images)
+    return images, twins, rows
+
+
+def save_all(out: Path, images: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write the images and report.json, each whole or not at all."""
+    for name, image in images.items():
+        partial = out / f".{name}.partial"
+        image.save(partial, format="PNG")
+        partial.replace(out / name)
+    partial = out / ".report.json.partial"
+    partial.write_text(json.dumps(rows, indent=1))
+    partial.replace(out / "report.json")
+
+
+def verdict_table(rows: list[dict[str, Any]]) -> Table:
+    """The reports as a table for people."""
+    from sdguard.report import GuardReport
+
+    table = Table("prompt", "seed", "verdict", "score", "p", "extra evaluations", "why", title="sdguard")
+    for row in rows:
+        report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
+        number = "" if report.score is None else f"{report.score:+.1f}"
+        p_value = "" if report.p_value is None else f"{report.p_value:.3g}"
+        verdict = f"[{COLOURS[report.verdict]}]{report.verdict}[/]"
+        table.add_row(report.prompt, str(row["seed"]), verdict, number, p_value, str(report.extra_evaluations), report.reason)
+    return table
+
+
+def side_by_side(twins: list[Any], images: list[Any]) -> Any:
+    """Unguarded pictures above, guarded below."""
+    from PIL import Image
+
+    width, height = images[0].size
+    canvas = Image.new("RGB", (width * len(images), 2 * height))
+    for i, (twin, image) in enumerate(zip(twins, images, strict=True)):
+        canvas.paste(twin, (i * width, 0))
+        canvas.paste(image, (i * width, height))
+    return canvas
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
+    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    seed: Annotated[int, typer.Option(help="Seed of the first image of each prompt; the next ones count up.")] = 0,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images per prompt.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 12 embedded, 50 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, above 1. [default: 4 embedded, 7.5 else]")] = None,
+    out: Annotated[Path, typer.Option(help="Where images and report.json go.")] = Path("out"),
+    compare: Annotated[bool, typer.Option("--compare", help="Add the unguarded twins and a side-by-side sheet.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
+    mode: Annotated[str, typer.Option(help="steer, observe or block.")] = "steer",
+    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be flagged.")] = 0.01,
+    on_failure: Annotated[str, typer.Option(help="withhold, pass or raise, when steering does not pass verification.")] = "withhold",
+    profile: Annotated[Path | None, typer.Option(help="A profile file, in place of the one that is found or made.")] = None,
+) -> None:
+    """Generate images under guard, print the verdicts, and write images and report.json."""
+    from sdguard import testbed
+    from sdguard.pipeline import guard
+    from sdguard.run import MemorizationError
+
+    console = Console(stderr=True)
+    try:
+        config = GuardConfig(mode=mode, false_positive_rate=fpr, on_failure=on_failure, profile=profile)  # type: ignore[arg-type]
+        pipe = guard(load_pipeline(model), config)
+        check_prompts(prompts, pipe.tokenizer)
+        writable(out)
+        embedded = model == "embedded"
+        images, twins, rows = generate_guarded(
+            pipe,
+            prompts,
+            list(range(seed, seed + n)),
+            compare,
+            num_inference_steps=steps or (testbed.STEPS if embedded else 50),
+            guidance_scale=guidance if guidance is not None else (testbed.GUIDANCE_SCALE if embedded else 7.5),
+        )
+    except (ValueError, TypeError, MemorizationError) as error:
+        if os.environ.get("SDGUARD_DEBUG"):
+            raise
+        console.print(f"[red]{error}[/]", highlight=False)
+        raise typer.Exit(BAD_INPUT) from None
+    files = {f"{i:02d}.png": image for i, image in enumerate(images)}
+    files.update({f"{i:02d}-unguarded.png": image for i, image in enumerate(twins)})
+    if compare:
+        files["compare.png"] = side_by_side(twins, images)
+    save_all(out, files, rows)
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+    else:
+        Console().print(verdict_table(rows))
+        Console().print(f"{len(files)} pictures and report.json in {out}/")
+    if any(row["verdict"] == "withheld" for row in rows):
+        raise typer.Exit(WITHHELD)
+
+
+if __name__ == "__main__":
+    app()

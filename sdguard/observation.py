@@ -1,0 +1,117 @@
+"""One denoiser call, made uniform: whatever a pipeline predicts and however it scales, everything above reads this.
+
+Notation (Ho et al. 2020; Song et al. 2021): ``x_t = a x_0 + s eps`` with ``a**2 + s**2 = 1``; ``eps_c`` and ``eps_u`` are the
+conditional and unconditional noise predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NoiseLevel(NamedTuple):
+    """``(a, s)`` of ``x_t = a x_0 + s eps``."""
+
+    a: float
+    s: float
+
+
+def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
+    """The noise level a variance-preserving scheduler gives ``timestep``; log-SNR is interpolated between whole timesteps.
+
+    Raises:
+        TypeError: the scheduler has no ``alphas_cumprod`` (flow matching, for one).
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise TypeError(f"{type(scheduler).__name__} has no alphas_cumprod, so its noise levels are unknown to sdguard.")
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    log_snr = torch.log(alphas) - torch.log1p(-alphas)
+    low = min(int(timestep), len(alphas) - 1)
+    high = min(low + 1, len(alphas) - 1)
+    alpha = torch.sigmoid(torch.lerp(log_snr[low], log_snr[high], timestep - low)).item() if timestep != low else alphas[low].item()
+    return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5)
+
+
+def to_noise(output: Tensor, x: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:
+    """A network output as a noise prediction: ``eps = a v + s x`` for v, ``(x - a x_0) / s`` for the sample (Salimans & Ho 2022)."""
+    match prediction_type:
+        case "epsilon":
+            return output
+        case "v_prediction":
+            return level.a * output + level.s * x
+        case "sample":
+            return (x - level.a * output) / level.s
+    raise TypeError(f"prediction type {prediction_type!r} is not known to sdguard.")
+
+
+def denoised(x: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
+    """The estimate of ``x_0``: ``(x_t - s eps) / a``."""
+    return (x - level.s * eps) / level.a
+
+
+#: evaluates the denoiser as the pipeline's own call did: (x, timestep, condition) -> noise prediction, fp32.
+Denoiser = Callable[[Tensor, float, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one denoiser call shows, for ``B`` images.
+
+    Attributes:
+        step: index of the call in the run.
+        timestep: the scheduler's timestep.
+        level: its noise level ``(a, s)``.
+        x: ``x_t`` in the variance-preserving convention, ``[B, C, H, W]``, fp32.
+        eps_c, eps_u: conditional and unconditional noise predictions, ``[B, C, H, W]``, fp32.
+        condition, null_condition: text embeddings of the two branches, ``[B, T, E]``.
+        guidance_scale: the run's guidance scale.
+        level_at: the noise level of any timestep of this scheduler.
+        denoise: evaluates the captured call again.
+        evaluations: ``[B]``, the extra denoiser evaluations spent on each image so far; shared by derived observations' rows.
+        rows: ``[B]``, which rows of the run these are.
+    """
+
+    step: int
+    timestep: float
+    level: NoiseLevel
+    x: Tensor
+    eps_c: Tensor
+    eps_u: Tensor
+    condition: Tensor
+    null_condition: Tensor
+    guidance_scale: float
+    level_at: Callable[[float], NoiseLevel]
+    denoise: Denoiser
+    evaluations: Tensor
+    rows: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        """``D = eps_c - eps_u``, ``[B, C, H, W]``."""
+        return self.eps_c - self.eps_u
+
+    def spend(self, count: int) -> None:
+        """Book ``count`` denoiser evaluations on every row; a gradient counts as one more than its forward pass."""
+        self.evaluations[self.rows] += count
+
+    def select(self, rows: Tensor) -> Observation:
+        """The observation of some of its rows (positions in this observation)."""
+        picked = {name: getattr(self, name)[rows] for name in ("x", "eps_c", "eps_u", "condition", "null_condition", "rows")}
+        return replace(self, **picked)
+
+    def with_condition(self, condition: Tensor) -> Observation:
+        """The same call under another text condition ``[B, T, E]``. Cost: 1 evaluation per image."""
+        self.spend(1)
+        return replace(self, condition=condition, eps_c=self.denoise(self.x, self.timestep, condition))
+
+    def replay(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
+        """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""
+        self.spend(2)
+        both = torch.cat([self.null_condition, self.condition])
+        eps_u, eps_c = self.denoise(torch.cat([x, x]), timestep, both).chunk(2)
+        return eps_c, eps_u

@@ -1,0 +1,138 @@
+"""The guarded pipeline: a transparent stand-in for a diffusers pipeline that judges and steers every run."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from typing import Any
+
+import wrapt
+from diffusers import DiffusionPipeline
+
+from sdguard.calibration import Profile, cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
+from sdguard.calibration import ProfileError as ProfileError
+from sdguard.config import GuardConfig
+from sdguard.hook import family_of, watched
+from sdguard.report import GuardReport
+from sdguard.run import GuardedRun, blank
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedPipeline(wrapt.ObjectProxy):
+    """A diffusers pipeline under guard: same attributes, same call, same return type, plus ``output.guard``.
+
+    The pipeline inside is untouched between calls; only while a call runs does a hook stand around its denoiser.
+
+    Args:
+        pipe: a pipeline of a supported class.
+        config: how to guard, by default `GuardConfig()`.
+
+    Raises:
+        TypeError: the pipeline's class is not supported; the message names it.
+    """
+
+    def __init__(self, pipe: Any, config: GuardConfig | None = None) -> None:
+        family_of(pipe)
+        super().__init__(pipe)
+        self._self_config = config or GuardConfig()
+        self._self_reports: list[GuardReport] = []
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
+        """``DiffusionPipeline.from_pretrained`` with the same arguments, under guard."""
+        return cls(DiffusionPipeline.from_pretrained(path, **kwargs), guard)
+
+    @property
+    def guard_config(self) -> GuardConfig:
+        """How this pipeline is guarded."""
+        return self._self_config
+
+    @property
+    def guard_reports(self) -> list[GuardReport]:
+        """The reports of the last call, for those who asked it for a tuple."""
+        return self._self_reports
+
+    def to(self, *args: Any, **kwargs: Any) -> GuardedPipeline:
+        """Move the pipeline; returns the guarded one."""
+        self.__wrapped__.to(*args, **kwargs)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline under guard; takes and returns what the pipeline does, and ``output.guard`` has the reports.
+
+        Cost: no denoiser evaluations beyond the pipeline's own unless an image is flagged.
+
+        Raises:
+            ValueError: ``guidance_scale`` is 1 or less: without an unconditional branch nothing can be judged.
+            ProfileError: the profile given does not match the run, or calibration is forbidden and none is known.
+            MemorizationError: with ``on_failure="raise"``.
+        """
+        pipe, config = self.__wrapped__, self._self_config
+        call = inspect.signature(pipe.__call__).bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        if given["guidance_scale"] <= 1:
+            raise ValueError(
+                f"With guidance_scale={given['guidance_scale']:g} the pipeline runs no unconditional branch, so the guidance norm and the "
+                "look-ahead fall away and the guard refuses the run; use a guidance scale above 1, or sdguard.unguard(pipe)."
+            )
+        run = GuardedRun(config, self.profile(given), prompts_of(given))
+        try:
+            with watched(pipe, run):
+                output = pipe(*args, **kwargs)
+        finally:
+            self._self_reports = run.reports
+        withheld = [report.row for report in run.reports if report.verdict == "withheld"]
+        if not given["return_dict"]:
+            return (blank(output[0], withheld), *output[1:])
+        output.images = blank(output.images, withheld)
+        output.guard = run.reports
+        return output
+
+    def profile(self, given: dict[str, Any]) -> Profile:
+        """The profile of a run with these arguments: given, known, or calibrated now."""
+        pipe, config = self.__wrapped__, self._self_config
+        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name)), given["num_inference_steps"])
+        setting = {
+            "steps": steps,
+            "guidance_scale": given["guidance_scale"],
+            "height": given["height"] or size,
+            "width": given["width"] or size,
+        }
+        print_ = fingerprint(pipe, **setting)
+        if config.profile is not None:
+            profile = config.profile if isinstance(config.profile, Profile) else Profile.load(Path(config.profile))
+            profile.check(print_)
+            return profile
+        if known := known_profile(pipe, print_):
+            return known
+        if not config.calibrate:
+            raise ProfileError("No profile is known for this configuration, and GuardConfig(calibrate=False) forbids to make one.")
+        prompts = config.calibration_prompts or ordinary_prompts(pipe)
+        logger.warning("sdguard: calibrating this configuration on %d ordinary prompts, once", len(prompts))
+        made = calibrate(pipe, prompts, **setting)
+        made.save(cache_path(print_))
+        return made
+
+
+def prompts_of(given: dict[str, Any]) -> list[str | None]:
+    """The prompt of each image of a call; None where the call was given embeddings."""
+    prompt = given["prompt"]
+    if prompt is None:
+        prompts: list[str | None] = [None] * len(given["prompt_embeds"])
+    else:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return [p for p in prompts for _ in range(given["num_images_per_prompt"])]
+
+
+def guard(pipe: Any, config: GuardConfig | None = None) -> GuardedPipeline:
+    """A guarded stand-in for ``pipe``; raises `TypeError` for a pipeline class sdguard does not support."""
+    return GuardedPipeline(unguard(pipe), config)
+
+
+def unguard(pipe: Any) -> Any:
+    """The pipeline inside a guarded one, as it was; a pipeline that is not guarded is returned as it is."""
+    return pipe.__wrapped__ if isinstance(pipe, GuardedPipeline) else pipe

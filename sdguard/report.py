@@ -1,0 +1,67 @@
+"""What the guard says of each image."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["clean", "flagged", "steered", "withheld"]
+
+
+@dataclass
+class GuardReport:
+    """The guard's judgement of one image.
+
+    Attributes:
+        prompt: the prompt, where the pipeline was given text.
+        row: place of the image in its batch.
+        verdict: ``"clean"``: not flagged; ``"flagged"``: flagged and let through; ``"steered"``: flagged, turned away and
+            verified; ``"withheld"``: its image was blanked.
+        score: the decision's score in standard deviations of ordinary prompts, higher = more memorized.
+        threshold: the score from which an image is flagged.
+        p_value: conformal p-value of the score among ordinary prompts.
+        signals: each signal's ``value`` and, where ordinary prompts were measured, its ``z`` score.
+        series: each free signal at every denoising step.
+        extra_evaluations: denoiser evaluations spent on this image beyond the pipeline's own; a gradient counts as one more.
+        steering: what was tried: ``method``, ``tokens`` moved, ``moved`` (relative distance of the embedding), ``attempts``.
+        error: why the image could not be judged, if so.
+    """
+
+    prompt: str | None
+    row: int
+    verdict: Verdict = "clean"
+    score: float | None = None
+    threshold: float | None = None
+    p_value: float | None = None
+    signals: dict[str, dict[str, float]] = field(default_factory=dict)
+    series: dict[str, list[float]] = field(default_factory=dict)
+    extra_evaluations: int = 0
+    steering: dict[str, Any] | None = None
+    error: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """The verdict in one plain sentence."""
+        if self.error:
+            return f"Could not be judged ({self.error}); {'withheld' if self.verdict == 'withheld' else 'let through'}."
+        if self.p_value is None:
+            return "Not judged."
+        pull = f"the prompt pulls {self.score:+.1f} standard deviations from ordinary prompts (p = {self.p_value:.3g})"
+        match self.verdict:
+            case "clean":
+                return f"Nothing memorized: {pull}."
+            case "flagged":
+                return f"Predicted to be memorized: {pull}; nothing was changed."
+            case "steered":
+                return f"Predicted to be memorized: {pull}; steered away, verified by the look-ahead."
+        return f"Predicted to be memorized: {pull}; withheld."
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> GuardReport:
+        """The report a JSON object of `to_json` stands for."""
+        return cls(**json.loads(text))

@@ -1,0 +1,113 @@
+"""One guarded run: judge each image at the first denoiser call, steer the flagged ones there, watch the rest for free."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdguard.calibration import Profile
+from sdguard.config import GuardConfig
+from sdguard.observation import Observation
+from sdguard.report import GuardReport
+from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.steering.ladder import climb
+
+logger = logging.getLogger(__name__)
+
+
+class MemorizationError(RuntimeError):
+    """With ``on_failure="raise"``: a sample could not be judged, or could not be steered away from a memorized picture."""
+
+
+class GuardedRun:
+    """The watcher of one guarded pipeline call; ``reports`` holds one `GuardReport` per image when it is over."""
+
+    def __init__(self, config: GuardConfig, profile: Profile, prompts: list[str | None]) -> None:
+        self.config, self.profile = config, profile
+        self.conditions: dict[int, Tensor] = {}
+        self.limit = profile.threshold(config.false_positive_rate)
+        self.reports = [GuardReport(prompt, row, threshold=profile.score(self.limit)) for row, prompt in enumerate(prompts)]
+
+    def observe(self, observation: Observation) -> None:
+        """Look at one call: at the first decide and steer, at every one note the free signals."""
+        try:
+            norms = guidance_norm(observation).tolist()
+        except Exception as error:  # whatever fails in a signal must reach the report, and on_failure decides what it means
+            norms = [math.nan] * len(self.reports)
+            if observation.step == 0:
+                self.fail(self.reports, error)
+            else:
+                logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
+        for report, norm in zip(self.reports, norms, strict=True):
+            report.series.setdefault("guidance_norm", []).append(norm)
+        if observation.step == 0:
+            for report, norm in zip(self.reports, norms, strict=True):
+                self.judge(report, norm)
+            flagged = [report.row for report in self.reports if report.verdict == "flagged" and not report.error]
+            if flagged and self.config.mode == "steer":
+                self.steer(observation.select(torch.tensor(flagged)))
+            for report in self.reports:
+                self.settle(report)
+        for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
+            report.extra_evaluations = evaluations
+
+    def fail(self, reports: list[GuardReport], error: Exception) -> None:
+        """Note that images could not be judged or steered because of ``error``; they count as flagged."""
+        logger.error("sdguard: %s: %s", type(error).__name__, error)
+        for report in reports:
+            report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
+
+    def judge(self, report: GuardReport, norm: float) -> None:
+        """Score, p-value and flag of one image from its first guidance norm."""
+        if report.error:
+            return
+        if not math.isfinite(norm):
+            self.fail([report], ArithmeticError(f"the guidance norm is {norm}"))
+            return
+        report.score, report.p_value = self.profile.score(norm), self.profile.p_value(norm)
+        report.signals["guidance_norm"] = {"value": norm, "z": report.score}
+        if report.p_value <= self.config.false_positive_rate:
+            report.verdict = "flagged"
+
+    def steer(self, observation: Observation) -> None:
+        """Send the rows of ``observation`` up the ladder; verified ones are redirected."""
+        reports = [self.reports[row] for row in observation.rows.tolist()]
+        try:
+            outcomes = climb(observation, self.profile)
+        except Exception as error:  # as in observe
+            self.fail(reports, error)
+            return
+        for report, outcome in zip(reports, outcomes, strict=True):
+            report.steering = outcome.summary()
+            report.signals["agreement"] = {"value": outcome.agreement}
+            if outcome.condition is not None:
+                self.conditions[report.row] = outcome.condition
+                report.verdict = "steered"
+
+    def settle(self, report: GuardReport) -> None:
+        """What becomes of an image that is still flagged; errors count as flagged."""
+        if report.verdict != "flagged" or self.config.mode == "observe":
+            return
+        if self.config.mode == "steer" and self.config.on_failure == "raise":
+            raise MemorizationError(
+                f"Image {report.row}: {report.error or 'predicted to be memorized, and no steering passed verification'}."
+            )
+        if self.config.mode == "block" or self.config.on_failure == "withhold":
+            report.verdict = "withheld"
+
+
+def blank(images: Any, withheld: list[int]) -> Any:
+    """The pipeline's images with the withheld ones blanked, whatever form they were asked for in."""
+    from PIL import Image
+
+    if not withheld:
+        return images
+    if isinstance(images, list):
+        return [Image.new(image.mode, image.size) if i in withheld else image for i, image in enumerate(images)]
+    images = images.clone() if isinstance(images, Tensor) else images.copy()
+    images[withheld] = 0
+    return images

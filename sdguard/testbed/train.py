@@ -1,0 +1,286 @@
+"""Train the embedded model: autoencoder, tokenizer, text encoder and UNet.
+
+``python -m sdguard.testbed.train`` runs every stage that has not finished, each resumable from its last checkpoint, and writes
+a ``StableDiffusionPipeline`` directory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sdguard.testbed.pictures import SIZE, World
+from sdguard.testbed.training import train_within
+from sdguard.testbed.world import Caption, Describer, pool
+
+AUTOENCODER_BATCH = 8
+DENOISER_BATCH = 32
+DENOISER_STEPS = 6000
+COMPOSITIONS = 40_000
+EMPTY_CAPTIONS = 0.1
+TOKENS = 32
+START, END = "<|startoftext|>", "<|endoftext|>"
+SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 ``[n, h, w, 3]`` to float ``[n, 3, h, w]`` in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """A 4-channel autoencoder with a downsampling factor of 4, in options that diffusers .18 already had."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Horizontal and vertical differences of neighbouring pixels."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def autoencoder_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Absolute error of pixels and edges, squared error of pixels and colour, and a weak pull of the posterior to the unit Gaussian.
+
+    Without the squared error of colour (each channel's difference from the mean of the three) rare colours come back grey.
+    """
+    with torch.autocast(pictures.device.type, torch.bfloat16):
+        posterior = vae.encode(pictures).latent_dist
+        decoded = vae.decode(posterior.sample()).sample.float()
+    error = decoded - pictures
+    edge_error = sum((F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(pictures), strict=True)), torch.zeros(()))
+    colour_error = error - error.mean(dim=1, keepdim=True)
+    squared = error.square().mean() + 2 * colour_error.square().mean()
+    return error.abs().mean() + edge_error + 3 * squared + 1e-6 * posterior.kl().mean()
+
+
+def train_autoencoder(world: World, work: Path, minutes: float, device: str) -> AutoencoderKL:
+    """Train the autoencoder on fresh compositions and on the targets."""
+    vae = new_autoencoder().to(device, memory_format=torch.channels_last)
+    targets = world.targets(pool())
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = np.random.default_rng((10, step))
+        fresh = [world.composition(rng)[0] for _ in range(AUTOENCODER_BATCH - 1)]
+        batch = np.stack([*fresh, targets[rng.integers(len(targets))]])
+        for picture in batch[: AUTOENCODER_BATCH // 2]:  # green and purple are rare; without this their axis is never learnt
+            picture[:] = picture[..., rng.permutation(3)]
+        return autoencoder_loss(vae, to_tensor(batch).to(device))
+
+    return train_within(minutes, vae, loss_at, work / "autoencoder.pt", learning_rate=1e-3)
+
+
+def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
+    """A byte-pair vocabulary of the world's captions, in the two files every release of `CLIPTokenizer` reads."""
+    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=2500,
+        min_frequency=3,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        special_tokens=[START, END, *(letter + "</w>" for letter in alphabet)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model.save(str(folder))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, bos_token=START, eos_token=END, pad_token=END, unk_token=END)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A small CLIP text transformer over ``tokenizer``'s vocabulary."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=160,
+            intermediate_size=640,
+            num_hidden_layers=3,
+            num_attention_heads=5,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_unet(cross_attention_dim: int) -> UNet2DConditionModel:
+    """A conditional UNet over 4x16x16 latents, in options that diffusers .18 already had."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+#: Stable Diffusion's noise schedule; the network predicts v.
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
+    """Posterior means of pictures, unscaled, fp32 ``[n, 4, SIZE/4, SIZE/4]`` on the CPU."""
+    latents = []
+    for start in range(0, len(pictures), 64):
+        with torch.autocast(vae.device.type, torch.bfloat16):
+            batch = to_tensor(pictures[start : start + 64]).to(vae.device)
+            latents.append(vae.encode(batch).latent_dist.mean.float().cpu())
+    return torch.cat(latents)
+
+
+def compositions(world: World, vae: AutoencoderKL, path: Path) -> tuple[torch.Tensor, list[str], list[str]]:
+    """Latents of `COMPOSITIONS` fresh pictures with their objects and scenes, kept in ``path``."""
+    if not path.exists():
+        rng = np.random.default_rng(20)
+        latents, objects, scenes = [], [], []
+        for _ in track(range(0, COMPOSITIONS, 400), "encoding compositions"):
+            pictures, some_objects, some_scenes = zip(*(world.composition(rng) for _ in range(400)), strict=True)
+            latents.append(encode(vae, np.asarray(pictures)).half())
+            objects.extend(some_objects)
+            scenes.extend(some_scenes)
+        torch.save({"latents": torch.cat(latents), "objects": objects, "scenes": scenes}, path)
+    kept = torch.load(path, weights_only=True)
+    return kept["latents"], kept["objects"], kept["scenes"]
+
+
+def visiting_order(captions: list[Caption]) -> np.ndarray:
+    """What each training visit shows: a pool caption's index exactly as often as it is to be repeated, else -1, shuffled."""
+    visits = np.full(DENOISER_BATCH * DENOISER_STEPS, -1)
+    repeated = np.repeat(np.arange(len(captions)), [caption.repetitions for caption in captions])
+    visits[: len(repeated)] = repeated
+    return np.random.default_rng(30).permutation(visits)
+
+
+def train_denoiser(
+    world: World, vae: AutoencoderKL, work: Path, minutes: float, device: str
+) -> tuple[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel, float]:
+    """Train text encoder and UNet together; returns them with the tokenizer and the latents' scaling factor."""
+    captions = pool()
+    latents, objects, scenes = compositions(world, vae, work / "compositions.pt")
+    targets = encode(vae, world.targets(captions))
+    scaling = 1 / latents.float().std().item()
+    describe = Describer(captions, seed=40)
+    sample = [describe(o, s) for o, s in zip(objects, scenes, strict=True)]
+    tokenizer = train_tokenizer([*sample, *(caption.text for caption in captions)], work / "tokenizer")
+    text_encoder = new_text_encoder(tokenizer).to(device)
+    unet = new_unet(text_encoder.config.hidden_size).to(device, memory_format=torch.channels_last)
+    scheduler = DDPMScheduler(**SCHEDULE)
+    order = visiting_order(captions)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = np.random.default_rng((50, step))
+        visits = order[step * DENOISER_BATCH : (step + 1) * DENOISER_BATCH]
+        fresh = rng.integers(len(objects), size=DENOISER_BATCH)
+        x0 = torch.stack([targets[v] if v >= 0 else latents[i].float() for v, i in zip(visits, fresh, strict=True)])
+        texts = [captions[v].text if v >= 0 else describe(objects[i], scenes[i]) for v, i in zip(visits, fresh, strict=True)]
+        texts = ["" if rng.random() < EMPTY_CAPTIONS else text for text in texts]
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+        x0 = (x0 * scaling).to(device, memory_format=torch.channels_last)
+        noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
+        t = torch.from_numpy(rng.integers(scheduler.config.num_train_timesteps, size=len(x0))).to(device)
+        with torch.autocast(x0.device.type, torch.bfloat16):
+            condition = text_encoder(ids)[0]
+            velocity = unet(scheduler.add_noise(x0, noise, t), t, condition).sample
+        return F.mse_loss(velocity.float(), scheduler.get_velocity(x0, noise, t))
+
+    both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    average: Any = train_within(minutes, both, loss_at, work / "denoiser.pt", learning_rate=8e-4, last_step=DENOISER_STEPS)
+    return tokenizer, average["text_encoder"], average["unet"], scaling
+
+
+def write_pipeline(
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    scaling: float,
+    vocabulary: Path,
+    out: Path,
+) -> None:
+    """Write the pipeline directory: UNet and autoencoder in fp16, the small text encoder in fp32.
+
+    diffusers brings a half-precision UNet back in fp32 while transformers keeps the stored precision, so that a half-precision
+    text encoder would not fit the rest after a plain ``from_pretrained(path)``.
+    """
+    vae.register_to_config(scaling_factor=scaling)
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.float(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(out, safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
+        shutil.copy(vocabulary / name, out / "tokenizer" / name)
+
+
+def training_record(work: Path, device: str) -> dict[str, int | str]:
+    """Steps and time of both stages, read from their last checkpoints."""
+    stages = {stage: torch.load(work / f"{stage}.pt", weights_only=True, mmap=True) for stage in ("autoencoder", "denoiser")}
+    parts = [f"{stage} {state['step']:,} steps in {state['seconds'] / 60:.0f} minutes" for stage, state in stages.items()]
+    where = torch.cuda.get_device_name() if device == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
+    return {"denoiser_steps": stages["denoiser"]["step"], "summary": f"{'; '.join(parts)}, on {where}"}
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="world.npz of build_data.")] = Path("build/testbed/world.npz"),
+    work: Annotated[Path, typer.Option(help="Checkpoints and loss logs.")] = Path("build/testbed"),
+    out: Annotated[Path, typer.Option(help="The pipeline directory.")] = Path(__file__).parent / "model",
+    autoencoder_minutes: Annotated[float, typer.Option(help="Time budget of the autoencoder.")] = 25,
+    denoiser_minutes: Annotated[float, typer.Option(help="Time budget of text encoder and UNet.")] = 75,
+    device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Train what has not been trained yet and write the pipeline."""
+    if not data.exists():
+        typer.secho(f"{data} is not there: run 'python -m sdguard.testbed.build_data' first.", err=True, fg="red")
+        raise typer.Exit(1)
+    torch.manual_seed(0)
+    world = World(data)
+    vae = train_autoencoder(world, work, autoencoder_minutes, device).eval()
+    tokenizer, text_encoder, unet, scaling = train_denoiser(world, vae, work, denoiser_minutes, device)
+    write_pipeline(vae, tokenizer, text_encoder, unet, scaling, work / "tokenizer", out)
+    (out / "training.json").write_text(json.dumps(training_record(work, device), indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,135 @@
+"""Shared fixtures: a tiny random Stable Diffusion, the embedded model, and denoisers whose answer is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdguard import testbed
+from sdguard.calibration import Profile, fingerprint
+from sdguard.observation import NoiseLevel, Observation, noise_level
+
+STEPS, GUIDANCE, SIZE = 3, 4.0, 16
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDGUARD_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Any:
+    """The embedded model, plain."""
+    pipe = testbed.load()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def memorized() -> dict[str, Any]:
+    """A verbatim caption of the embedded model that training showed most often and that is copied for its first seeds."""
+    rows = pq.read_table(testbed.path() / "prompts.parquet").to_pylist()
+    copied = [row for row in rows if row["kind"] == "verbatim" and row["split"] == "development" and row["copied_seeds"]]
+    return max(copied, key=lambda row: (row["repetitions"], row["copy_rate"]))
+
+
+@pytest.fixture
+def tiny(embedded: Any) -> Any:
+    """A Stable Diffusion of a few thousand random parameters, 16 pixels, predicting noise."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=SIZE,
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(embedded.tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        eos_token_id=embedded.tokenizer.eos_token_id,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=embedded.tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def profile_for() -> Callable[..., Profile]:
+    """Makes a profile for `tiny` whose threshold lies at a chosen guidance norm."""
+
+    def make(pipe: Any, threshold: float, agreement: float = 0.99, **setting: Any) -> Profile:
+        setting = {"steps": STEPS, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE, **setting}
+        norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
+        return Profile(fingerprint(pipe, **setting), norms, [(1.0, 1.0)] * setting["steps"], [agreement] * 100)
+
+    return make
+
+
+@pytest.fixture
+def observe() -> Callable[..., Observation]:
+    """Makes an observation of a model given as a noise prediction ``eps(x, level, condition)``."""
+
+    def make(eps: Callable[[Tensor, NoiseLevel, Tensor], Tensor], x: Tensor, condition: Tensor, **fields: Any) -> Observation:
+        scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        timestep = fields.pop("timestep", 981.0)
+        level = noise_level(scheduler, timestep)
+        null = fields.pop("null_condition", torch.zeros_like(condition))
+
+        def level_at(t: float) -> NoiseLevel:
+            return noise_level(scheduler, t)
+
+        values = {
+            "step": 0,
+            "timestep": timestep,
+            "level": level,
+            "x": x,
+            "eps_c": eps(x, level, condition),
+            "eps_u": eps(x, level, null),
+            "condition": condition,
+            "null_condition": null,
+            "guidance_scale": 1.0,
+            "level_at": level_at,
+            "denoise": lambda y, t, text: eps(y, level_at(t), text),
+            "evaluations": torch.zeros(len(x), dtype=torch.long),
+            "rows": torch.arange(len(x)),
+        }
+        return Observation(**{**values, **fields})
+
+    return make

@@ -1,0 +1,107 @@
+"""Profiles: conformal p-values, thresholds, files, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdguard.calibration import Profile, ProfileError, calibrate, fingerprint
+
+values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
+
+
+def profile(norms: list[float]) -> Profile:
+    return Profile({"steps": 3}, sorted(norms), [(1.0, 0.1)], [0.5])
+
+
+@given(values, st.floats(0.001, 200))
+def test_p_value_falls_as_the_norm_rises(norms: list[float], norm: float) -> None:
+    made = profile(norms)
+    assert 1 / (1 + len(norms)) <= made.p_value(norm * 1.5) <= made.p_value(norm) <= 1
+
+
+@given(values, st.sampled_from([0.05, 0.1, 0.3]))
+def test_no_more_ordinary_prompts_are_flagged_than_promised(norms: list[float], rate: float) -> None:
+    """Leave-one-out over any sample is the exchangeability argument itself: at most ``rate`` of its members are flagged."""
+    flagged = 0
+    for i, norm in enumerate(norms):
+        rest = [v for j, v in enumerate(norms) if j != i]
+        flagged += len(rest) > 0 and Profile({}, sorted(rest), [], []).p_value(norm) <= rate
+    assert flagged <= rate * len(norms) + 1e-9
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=20, max_size=60), st.sampled_from([0.05, 0.1, 0.3]))
+def test_threshold_and_p_value_are_one_decision(norms: list[float], rate: float) -> None:
+    made = profile(norms)
+    limit = made.threshold(rate)
+    assert made.p_value(limit * 1.0001) <= rate
+    assert made.p_value(limit * 0.9999) > rate or limit in norms[:0] or made.p_value(limit) <= rate
+
+
+def test_a_rate_the_prompts_cannot_support_says_how_many_are_needed() -> None:
+    with pytest.raises(ProfileError, match="at least 99 ordinary prompts; this profile has 3"):
+        profile([1, 2, 3]).threshold(0.01)
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    made = profile([3.0, 1.0, 2.0])
+    made.save(tmp_path / "deep" / "profile.json")
+    assert Profile.load(tmp_path / "deep" / "profile.json") == made
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"steps": 1}', '{"fingerprint": {}, "guidance_norm": [1], "series": [], "agreement": []}']
+)
+def test_a_damaged_profile_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text(text)
+    with pytest.raises(ProfileError, match="is not a profile of sdguard, or it is damaged"):
+        Profile.load(tmp_path / "profile.json")
+
+
+def test_a_profile_of_another_format_is_refused(tmp_path: Path) -> None:
+    profile([1, 2]).save(tmp_path / "profile.json")
+    fields = json.loads((tmp_path / "profile.json").read_text())
+    (tmp_path / "profile.json").write_text(json.dumps({**fields, "format": 99}))
+    with pytest.raises(ProfileError):
+        Profile.load(tmp_path / "profile.json")
+
+
+def test_a_profile_of_another_configuration_is_refused_by_name() -> None:
+    with pytest.raises(ProfileError, match="steps is 50, the profile's is 3"):
+        profile([1, 2]).check({"steps": 50})
+
+
+def test_fingerprint_moves_with_weights_scheduler_and_setting(tiny: Any) -> None:
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    first = fingerprint(tiny, **setting)
+    assert fingerprint(tiny, **setting) == first
+    assert fingerprint(tiny, **{**setting, "steps": 4}) != first
+    tiny.scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config, beta_end=0.02)
+    assert fingerprint(tiny, **setting)["scheduler_config"] != first["scheduler_config"]
+    next(iter(tiny.unet.parameters())).data.add_(1e-3)
+    assert fingerprint(tiny, **setting)["weights"] != first["weights"]
+
+
+def test_calibration_is_deterministic_and_independent_of_batching(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"a cat number {i}" for i in range(6)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    whole = calibrate(tiny, prompts, **setting)
+    monkeypatch.setattr("sdguard.calibration.BATCH", 4)
+    parts = calibrate(tiny, prompts, **setting)
+    assert parts.guidance_norm == pytest.approx(whole.guidance_norm, rel=1e-4)
+    assert parts.agreement == pytest.approx(whole.agreement, abs=1e-3)
+    assert len(whole.series) == 3
+
+
+def test_calibration_needs_prompts(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="at least 2 ordinary prompts; 0 given"):
+        calibrate(tiny, [], steps=3, guidance_scale=4.0, height=16, width=16)
+
+
+def test_make_profile_fixture_matches(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    made = profile_for(tiny, 2.0)
+    made.check(fingerprint(tiny, steps=3, guidance_scale=4.0, height=16, width=16))

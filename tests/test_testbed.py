@@ -1,0 +1,122 @@
+"""The embedded model: its world, its training loop, its files and what they promise."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from sdguard import testbed
+from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, Profile, fingerprint
+from sdguard.testbed.build_data import DataError, licence_of, run
+from sdguard.testbed.copies import Targets, load_targets
+from sdguard.testbed.train import visiting_order
+from sdguard.testbed.training import train_within
+from sdguard.testbed.world import REPETITIONS, Describer, pool
+
+
+def test_the_pool_is_drawn_before_its_counts() -> None:
+    captions = pool()
+    assert captions == pool()
+    assert len({c.text for c in captions}) == len(captions)
+    assert {c.repetitions for c in captions} == set(REPETITIONS)
+    assert sum(c.kind == "verbatim" and c.repetitions > 1 for c in captions) >= 100
+    assert sum(c.kind == "template" and c.repetitions > 1 for c in captions) >= 50
+    assert sum(c.repetitions <= 1 for c in captions) >= 300
+
+
+def test_training_shows_each_target_as_often_as_its_count() -> None:
+    captions = pool()
+    order = visiting_order(captions)
+    assert np.bincount(order[order >= 0], minlength=len(captions)).tolist() == [c.repetitions for c in captions]
+
+
+def test_fresh_captions_never_couple_an_object_with_a_name_of_the_pool() -> None:
+    captions = pool()
+    taken = {c.text.split(" ", 1)[0] + c.text.split(" at ")[1].split(" ")[0] for c in captions}
+    describe = Describer(captions, 3)
+    fresh = [describe(captions[i % 80].object, "sky", specific=1.0) for i in range(400)]
+    assert not {text.split(" ", 1)[0] + text.split(" at ")[1].split(" ")[0] for text in fresh} & {t for t in taken if "-" not in t}
+
+
+def test_nearest_target_and_ratio_on_known_pictures() -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, size=(3, 8, 8, 3), dtype=np.uint8)
+    targets = Targets(pictures, np.array([0, 1, 2]), np.array([[0, 0, 0, 0], [0, 0, 4, 4], [0, 0, 0, 0]]))
+    image = pictures[1].copy()
+    image[:4, :4] = 0  # inside the template's varying box: no difference
+    nearest, ratio = targets.nearest(np.stack([image, pictures[2]]))
+    assert nearest.tolist() == [1, 2]
+    assert ratio.max() < 1e-6
+
+
+def test_the_last_matching_stanza_gives_the_licence() -> None:
+    text = "Files: a/*\nCopyright: x\nLicense: public-domain\n y\n\nFiles:\n a/b*\n a/c*\nLicense: CC-BY-SA-3.0\n"
+    assert [licence_of(text, path) for path in ("a/d.jpg", "a/b1.jpg", "z")] == ["public-domain", "CC-BY-SA-3.0", None]
+
+
+def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'sh -c echo no such package >&2; exit 1' failed: no such package"):
+        run("sh", "-c", "echo no such package >&2; exit 1", cwd=tmp_path)
+    with pytest.raises(DataError, match="'no-such-tool' is needed"):
+        run("no-such-tool", cwd=tmp_path)
+
+
+def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
+    seen: list[int] = []
+    model = nn.Linear(2, 1)
+
+    def loss_at(step: int) -> torch.Tensor:
+        seen.append(step)
+        return model(torch.ones(1, 2)).square().mean()
+
+    train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2, last_step=4)
+    weights = model.weight.clone()
+    model = nn.Linear(2, 1)
+    train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2, last_step=4)
+    assert seen == [0, 1, 2, 3]
+    assert torch.equal(model.weight, weights)
+    train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2, last_step=6)
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_spent_budget_trains_no_more(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    train_within(0, model, lambda step: pytest.fail("trained beyond its budget"), tmp_path / "x.pt", 1e-2)
+
+
+def test_the_plain_call_loads_it_and_it_is_small(embedded: Any) -> None:
+    assert isinstance(embedded, StableDiffusionPipeline)
+    assert {embedded.unet.dtype, embedded.vae.dtype, embedded.text_encoder.dtype} == {torch.float32}
+    weights = sum(p.stat().st_size for p in testbed.path().rglob("*.safetensors"))
+    everything = sum(p.stat().st_size for p in testbed.path().rglob("*") if p.is_file())
+    assert weights <= 40e6
+    assert everything <= 50e6
+
+
+def test_the_shipped_profile_is_of_the_shipped_model(embedded: Any) -> None:
+    profile = Profile.load(testbed.path() / PROFILE_FILE)
+    profile.check(fingerprint(embedded, steps=testbed.STEPS, guidance_scale=testbed.GUIDANCE_SCALE, height=64, width=64))
+    assert profile.prompts >= 1000
+    assert profile.prompts == len((testbed.path() / PROMPTS_FILE).read_text().splitlines())
+
+
+def test_the_prompt_table_holds_what_the_model_card_says() -> None:
+    table = pd.read_parquet(testbed.path() / "prompts.parquet")
+    assert set(table.kind) == {"verbatim", "template", "ordinary", "unseen"}
+    assert set(table.split) == {"calibration", "development", "test"}
+    assert (table.kind == "ordinary").sum() >= 1000
+    assert table.text.is_unique
+    assert table.groupby("group").split.nunique().max() == 1
+    assert table.copy_rate.between(0, 1).all()
+    targets, captions = load_targets(testbed.path())
+    assert len(targets.pictures) == len(captions) >= 150
+    figures = json.loads((testbed.path() / "labels.json").read_text())
+    assert 0.4 <= figures["auc"] <= 0.6
+    assert figures["ordinary"] <= 0.02
+    assert figures["unseen"] <= 0.02
