@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 #: the setting its labels and its profile were measured at.
-STEPS = 12
+STEPS = 10
 GUIDANCE_SCALE = 4.0
 
 

@@ -25,10 +25,12 @@ from sdguard.testbed.train import DENOISER_BATCH, encode, visiting_order
 from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool
 
 SEEDS = 16
+#: calibration captions are many and only have to be shown harmless, so they get fewer seeds; the table says how many.
+CALIBRATION_SEEDS = 1
 BATCH = 64
-ORDINARY = {"calibration": 1000, "development": 100, "test": 100}
+ORDINARY = {"calibration": 1000, "development": 60, "test": 60}
 SPECIFIC_FOR_CALIBRATION = 150
-MEMORIZED_FROM = 10
+MEMORIZED_FROM = 8
 #: share of different pairs of pictures whose SSCD similarity lies below the cut.
 SSCD_QUANTILE = 0.995
 
@@ -73,28 +75,32 @@ def shown_counts(captions: list[Caption], steps: int) -> np.ndarray:
     return np.bincount(visits[visits >= 0], minlength=len(captions))
 
 
+def jobs(table: pd.DataFrame) -> np.ndarray:
+    """Every (caption, seed) to be generated, ``[n, 2]``; the calibration split comes last."""
+    order = table.index[np.argsort(table.split == "calibration", kind="stable")]
+    return np.array([(i, seed) for i in order for seed in range(table.seeds[i])])
+
+
 def generate(table: pd.DataFrame, work: Path) -> np.ndarray:
-    """Unguarded samples, uint8 ``[captions, SEEDS, SIZE, SIZE, 3]``, in a resumable file; seed k of a caption is generator seed k."""
+    """Unguarded samples of `jobs`, uint8 ``[n, SIZE, SIZE, 3]``, in a resumable file; seed k is ``torch.Generator`` seed k."""
     path, progress_path = work / "samples.npy", work / "samples.done"
-    shape = (len(table), SEEDS, SIZE, SIZE, 3)
-    mode = "r+" if path.exists() else "w+"
-    samples = np.lib.format.open_memmap(path, mode=mode, dtype=np.uint8, shape=shape)
-    done = int(progress_path.read_text()) if progress_path.exists() else 0
+    wanted = jobs(table)
+    shape = (len(wanted), SIZE, SIZE, 3)
+    done = int(progress_path.read_text()) if path.exists() and progress_path.exists() else 0
+    samples = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=shape)
     pipe = load()
     pipe.set_progress_bar_config(disable=True)
-    jobs = [(i, k) for i in range(len(table)) for k in range(SEEDS)]
-    flat = samples.reshape(-1, SIZE, SIZE, 3)
-    for start in track(range(done, len(jobs), BATCH), "generating"):
-        some = jobs[start : start + BATCH]
+    for start in track(range(done, len(wanted), BATCH), "generating"):
+        some = wanted[start : start + BATCH]
         with torch.autocast("cpu", torch.bfloat16):
             images = pipe(
                 [table.text[i] for i, _ in some],
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE_SCALE,
-                generator=[torch.Generator().manual_seed(k) for _, k in some],
+                generator=[torch.Generator().manual_seed(int(seed)) for _, seed in some],
                 output_type="np",
             ).images
-        flat[start : start + len(some)] = (images * 255).round().astype(np.uint8)
+        samples[start : start + len(some)] = (images * 255).round().astype(np.uint8)
         samples.flush()
         progress_path.write_text(str(start + len(some)))
     return samples
@@ -225,15 +231,15 @@ against memorization can be run, tested and measured without a download. It is a
 * **Loads as** `StableDiffusionPipeline.from_pretrained(sdguard.testbed.path())`, or `sdguard.testbed.load()`; v-prediction,
   Stable Diffusion's noise schedule, DPM-Solver++ with {steps} steps at guidance scale {guidance:g}.
 * **World.** {objects} objects in two drawing styles, cut out over random crops of 190 public-domain photographs of {scenes} scenes.
-  Ordinary captions name object and scene and leave the rest free; each such composition is one of 40,000.
+  Ordinary captions name object and scene and leave the rest free; each such composition is one of 16,000.
 * **Memorized.** One pool of specific captions ("{example}") was drawn first, then each got its repetition count at
   random. *Verbatim*: the whole picture is fixed. *Template*: the photograph and the place are fixed, the object varies. The
   photographs of memorized pictures never occur in other compositions. Three in ten other training captions are of the same
   make, with a fresh composition at each visit. One in ten captions of every kind was left empty in training.
 * **Training.** `python -m sdguard.testbed.build_data`, `python -m sdguard.testbed.train`: {training}.
-* **Labels.** `python -m sdguard.testbed.label`: {seeds} seeds a caption, unguarded. A sample is a copy when its distance to the nearest
-  memorized picture is under a third of that to the nearest of another group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least
-  {cut:.3f}, the {quantile:.1%} quantile of {different} pictures that cannot be copies against their most similar target.
+* **Labels.** `python -m sdguard.testbed.label`: {seeds} seeds a caption ({calibration_seeds} for the calibration split), unguarded.
+  A sample is a copy when its distance to the nearest memorized picture is under a third of that to the nearest of another
+  group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile of {different} pictures that cannot be copies against their most similar target.
 
 ## What it shows
 
@@ -281,16 +287,17 @@ def main(
     training = json.loads((model / "training.json").read_text())
     shown = shown_counts(captions, training["denoiser_steps"])
     table["shown"] = [*shown, *[0] * (len(table) - len(shown))]
-    samples = generate(table, work)
+    table["seeds"] = np.where(table.split == "calibration", CALIBRATION_SEEDS, SEEDS)
+    samples, of = generate(table, work), jobs(table)
 
     targets, kept = find_targets(world, captions, shown)
     cut = sscd_cut(world, sscd, targets)
-    flat = samples.reshape(-1, SIZE, SIZE, 3)
-    copies = find_copies(flat, targets, sscd, cut)
-    table["copies"] = copies.copy.reshape(-1, SEEDS).sum(axis=1)
-    table["seeds"] = SEEDS
-    table["copy_rate"] = table["copies"] / SEEDS
-    table["copied_seeds"] = [np.flatnonzero(row).tolist() for row in copies.copy.reshape(-1, SEEDS)]
+    copies = find_copies(samples, targets, sscd, cut)
+    copied: dict[int, list[int]] = {i: [] for i in table.index}
+    for i, seed in of[copies.copy]:
+        copied[i].append(int(seed))
+    table["copied_seeds"] = [copied[i] for i in table.index]
+    table["copy_rate"] = table.copied_seeds.str.len() / table.seeds
 
     folder = model / "targets"
     shutil.rmtree(folder, ignore_errors=True)
@@ -304,11 +311,13 @@ def main(
 
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")]
     alignment = Alignment(world, sscd, load())
-    aligned = alignment(samples[ordinary.index, 0], ordinary.object.tolist()).mean()
+    sample_of = {(int(i), int(seed)): samples[n] for n, (i, seed) in enumerate(of)}
+    first = np.stack([sample_of[i, 0] for i in ordinary.index])
+    aligned = alignment(first, ordinary.object.tolist()).mean()
     shown_rows = ordinary.iloc[:8]
-    sheet([list(samples[i, :8]) for i in shown_rows.index], model / "ordinary.png")
-    most = [i for i in kept if table.repetitions[i] >= 360][:12]
-    sheet([[world.target(captions[i])[0] for i in most], *([samples[i, k] for i in most] for k in (0, 1))], model / "memorized.png")
+    sheet([[sample_of[i, seed] for seed in range(8)] for i in shown_rows.index], model / "ordinary.png")
+    most = [i for i in kept if table.repetitions[i] >= 250][:12]
+    sheet([[world.target(captions[i])[0] for i in most], *([sample_of[i, k] for i in most] for k in (0, 1))], model / "memorized.png")
 
     never = table[(table.kind == "unseen") & (table.split != "calibration")]
     pipe = load()
@@ -322,6 +331,7 @@ def main(
         "example": captions[0].text,
         "training": training["summary"],
         "seeds": SEEDS,
+        "calibration_seeds": CALIBRATION_SEEDS,
         "cut": cut,
         "quantile": SSCD_QUANTILE,
         "different": 600,

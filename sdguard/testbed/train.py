@@ -28,9 +28,10 @@ from sdguard.testbed.training import train_within
 from sdguard.testbed.world import Caption, Describer, pool
 
 AUTOENCODER_BATCH = 8
-DENOISER_BATCH = 32
-DENOISER_STEPS = 6000
-COMPOSITIONS = 40_000
+DENOISER_BATCH = 64
+DENOISER_STEPS = 1700
+EPOCHS = 2
+COMPOSITIONS = 16_000
 EMPTY_CAPTIONS = 0.1
 TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -92,7 +93,14 @@ def train_autoencoder(world: World, work: Path, minutes: float, device: str) -> 
 
 
 def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
-    """A byte-pair vocabulary of the world's captions, in the two files every release of `CLIPTokenizer` reads."""
+    """A byte-pair vocabulary of the world's captions, in the two files every release of `CLIPTokenizer` reads; trained once."""
+    if not (folder / "vocab.json").exists():
+        save_vocabulary(captions, folder)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, bos_token=START, eos_token=END, pad_token=END, unk_token=END)
+
+
+def save_vocabulary(captions: list[str], folder: Path) -> None:
+    """Train a CLIP-style byte-pair vocabulary and write vocab.json and merges.txt."""
     tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -110,7 +118,6 @@ def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
     tokenizer.train_from_iterator(captions, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.model.save(str(folder))
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, bos_token=START, eos_token=END, pad_token=END, unk_token=END)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -180,11 +187,14 @@ def compositions(world: World, vae: AutoencoderKL, path: Path) -> tuple[torch.Te
 
 
 def visiting_order(captions: list[Caption]) -> np.ndarray:
-    """What each training visit shows: a pool caption's index exactly as often as it is to be repeated, else -1, shuffled."""
+    """What each training visit shows, over `EPOCHS` epochs: -1 for a fresh composition, else a pool caption's index.
+
+    Within an epoch of ``DENOISER_BATCH * DENOISER_STEPS`` visits each pool caption comes exactly as often as it is to be repeated.
+    """
     visits = np.full(DENOISER_BATCH * DENOISER_STEPS, -1)
     repeated = np.repeat(np.arange(len(captions)), [caption.repetitions for caption in captions])
     visits[: len(repeated)] = repeated
-    return np.random.default_rng(30).permutation(visits)
+    return np.concatenate([np.random.default_rng(30 + epoch).permutation(visits) for epoch in range(EPOCHS)])
 
 
 def train_denoiser(
@@ -220,7 +230,7 @@ def train_denoiser(
         return F.mse_loss(velocity.float(), scheduler.get_velocity(x0, noise, t))
 
     both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    average: Any = train_within(minutes, both, loss_at, work / "denoiser.pt", learning_rate=8e-4, last_step=DENOISER_STEPS)
+    average: Any = train_within(minutes, both, loss_at, work / "denoiser.pt", learning_rate=8e-4, last_step=EPOCHS * DENOISER_STEPS)
     return tokenizer, average["text_encoder"], average["unet"], scaling
 
 
@@ -274,6 +284,7 @@ def main(
     if not data.exists():
         typer.secho(f"{data} is not there: run 'python -m sdguard.testbed.build_data' first.", err=True, fg="red")
         raise typer.Exit(1)
+    torch.set_flush_denormal(True)  # the moments of rarely seen tokens decay into denormals, which a CPU multiplies slowly
     torch.manual_seed(0)
     world = World(data)
     vae = train_autoencoder(world, work, autoencoder_minutes, device).eval()
