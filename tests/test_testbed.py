@@ -15,7 +15,7 @@ from sdguard import testbed
 from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, Profile, fingerprint
 from sdguard.testbed.build_data import DataError, licence_of, run
 from sdguard.testbed.copies import Targets, load_targets
-from sdguard.testbed.train import DENOISER_BATCH, DENOISER_STEPS, visiting_order
+from sdguard.testbed.train import EPOCH_STEPS, shown_counts
 from sdguard.testbed.training import train_within
 from sdguard.testbed.world import REPETITIONS, Describer, pool, words
 
@@ -32,8 +32,10 @@ def test_the_pool_is_drawn_before_its_counts() -> None:
 
 def test_training_shows_each_target_as_often_as_its_count() -> None:
     captions = pool()
-    order = visiting_order(captions)[: DENOISER_BATCH * DENOISER_STEPS]
-    assert np.bincount(order[order >= 0], minlength=len(captions)).tolist() == [c.repetitions for c in captions]
+    counts = [c.repetitions for c in captions]
+    assert shown_counts(captions, EPOCH_STEPS).tolist() == counts
+    assert shown_counts(captions, 2 * EPOCH_STEPS).tolist() == [2 * count for count in counts]
+    assert 0 < shown_counts(captions, 10).sum() < sum(counts)
 
 
 def test_fresh_captions_never_couple_an_object_with_its_name_in_the_pool() -> None:

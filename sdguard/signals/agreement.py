@@ -6,16 +6,14 @@ from sdguard.lookahead import independent_noise, look_ahead
 from sdguard.observation import Observation
 
 
-def agreement(observation: Observation, own: Tensor | None = None) -> Tensor:
+def agreement(observation: Observation) -> Tensor:
     """Correlation of the image's look-ahead with one from independent noise under the same condition, ``[B]``, in [-1, 1].
 
     A memorized condition maps all of noise space to one picture (the collapsed volume element of Feiszli 2017, 1705.09303; LID
     near 0 in Ross et al. 2024), so two starts agree. It asks "is this *any* memorized picture" and knows no training data.
-    ``own`` takes the image's look-ahead where it is at hand already. Cost: ``4 K - 2`` evaluations for K look-ahead steps, ``2 K``
-    with ``own``. Blind to a condition that copies for this noise and not for the other.
+    Cost: ``4 K - 2`` evaluations for K look-ahead steps. Blind to a condition that copies for this noise and not for the other.
     """
-    mine = look_ahead(observation) if own is None else own
-    return correlation(mine, look_ahead(observation, independent_noise(observation.x)))
+    return correlation(look_ahead(observation), look_ahead(observation, independent_noise(observation.x)))
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sdguard.calibration import Profile
-from sdguard.lookahead import look_ahead
+from sdguard.lookahead import independent_noise, look_ahead
 from sdguard.observation import Observation
-from sdguard.signals.agreement import agreement, correlation
+from sdguard.signals.agreement import correlation
 from sdguard.steering.embedding import Correction, embedding_descent
 
 #: trust-region radii of the embedding rungs, as shares of each token's distance from the empty prompt's.
@@ -34,22 +34,22 @@ class Outcome:
 def climb(observation: Observation, profile: Profile) -> list[Outcome]:
     """Try the rungs on every row until one passes verification.
 
-    A corrected condition passes when its look-aheads from the row's own noise and from independent noise agree no more than
-    those of 95% of ordinary prompts do (it leads to no memorized picture, old or new), and when its look-ahead agrees with the
-    uncorrected one no more than that either (it left the picture it was sent away from).
-    Cost per image: 8 for the uncorrected look-ahead; per rung the descent, 1, and 18 for verification.
+    With A the row's own noise and B an independent one, a corrected condition passes when its look-aheads from A and B
+    agree no more than those of 95% of ordinary prompts do (it leads to no memorized picture, old or new), and when its look-ahead
+    from A agrees no more than that with the uncorrected one from B (it left the picture that every noise led to).
+    Cost per image: 10 for the uncorrected look-ahead; per rung the descent, 1, and 18 for verification.
     """
     limit, target = profile.agreement_limit(), profile.guidance_norm[profile.prompts // 2]
-    uncorrected = look_ahead(observation)
+    noise = independent_noise(observation.x)
+    uncorrected = look_ahead(observation, noise)
     outcomes = [Outcome() for _ in observation.rows]
     left = torch.arange(len(outcomes))
     for radius in RADII:
         here = observation.select(left)
         correction = embedding_descent(here, target, radius)
         candidate = here.with_condition(correction.condition)
-        estimate = look_ahead(candidate)
-        across = agreement(candidate, own=estimate)
-        stayed = correlation(estimate, uncorrected[left])
+        own, other = look_ahead(candidate), look_ahead(candidate, noise[left])
+        across, stayed = correlation(own, other), correlation(own, uncorrected[left])
         passed = (across <= limit) & (stayed <= limit)
         for i, row in enumerate(left.tolist()):
             outcomes[row].attempts.append(attempt(radius, correction, i, across[i].item(), stayed[i].item()))
@@ -70,5 +70,5 @@ def attempt(radius: float, correction: Correction, i: int, across: float, stayed
         "tokens": correction.tokens[i],
         "moved": correction.moved[i].item(),
         "agreement": across,
-        "agreement_with_unsteered": stayed,
+        "agreement_with_uncorrected": stayed,
     }

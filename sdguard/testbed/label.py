@@ -21,7 +21,7 @@ from rich.progress import track
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
 from sdguard.testbed.copies import RATIO, SSCD, Targets
 from sdguard.testbed.pictures import SIZE, World
-from sdguard.testbed.train import DENOISER_BATCH, encode, visiting_order
+from sdguard.testbed.train import COMPOSITIONS, encode, shown_counts
 from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool
 
 SEEDS = 16
@@ -69,12 +69,6 @@ def prompt_table(seed: int = 60) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shown_counts(captions: list[Caption], steps: int) -> np.ndarray:
-    """How often training really showed each pool caption's picture in its first ``steps`` steps."""
-    visits = visiting_order(captions)[: steps * DENOISER_BATCH]
-    return np.bincount(visits[visits >= 0], minlength=len(captions))
-
-
 def jobs(table: pd.DataFrame) -> np.ndarray:
     """Every (caption, seed) to be generated, ``[n, 2]``; the calibration split comes last."""
     order = table.index[np.argsort(table.split == "calibration", kind="stable")]
@@ -106,7 +100,7 @@ def generate(table: pd.DataFrame, work: Path) -> np.ndarray:
     return samples
 
 
-def find_targets(world: World, captions: list[Caption], shown: np.ndarray) -> tuple[Targets, list[int]]:
+def find_targets(world: World, captions: tuple[Caption, ...], shown: np.ndarray) -> tuple[Targets, list[int]]:
     """The pictures training showed at least `MEMORIZED_FROM` times, and the captions they belong to."""
     kept = [i for i in range(len(captions)) if shown[i] >= MEMORIZED_FROM]
     pictures, boxes = [], []
@@ -231,7 +225,7 @@ against memorization can be run, tested and measured without a download. It is a
 * **Loads as** `StableDiffusionPipeline.from_pretrained(sdguard.testbed.path())`, or `sdguard.testbed.load()`; v-prediction,
   Stable Diffusion's noise schedule, DPM-Solver++ with {steps} steps at guidance scale {guidance:g}.
 * **World.** {objects} objects in two drawing styles, cut out over random crops of 190 public-domain photographs of {scenes} scenes.
-  Ordinary captions name object and scene and leave the rest free; each such composition is one of 16,000.
+  Ordinary captions name object and scene and leave the rest free; each such composition is one of {compositions:,}.
 * **Memorized.** One pool of specific captions ("{example}") was drawn first, then each got its repetition count at
   random. *Verbatim*: the whole picture is fixed. *Template*: the photograph and the place are fixed, the object varies. The
   photographs of memorized pictures never occur in other compositions. Three in ten other training captions are of the same
@@ -239,7 +233,8 @@ against memorization can be run, tested and measured without a download. It is a
 * **Training.** `python -m sdguard.testbed.build_data`, `python -m sdguard.testbed.train`: {training}.
 * **Labels.** `python -m sdguard.testbed.label`: {seeds} seeds a caption ({calibration_seeds} for the calibration split), unguarded.
   A sample is a copy when its distance to the nearest memorized picture is under a third of that to the nearest of another
-  group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile of {different} pictures that cannot be copies against their most similar target.
+  group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile of
+  {different} pictures that cannot be copies against their most similar target.
 
 ## What it shows
 
@@ -329,7 +324,8 @@ def main(
         "objects": len(OBJECTS),
         "scenes": len(set(world.scenes)),
         "example": captions[0].text,
-        "training": training["summary"],
+        "training": "; ".join(training["history"]),
+        "compositions": COMPOSITIONS,
         "seeds": SEEDS,
         "calibration_seeds": CALIBRATION_SEEDS,
         "cut": cut,

@@ -69,6 +69,6 @@ class World:
         style, box, mirrored = self.place(rng)
         return np.asarray(self.paste(backdrop, caption.object, style, box, mirrored)), box
 
-    def targets(self, captions: list[Caption]) -> np.ndarray:
+    def targets(self, captions: tuple[Caption, ...]) -> np.ndarray:
         """The fixed pictures of captions, uint8 ``[n, SIZE, SIZE, 3]``."""
         return np.stack([self.target(caption)[0] for caption in captions])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +30,7 @@ from sdguard.testbed.world import Caption, Describer, pool
 
 AUTOENCODER_BATCH = 8
 DENOISER_BATCH = 64
-DENOISER_STEPS = 1700
-EPOCHS = 2
+EPOCH_STEPS = 1700
 COMPOSITIONS = 16_000
 EMPTY_CAPTIONS = 0.1
 TOKENS = 32
@@ -186,42 +186,54 @@ def compositions(world: World, vae: AutoencoderKL, path: Path) -> tuple[torch.Te
     return kept["latents"], kept["objects"], kept["scenes"]
 
 
-def visiting_order(captions: list[Caption]) -> np.ndarray:
-    """What each training visit shows, over `EPOCHS` epochs: -1 for a fresh composition, else a pool caption's index.
+@lru_cache(maxsize=1)
+def visiting_order(captions: tuple[Caption, ...], epoch: int) -> np.ndarray:
+    """What each training visit of an epoch shows: -1 for a fresh composition, else a pool caption's index, shuffled.
 
-    Within an epoch of ``DENOISER_BATCH * DENOISER_STEPS`` visits each pool caption comes exactly as often as it is to be repeated.
+    Within an epoch of ``DENOISER_BATCH * EPOCH_STEPS`` visits each pool caption comes exactly as often as it is to be repeated.
     """
-    visits = np.full(DENOISER_BATCH * DENOISER_STEPS, -1)
+    visits = np.full(DENOISER_BATCH * EPOCH_STEPS, -1)
     repeated = np.repeat(np.arange(len(captions)), [caption.repetitions for caption in captions])
     visits[: len(repeated)] = repeated
-    return np.concatenate([np.random.default_rng(30 + epoch).permutation(visits) for epoch in range(EPOCHS)])
+    return np.random.default_rng(30 + epoch).permutation(visits)
+
+
+def shown_counts(captions: tuple[Caption, ...], steps: int) -> np.ndarray:
+    """How often training shows each pool caption's picture in its first ``steps`` steps."""
+    epochs, rest = divmod(steps, EPOCH_STEPS)
+    partial = visiting_order(captions, epochs)[: rest * DENOISER_BATCH]
+    whole = np.array([caption.repetitions for caption in captions])
+    return epochs * whole + np.bincount(partial[partial >= 0], minlength=len(captions))
 
 
 def train_denoiser(
-    world: World, vae: AutoencoderKL, work: Path, minutes: float, device: str
-) -> tuple[CLIPTokenizer, CLIPTextModel, UNet2DConditionModel, float]:
-    """Train text encoder and UNet together; returns them with the tokenizer and the latents' scaling factor."""
-    captions = pool()
+    world: World,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    work: Path,
+    minutes: float,
+    first_step: int,
+) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """Train text encoder and UNet together on what step ``first_step`` and the following ones show; returns their averages."""
+    captions, device = pool(), vae.device
     latents, objects, scenes = compositions(world, vae, work / "compositions.pt")
     targets = encode(vae, world.targets(captions))
-    scaling = 1 / latents.float().std().item()
-    describe = Describer(captions, seed=40)
-    sample = [describe(o, s) for o, s in zip(objects, scenes, strict=True)]
-    tokenizer = train_tokenizer([*sample, *(caption.text for caption in captions)], work / "tokenizer")
-    text_encoder = new_text_encoder(tokenizer).to(device)
-    unet = new_unet(text_encoder.config.hidden_size).to(device, memory_format=torch.channels_last)
+    describe = Describer(captions, seed=40 + first_step)
     scheduler = DDPMScheduler(**SCHEDULE)
-    order = visiting_order(captions)
+    text_encoder, unet = text_encoder.to(device), unet.to(device, memory_format=torch.channels_last)
 
     def loss_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng((50, step))
-        visits = order[step * DENOISER_BATCH : (step + 1) * DENOISER_BATCH]
+        epoch, at = divmod(first_step + step, EPOCH_STEPS)
+        rng = np.random.default_rng((50, first_step + step))
+        visits = visiting_order(captions, epoch)[at * DENOISER_BATCH : (at + 1) * DENOISER_BATCH]
         fresh = rng.integers(len(objects), size=DENOISER_BATCH)
         x0 = torch.stack([targets[v] if v >= 0 else latents[i].float() for v, i in zip(visits, fresh, strict=True)])
         texts = [captions[v].text if v >= 0 else describe(objects[i], scenes[i]) for v, i in zip(visits, fresh, strict=True)]
         texts = ["" if rng.random() < EMPTY_CAPTIONS else text for text in texts]
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-        x0 = (x0 * scaling).to(device, memory_format=torch.channels_last)
+        x0 = (x0 * vae.config.scaling_factor).to(device, memory_format=torch.channels_last)
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)).to(x0)
         t = torch.from_numpy(rng.integers(scheduler.config.num_train_timesteps, size=len(x0))).to(device)
         with torch.autocast(x0.device.type, torch.bfloat16):
@@ -230,25 +242,31 @@ def train_denoiser(
         return F.mse_loss(velocity.float(), scheduler.get_velocity(x0, noise, t))
 
     both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    average: Any = train_within(minutes, both, loss_at, work / "denoiser.pt", learning_rate=8e-4, last_step=EPOCHS * DENOISER_STEPS)
-    return tokenizer, average["text_encoder"], average["unet"], scaling
+    average: Any = train_within(minutes, both, loss_at, work / f"denoiser-{first_step}.pt", learning_rate=8e-4)
+    return average["text_encoder"], average["unet"]
+
+
+def new_model(world: World, work: Path, autoencoder_minutes: float, device: str) -> tuple[Any, ...]:
+    """A trained autoencoder with its latents' scale, the tokenizer, and an untrained text encoder and UNet."""
+    vae = train_autoencoder(world, work, autoencoder_minutes, device).eval()
+    latents, objects, scenes = compositions(world, vae, work / "compositions.pt")
+    vae.register_to_config(scaling_factor=1 / latents.float().std().item())
+    captions = pool()
+    describe = Describer(captions, seed=40)
+    sample = [describe(o, s) for o, s in zip(objects, scenes, strict=True)]
+    tokenizer = train_tokenizer([*sample, *(caption.text for caption in captions)], work / "tokenizer")
+    text_encoder = new_text_encoder(tokenizer)
+    return vae, tokenizer, text_encoder, new_unet(text_encoder.config.hidden_size)
 
 
 def write_pipeline(
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-    unet: UNet2DConditionModel,
-    scaling: float,
-    vocabulary: Path,
-    out: Path,
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, vocabulary: Path, out: Path
 ) -> None:
     """Write the pipeline directory: UNet and autoencoder in fp16, the small text encoder in fp32.
 
     diffusers brings a half-precision UNet back in fp32 while transformers keeps the stored precision, so that a half-precision
     text encoder would not fit the rest after a plain ``from_pretrained(path)``.
     """
-    vae.register_to_config(scaling_factor=scaling)
     pipe = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.float(),
@@ -261,23 +279,30 @@ def write_pipeline(
     )
     pipe.save_pretrained(out, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
-        shutil.copy(vocabulary / name, out / "tokenizer" / name)
+        if not (out / "tokenizer" / name).exists():
+            shutil.copy(vocabulary / name, out / "tokenizer" / name)
 
 
-def training_record(work: Path, device: str) -> dict[str, int | str]:
-    """Steps and time of both stages, read from their last checkpoints."""
-    stages = {stage: torch.load(work / f"{stage}.pt", weights_only=True, mmap=True) for stage in ("autoencoder", "denoiser")}
-    parts = [f"{stage} {state['step']:,} steps in {state['seconds'] / 60:.0f} minutes" for stage, state in stages.items()]
-    where = torch.cuda.get_device_name() if device == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
-    return {"denoiser_steps": stages["denoiser"]["step"], "summary": f"{'; '.join(parts)}, on {where}"}
+def record(work: Path, out: Path, first_step: int, device: str) -> None:
+    """Add this run to the model's training.json: steps so far, and one line a run."""
+    path = out / "training.json"
+    before = json.loads(path.read_text())["history"] if first_step else []
+    where = torch.cuda.get_device_name() if device == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
+    lines, steps = [], first_step
+    for stage in [*([] if first_step else ["autoencoder"]), f"denoiser-{first_step}"]:
+        state = torch.load(work / f"{stage}.pt", weights_only=True, mmap=True)
+        lines.append(f"{stage.split('-')[0]}, {state['step']:,} steps in {state['seconds'] / 60:.0f} minutes on {where}")
+        steps = first_step + state["step"]
+    path.write_text(json.dumps({"denoiser_steps": steps, "history": before + lines}, indent=1))
 
 
 def main(
     data: Annotated[Path, typer.Option(help="world.npz of build_data.")] = Path("build/testbed/world.npz"),
     work: Annotated[Path, typer.Option(help="Checkpoints and loss logs.")] = Path("build/testbed"),
     out: Annotated[Path, typer.Option(help="The pipeline directory.")] = Path(__file__).parent / "model",
-    autoencoder_minutes: Annotated[float, typer.Option(help="Time budget of the autoencoder.")] = 25,
-    denoiser_minutes: Annotated[float, typer.Option(help="Time budget of text encoder and UNet.")] = 75,
+    autoencoder_minutes: Annotated[float, typer.Option(help="Time budget of the autoencoder.")] = 35,
+    denoiser_minutes: Annotated[float, typer.Option(help="Time budget of text encoder and UNet.")] = 120,
+    go_on: Annotated[bool, typer.Option("--go-on", help="Train the denoiser of the pipeline in --out further.")] = False,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Train what has not been trained yet and write the pipeline."""
@@ -286,11 +311,16 @@ def main(
         raise typer.Exit(1)
     torch.set_flush_denormal(True)  # the moments of rarely seen tokens decay into denormals, which a CPU multiplies slowly
     torch.manual_seed(0)
-    world = World(data)
-    vae = train_autoencoder(world, work, autoencoder_minutes, device).eval()
-    tokenizer, text_encoder, unet, scaling = train_denoiser(world, vae, work, denoiser_minutes, device)
-    write_pipeline(vae, tokenizer, text_encoder, unet, scaling, work / "tokenizer", out)
-    (out / "training.json").write_text(json.dumps(training_record(work, device), indent=1))
+    world, first_step = World(data), 0
+    if go_on:
+        pipe = StableDiffusionPipeline.from_pretrained(out).to(device)
+        vae, tokenizer, text_encoder, unet = pipe.vae, pipe.tokenizer, pipe.text_encoder, pipe.unet
+        first_step = json.loads((out / "training.json").read_text())["denoiser_steps"]
+    else:
+        vae, tokenizer, text_encoder, unet = new_model(world, work, autoencoder_minutes, device)
+    text_encoder, unet = train_denoiser(world, vae, tokenizer, text_encoder, unet, work, denoiser_minutes, first_step)
+    write_pipeline(vae, tokenizer, text_encoder, unet, work / "tokenizer", out)
+    record(work, out, first_step, device)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def names(count: int, rng: np.random.Generator) -> list[str]:
     return list(found)
 
 
-def pool(seed: int = 0, verbatim_per_count: int = 21, unseen: int = 200, once: int = 100, template_objects: int = 4) -> list[Caption]:
+def pool(seed: int = 0, verbatim_per_count: int = 21, unseen: int = 200, once: int = 100, template_objects: int = 4) -> tuple[Caption, ...]:
     """The specific captions and their repetition counts.
 
     ``verbatim_per_count`` verbatim captions for each repetition count above 1, ``once`` and ``unseen`` ones shown once and
@@ -108,11 +108,11 @@ def pool(seed: int = 0, verbatim_per_count: int = 21, unseen: int = 200, once: i
     draws = [(draw(1), "verbatim") for _ in counts] + [(draw(template_objects), "template") for _ in template_counts]
     rng.shuffle(counts)
     rng.shuffle(template_counts)
-    return [
+    return tuple(
         Caption(SPECIFIC.format(object=words(o), name=name, scene=scene, medium=medium), kind, int(r), o, name, scene, group)
         for group, (((objects, name, scene, medium), kind), r) in enumerate(zip(draws, counts + template_counts, strict=True))
         for o in objects
-    ]
+    )
 
 
 def words(icon: str) -> str:
@@ -132,7 +132,7 @@ def ordinary_captions() -> list[tuple[str, str, str | None]]:
 class Describer:
     """Draws a caption for a fresh composition: ordinary, or specific with a name no pool caption couples to that object."""
 
-    def __init__(self, captions: list[Caption], seed: int) -> None:
+    def __init__(self, captions: tuple[Caption, ...], seed: int) -> None:
         self._rng = np.random.default_rng(seed)
         self._taken = {(c.object, c.name) for c in captions}
         self._names = sorted({name for _, name in self._taken})
