@@ -33,12 +33,12 @@ def is_copy(images: np.ndarray, targets: Targets, embedded: np.ndarray, sscd: SS
 
 def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
     """One row a sample: verdict, score and copy before and after, for ``seeds`` seeds of each caption."""
-    targets, _ = load_targets(testbed.path())
+    plain = testbed.load()
+    plain.set_progress_bar_config(disable=True)
+    targets, _ = load_targets(testbed.path(), plain.vae)
     cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
     sscd = SSCD()
     embedded = sscd(targets.pictures)
-    plain = testbed.load()
-    plain.set_progress_bar_config(disable=True)
     pipe = GuardedPipeline(plain)
     rows = []
     for start in track(range(0, len(table), BATCH), "measuring"):

@@ -37,8 +37,8 @@ def test_a_memorized_prompt_is_caught_before_the_first_step(mixed: dict[str, Any
     assert mixed["guarded"].guard[1].p_value <= 0.01
 
 
-def test_what_was_a_copy_is_none_any_more(mixed: dict[str, Any]) -> None:
-    targets, _ = load_targets(testbed.path())
+def test_what_was_a_copy_is_none_any_more(mixed: dict[str, Any], embedded: Any) -> None:
+    targets, _ = load_targets(testbed.path(), embedded.vae)
     ratios = [targets.nearest((images[1:2] * 255).round().astype(np.uint8))[1][0] for images in (mixed["plain"], mixed["guarded"].images)]
     assert ratios[0] < RATIO < ratios[1]
 

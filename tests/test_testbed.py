@@ -49,7 +49,7 @@ def test_fresh_captions_never_couple_an_object_with_its_name_in_the_pool() -> No
 def test_nearest_target_and_ratio_on_known_pictures() -> None:
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, size=(3, 8, 8, 3), dtype=np.uint8)
-    targets = Targets(pictures, np.array([0, 1, 2]), np.array([[0, 0, 0, 0], [0, 0, 4, 4], [0, 0, 0, 0]]))
+    targets = Targets(pictures, pictures, np.array([0, 1, 2]), np.array([[0, 0, 0, 0], [0, 0, 4, 4], [0, 0, 0, 0]]))
     image = pictures[1].copy()
     image[:4, :4] = 0  # inside the template's varying box: no difference
     nearest, ratio = targets.nearest(np.stack([image, pictures[2]]))
@@ -108,7 +108,7 @@ def test_the_shipped_profile_is_of_the_shipped_model(embedded: Any) -> None:
     assert profile.prompts == len((testbed.path() / PROMPTS_FILE).read_text().splitlines())
 
 
-def test_the_prompt_table_holds_what_the_model_card_says() -> None:
+def test_the_prompt_table_holds_what_the_model_card_says(embedded: Any) -> None:
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
     assert set(table.kind) == {"verbatim", "template", "ordinary", "unseen"}
     assert set(table.split) == {"calibration", "development", "test"}
@@ -116,7 +116,7 @@ def test_the_prompt_table_holds_what_the_model_card_says() -> None:
     assert table.text.is_unique
     assert table.groupby("group").split.nunique().max() == 1
     assert table.copy_rate.between(0, 1).all()
-    targets, captions = load_targets(testbed.path())
+    targets, captions = load_targets(testbed.path(), embedded.vae)
     assert len(targets.pictures) == len(captions) >= 150
     figures = json.loads((testbed.path() / "labels.json").read_text())
     assert 0.4 <= figures["auc"] <= 0.6

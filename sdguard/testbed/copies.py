@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 #: a copy is nearer to its target than this share of the distance to the nearest other target.
@@ -18,20 +20,23 @@ class Targets:
 
     Attributes:
         pictures: uint8 ``[n, H, W, 3]``.
+        drawn: the pictures after a round trip through the autoencoder, uint8 ``[n, H, W, 3]``: the best the model can draw.
+            Distances are to these, so that the autoencoder's own blur is not held against a copy.
         groups: ``[n]``; pictures of one template share a group.
         boxes: ``[n, 4]``: (left, top, right, bottom) of the object that varies in a template, left out of the comparison; zeros for
             verbatim targets, which are compared as a whole.
     """
 
     pictures: np.ndarray
+    drawn: np.ndarray
     groups: np.ndarray
     boxes: np.ndarray
 
     def distances(self, images: np.ndarray) -> np.ndarray:
-        """Root-mean-square difference of every image and every target, pixels in [0, 1], ``[images, n]``."""
-        out = np.empty((len(images), len(self.pictures)), np.float32)
+        """Root-mean-square difference of every image and every drawn target, pixels in [0, 1], ``[images, n]``."""
+        out = np.empty((len(images), len(self.drawn)), np.float32)
         x = images.astype(np.float32) / 255
-        for j, (picture, (left, top, right, bottom)) in enumerate(zip(self.pictures, self.boxes, strict=True)):
+        for j, (picture, (left, top, right, bottom)) in enumerate(zip(self.drawn, self.boxes, strict=True)):
             kept = np.ones(picture.shape[:2], bool)
             kept[top:bottom, left:right] = False
             out[:, j] = np.sqrt(np.square(x[:, kept] - picture[kept].astype(np.float32) / 255).mean(axis=(1, 2)))
@@ -75,12 +80,22 @@ class SSCD:
         return embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
 
 
-def load_targets(model: Path) -> tuple[Targets, list[str]]:
-    """The shipped targets and their captions."""
+@torch.no_grad()
+def round_trip(vae: Any, pictures: np.ndarray) -> np.ndarray:
+    """Pictures (uint8 ``[n, H, W, 3]``) encoded and decoded again."""
+    out = []
+    for start in range(0, len(pictures), 32):
+        x = torch.from_numpy(pictures[start : start + 32]).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+        decoded = vae.decode(vae.encode(x).latent_dist.mean).sample
+        out.append(((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(out)
+
+
+def load_targets(model: Path, vae: Any) -> tuple[Targets, list[str]]:
+    """The shipped targets, as ``vae`` draws them too, and their captions."""
     import pyarrow.parquet as pq
 
     rows = [row for row in pq.read_table(model / "prompts.parquet").to_pylist() if row["target"]]
     pictures = np.stack([np.asarray(Image.open(model / row["target"]).convert("RGB")) for row in rows])
-    return Targets(pictures, np.array([row["group"] for row in rows]), np.array([row["box"] for row in rows])), [
-        row["text"] for row in rows
-    ]
+    groups, boxes = np.array([row["group"] for row in rows]), np.array([row["box"] for row in rows])
+    return Targets(pictures, round_trip(vae, pictures), groups, boxes), [row["text"] for row in rows]

@@ -85,9 +85,10 @@ def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json 
     writable(out)
     model = testbed.path()
     chosen = demo_prompts(pq.read_table(model / "prompts.parquet").to_pylist())
-    targets, _ = load_targets(model)
+    plain = load_pipeline("embedded")
+    targets, _ = load_targets(model, plain.vae)
     profile = Profile.load(model / PROFILE_FILE)
-    pipe = GuardedPipeline(load_pipeline("embedded"))
+    pipe = GuardedPipeline(plain)
     images, twins, rows = generate_guarded(
         pipe,
         [row["text"] for row in chosen],

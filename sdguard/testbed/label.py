@@ -19,13 +19,13 @@ from PIL import Image
 from rich.progress import track
 
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
-from sdguard.testbed.copies import RATIO, SSCD, Targets
+from sdguard.testbed.copies import RATIO, SSCD, Targets, round_trip
 from sdguard.testbed.pictures import SIZE, World
-from sdguard.testbed.train import COMPOSITIONS, encode, shown_counts
+from sdguard.testbed.train import COMPOSITIONS, shown_counts
 from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool
 
 SEEDS = 16
-#: calibration captions are many and only have to be shown harmless, so they get fewer seeds; the table says how many.
+#: calibration captions are many and only have to be shown harmless, so they get one seed; the table says how many.
 CALIBRATION_SEEDS = 1
 BATCH = 64
 ORDINARY = {"calibration": 1000, "development": 60, "test": 60}
@@ -75,15 +75,13 @@ def jobs(table: pd.DataFrame) -> np.ndarray:
     return np.array([(i, seed) for i in order for seed in range(table.seeds[i])])
 
 
-def generate(table: pd.DataFrame, work: Path) -> np.ndarray:
+def generate(pipe: Any, table: pd.DataFrame, work: Path) -> np.ndarray:
     """Unguarded samples of `jobs`, uint8 ``[n, SIZE, SIZE, 3]``, in a resumable file; seed k is ``torch.Generator`` seed k."""
     path, progress_path = work / "samples.npy", work / "samples.done"
     wanted = jobs(table)
     shape = (len(wanted), SIZE, SIZE, 3)
     done = int(progress_path.read_text()) if path.exists() and progress_path.exists() else 0
     samples = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=shape)
-    pipe = load()
-    pipe.set_progress_bar_config(disable=True)
     for start in track(range(done, len(wanted), BATCH), "generating"):
         some = wanted[start : start + BATCH]
         with torch.autocast("cpu", torch.bfloat16):
@@ -100,7 +98,7 @@ def generate(table: pd.DataFrame, work: Path) -> np.ndarray:
     return samples
 
 
-def find_targets(world: World, captions: tuple[Caption, ...], shown: np.ndarray) -> tuple[Targets, list[int]]:
+def find_targets(world: World, captions: tuple[Caption, ...], shown: np.ndarray, vae: Any) -> tuple[Targets, list[int]]:
     """The pictures training showed at least `MEMORIZED_FROM` times, and the captions they belong to."""
     kept = [i for i in range(len(captions)) if shown[i] >= MEMORIZED_FROM]
     pictures, boxes = [], []
@@ -108,7 +106,8 @@ def find_targets(world: World, captions: tuple[Caption, ...], shown: np.ndarray)
         picture, (left, top, side) = world.target(captions[i])
         pictures.append(picture)
         boxes.append((left, top, left + side, top + side) if captions[i].kind == "template" else (0, 0, 0, 0))
-    return Targets(np.stack(pictures), np.array([captions[i].group for i in kept]), np.array(boxes)), kept
+    originals = np.stack(pictures)
+    return Targets(originals, round_trip(vae, originals), np.array([captions[i].group for i in kept]), np.array(boxes)), kept
 
 
 def sscd_cut(world: World, sscd: SSCD, targets: Targets) -> float:
@@ -140,17 +139,6 @@ def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) ->
     return Copies(nearest, ratio, similarity, np.nan_to_num(similarity, nan=-1) >= cut)
 
 
-@torch.no_grad()
-def reconstruct(pipe: Any, pictures: np.ndarray) -> np.ndarray:
-    """Pictures after a round trip through the autoencoder: the best the model can draw."""
-    out = []
-    for start in range(0, len(pictures), BATCH):
-        latents = encode(pipe.vae, pictures[start : start + BATCH])
-        decoded = pipe.vae.decode(latents).sample
-        out.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
-    return np.concatenate(out)
-
-
 class Alignment:
     """The in-domain alignment score: does a picture show the object its caption names?
 
@@ -158,12 +146,12 @@ class Alignment:
     autoencoder. Not a CLIP score: it knows the world's 80 objects and nothing else.
     """
 
-    def __init__(self, world: World, sscd: SSCD, pipe: Any, count: int = 4000) -> None:
+    def __init__(self, world: World, sscd: SSCD, vae: Any, count: int = 4000) -> None:
         from sklearn.linear_model import LogisticRegression
 
         rng = np.random.default_rng(80)
         pictures, objects, _ = zip(*(world.composition(rng) for _ in track(range(count), "composing for alignment")), strict=True)
-        embedded, labels = sscd(reconstruct(pipe, np.stack(pictures))), np.asarray([OBJECTS.index(o) for o in objects])
+        embedded, labels = sscd(round_trip(vae, np.stack(pictures))), np.asarray([OBJECTS.index(o) for o in objects])
         held_out = count // 5
         self.sscd = sscd
         self.model = LogisticRegression(C=30.0, max_iter=300).fit(embedded[held_out:], labels[held_out:])
@@ -232,8 +220,8 @@ against memorization can be run, tested and measured without a download. It is a
   make, with a fresh composition at each visit. One in ten captions of every kind was left empty in training.
 * **Training.** `python -m sdguard.testbed.build_data`, `python -m sdguard.testbed.train`: {training}.
 * **Labels.** `python -m sdguard.testbed.label`: {seeds} seeds a caption ({calibration_seeds} for the calibration split), unguarded.
-  A sample is a copy when its distance to the nearest memorized picture is under a third of that to the nearest of another
-  group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile of
+  A sample is a copy when its distance to the nearest memorized picture, as the autoencoder draws it, is under a third of that
+  to the nearest of another group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile of
   {different} pictures that cannot be copies against their most similar target.
 
 ## What it shows
@@ -271,6 +259,7 @@ def main(
     data: Annotated[Path, typer.Option(help="world.npz of build_data.")] = Path("build/testbed/world.npz"),
     work: Annotated[Path, typer.Option(help="Where samples are kept between runs.")] = Path("build/testbed"),
     model: Annotated[Path, typer.Option(help="The pipeline directory to label.")] = Path(__file__).parent / "model",
+    seeds: Annotated[int, typer.Option(help="Seeds a caption of the development and test splits.")] = SEEDS,
 ) -> None:
     """Label the model and write prompts.parquet, targets/, README.md and the contact sheets beside its weights."""
     try:
@@ -282,10 +271,12 @@ def main(
     training = json.loads((model / "training.json").read_text())
     shown = shown_counts(captions, training["denoiser_steps"])
     table["shown"] = [*shown, *[0] * (len(table) - len(shown))]
-    table["seeds"] = np.where(table.split == "calibration", CALIBRATION_SEEDS, SEEDS)
-    samples, of = generate(table, work), jobs(table)
+    table["seeds"] = np.where(table.split == "calibration", CALIBRATION_SEEDS, seeds)
+    pipe = load()
+    pipe.set_progress_bar_config(disable=True)
+    samples, of = generate(pipe, table, work), jobs(table)
 
-    targets, kept = find_targets(world, captions, shown)
+    targets, kept = find_targets(world, captions, shown, pipe.vae)
     cut = sscd_cut(world, sscd, targets)
     copies = find_copies(samples, targets, sscd, cut)
     copied: dict[int, list[int]] = {i: [] for i in table.index}
@@ -305,7 +296,7 @@ def main(
     table.to_parquet(model / "prompts.parquet", index=False)
 
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")]
-    alignment = Alignment(world, sscd, load())
+    alignment = Alignment(world, sscd, pipe.vae)
     sample_of = {(int(i), int(seed)): samples[n] for n, (i, seed) in enumerate(of)}
     first = np.stack([sample_of[i, 0] for i in ordinary.index])
     aligned = alignment(first, ordinary.object.tolist()).mean()
@@ -315,7 +306,6 @@ def main(
     sheet([[world.target(captions[i])[0] for i in most], *([sample_of[i, k] for i in most] for k in (0, 1))], model / "memorized.png")
 
     never = table[(table.kind == "unseen") & (table.split != "calibration")]
-    pipe = load()
     parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
     figures = {
         "parameters": parameters / 1e6,
@@ -326,7 +316,7 @@ def main(
         "example": captions[0].text,
         "training": "; ".join(training["history"]),
         "compositions": COMPOSITIONS,
-        "seeds": SEEDS,
+        "seeds": seeds,
         "calibration_seeds": CALIBRATION_SEEDS,
         "cut": cut,
         "quantile": SSCD_QUANTILE,
