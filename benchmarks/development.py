@@ -38,7 +38,7 @@ def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
     targets, _ = load_targets(testbed.path(), plain.vae)
     cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
     sscd = SSCD()
-    embedded = sscd(targets.pictures)
+    embedded = sscd(targets.drawn)
     pipe = GuardedPipeline(plain)
     rows = []
     for start in track(range(0, len(table), BATCH), "measuring"):

@@ -132,7 +132,7 @@ def test_an_error_inside_a_signal_reaches_the_report(
 def test_a_run_leaves_no_trace(fails: bool, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: dict(vars(part)) for name, part in tiny.components.items() if part is not None}
     attributes = dict(vars(tiny))
-    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e-6), on_failure="raise" if fails else "withhold"))
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e-6, -1.0), on_failure="raise" if fails else "withhold"))
     if fails:
         with pytest.raises(MemorizationError):
             call(guarded)

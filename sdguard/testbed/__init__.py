@@ -10,7 +10,7 @@ from typing import Any
 
 #: the setting its labels and its profile were measured at.
 STEPS = 10
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 2.5
 
 
 def path() -> Path:

@@ -33,6 +33,7 @@ SPECIFIC_FOR_CALIBRATION = 150
 MEMORIZED_FROM = 8
 #: share of different pairs of pictures whose SSCD similarity lies below the cut.
 SSCD_QUANTILE = 0.995
+DIFFERENT = 600
 
 
 def prompt_table(seed: int = 60) -> pd.DataFrame:
@@ -110,11 +111,15 @@ def find_targets(world: World, captions: tuple[Caption, ...], shown: np.ndarray,
     return Targets(originals, round_trip(vae, originals), np.array([captions[i].group for i in kept]), np.array(boxes)), kept
 
 
-def sscd_cut(world: World, sscd: SSCD, targets: Targets) -> float:
-    """The similarity that `SSCD_QUANTILE` of pairs (fresh composition, its most similar target) stay below: none is a copy."""
+def sscd_cut(world: World, sscd: SSCD, targets: Targets, vae: Any) -> float:
+    """The similarity that `SSCD_QUANTILE` of pairs (fresh composition, its nearest target) stay below, both as the autoencoder draws them.
+
+    Fresh compositions use none of the targets' photographs, so none of the pairs is a copy.
+    """
     rng = np.random.default_rng(70)
-    fresh = np.stack([world.composition(rng)[0] for _ in range(600)])
-    return float(np.quantile((sscd(fresh) @ sscd(targets.pictures).T).max(axis=1), SSCD_QUANTILE))
+    fresh = round_trip(vae, np.stack([world.composition(rng)[0] for _ in range(DIFFERENT)]))
+    nearest, _ = targets.nearest(fresh)
+    return float(np.quantile((sscd(fresh) * sscd(targets.drawn)[nearest]).sum(axis=1), SSCD_QUANTILE))
 
 
 @dataclass
@@ -134,7 +139,7 @@ def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) ->
     similarity = np.full(len(images), np.nan)
     close = np.flatnonzero(ratio < RATIO)
     if len(close):
-        embedded = sscd(targets.pictures)
+        embedded = sscd(targets.drawn)
         similarity[close] = (sscd(images[close]) * embedded[nearest[close]]).sum(axis=1)
     return Copies(nearest, ratio, similarity, np.nan_to_num(similarity, nan=-1) >= cut)
 
@@ -146,7 +151,7 @@ class Alignment:
     autoencoder. Not a CLIP score: it knows the world's 80 objects and nothing else.
     """
 
-    def __init__(self, world: World, sscd: SSCD, vae: Any, count: int = 4000) -> None:
+    def __init__(self, world: World, sscd: SSCD, vae: Any, count: int = 2000) -> None:
         from sklearn.linear_model import LogisticRegression
 
         rng = np.random.default_rng(80)
@@ -221,8 +226,9 @@ against memorization can be run, tested and measured without a download. It is a
 * **Training.** `python -m sdguard.testbed.build_data`, `python -m sdguard.testbed.train`: {training}.
 * **Labels.** `python -m sdguard.testbed.label`: {seeds} seeds a caption ({calibration_seeds} for the calibration split), unguarded.
   A sample is a copy when its distance to the nearest memorized picture, as the autoencoder draws it, is under a third of that
-  to the nearest of another group *and* SSCD (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile of
-  {different} pictures that cannot be copies against their most similar target.
+  to the nearest of another group *and* SSCD similarity to it (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the
+  {quantile:.1%} quantile of
+  {different} fresh compositions, which cannot be copies, against their nearest.
 
 ## What it shows
 
@@ -235,7 +241,7 @@ against memorization can be run, tested and measured without a download. It is a
 
 ![ordinary captions](ordinary.png)
 
-Eight ordinary development captions, one row of eight seeds each: {sheet_captions}.
+Eight ordinary development captions, one row each, a column a seed: {sheet_captions}.
 
 ![memorized pictures](memorized.png)
 
@@ -277,7 +283,7 @@ def main(
     samples, of = generate(pipe, table, work), jobs(table)
 
     targets, kept = find_targets(world, captions, shown, pipe.vae)
-    cut = sscd_cut(world, sscd, targets)
+    cut = sscd_cut(world, sscd, targets, pipe.vae)
     copies = find_copies(samples, targets, sscd, cut)
     copied: dict[int, list[int]] = {i: [] for i in table.index}
     for i, seed in of[copies.copy]:
@@ -301,7 +307,7 @@ def main(
     first = np.stack([sample_of[i, 0] for i in ordinary.index])
     aligned = alignment(first, ordinary.object.tolist()).mean()
     shown_rows = ordinary.iloc[:8]
-    sheet([[sample_of[i, seed] for seed in range(8)] for i in shown_rows.index], model / "ordinary.png")
+    sheet([[sample_of[i, seed] for seed in range(min(8, seeds))] for i in shown_rows.index], model / "ordinary.png")
     most = [i for i in kept if table.repetitions[i] >= 250][:12]
     sheet([[world.target(captions[i])[0] for i in most], *([sample_of[i, k] for i in most] for k in (0, 1))], model / "memorized.png")
 
@@ -320,7 +326,7 @@ def main(
         "calibration_seeds": CALIBRATION_SEEDS,
         "cut": cut,
         "quantile": SSCD_QUANTILE,
-        "different": 600,
+        "different": DIFFERENT,
         "table": markdown(dose_response(table)),
         "ordinary": table[table.kind == "ordinary"].copy_rate.mean(),
         "unseen": never.copy_rate.mean(),

@@ -272,7 +272,7 @@ def write_pipeline(
         text_encoder=text_encoder.float(),
         tokenizer=tokenizer,
         unet=unet.half(),
-        scheduler=DPMSolverMultistepScheduler(**SCHEDULE),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -60,7 +60,7 @@ def train_within(
         partial.replace(checkpoint)
 
     def fraction() -> float:
-        return min(1.0, max(spent / (60 * minutes), step / last_step if last_step else 0.0))
+        return min(1.0, max(spent / (60 * minutes) if minutes else 1.0, step / last_step if last_step else 0.0))
 
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     log_path = checkpoint.with_suffix(".csv")
