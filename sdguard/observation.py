@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +38,17 @@ def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
 
 
 def to_noise(output: Tensor, x: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:
-    """A network output as a noise prediction: ``eps = a v + s x`` for v, ``(x - a x_0) / s`` for the sample (Salimans & Ho 2022)."""
+    """A network output as a noise prediction: ``eps = a v + s x`` for v (Salimans & Ho 2022), ``(x - a x_0) / s`` for the sample.
+
+    Flow matching has ``a + s = 1`` in place of ``a**2 + s**2 = 1`` and predicts ``eps - x_0``: ``eps = x + a u`` (Lipman et al. 2023).
+    """
     match prediction_type:
         case "epsilon":
             return output
         case "v_prediction":
             return level.a * output + level.s * x
+        case "flow_prediction":
+            return x + level.a * output
         case "sample":
             return (x - level.a * output) / level.s
     raise TypeError(f"prediction type {prediction_type!r} is not known to sdguard.")
@@ -53,6 +58,9 @@ def denoised(x: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     """The estimate of ``x_0``: ``(x_t - s eps) / a``."""
     return (x - level.s * eps) / level.a
 
+
+#: the conditional or the unconditional prediction, the two under guidance, or their difference.
+Branch = Literal["conditional", "unconditional", "guided", "contrast"]
 
 #: evaluates the denoiser as the pipeline's own call did: (x, timestep, condition) -> noise prediction, fp32.
 Denoiser = Callable[[Tensor, float, Tensor], Tensor]
@@ -95,12 +103,30 @@ class Observation:
         """``D = eps_c - eps_u``, ``[B, C, H, W]``."""
         return self.eps_c - self.eps_u
 
+    def score(self, branch: Branch, timestep: float | None = None) -> Callable[[Tensor], Tensor]:
+        """``x -> grad log p_t(x) = -eps / s`` of a branch, ``[B, C, H, W]`` both, at this or another timestep.
+
+        ``"guided"`` is ``u + w (c - u)`` for guidance scale w, ``"contrast"`` is ``c - u``.
+        Cost: 1 evaluation per image a call, 2 for guided and contrast.
+        """
+        t = self.timestep if timestep is None else timestep
+        s = self.level_at(t).s
+
+        def score(x: Tensor) -> Tensor:
+            if branch in ("conditional", "unconditional"):
+                self.spend(1)
+                return -self.denoise(x, t, self.condition if branch == "conditional" else self.null_condition) / s
+            eps_c, eps_u = self.replay(x, t)
+            return -(eps_u + self.guidance_scale * (eps_c - eps_u) if branch == "guided" else eps_c - eps_u) / s
+
+        return score
+
     def spend(self, count: int) -> None:
         """Book ``count`` denoiser evaluations on every row; a gradient counts as one more than its forward pass."""
-        self.evaluations[self.rows] += count
+        self.evaluations.index_add_(0, self.rows, torch.full_like(self.rows, count))
 
     def select(self, rows: Tensor) -> Observation:
-        """The observation of some of its rows (positions in this observation)."""
+        """The observation of some of its rows (positions in this observation, also repeated ones)."""
         picked = {name: getattr(self, name)[rows] for name in ("x", "eps_c", "eps_u", "condition", "null_condition", "rows")}
         return replace(self, **picked)
 
