@@ -10,7 +10,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from sdguard.hook import family_of, watched
 from sdguard.observation import Observation
 from sdguard.signals.agreement import agreement
 from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.words import document_frequency
 
-FORMAT = 1
+FORMAT = 2
 PROFILE_FILE, PROMPTS_FILE = "sdguard/profile.json", "sdguard/ordinary_prompts.txt"
 BATCH = 8
 #: ordinary prompts whose look-ahead and whose later steps are measured.
@@ -43,6 +44,7 @@ class Profile:
         guidance_norm: first-step guidance norm of every ordinary prompt, ascending.
         series: ``(mean, standard deviation)`` of the guidance norm at every step.
         agreement: agreement between noises of a part of the prompts, ascending.
+        words: how many of the prompts hold each word.
         format: version of the file format.
     """
 
@@ -50,6 +52,7 @@ class Profile:
     guidance_norm: list[float]
     series: list[tuple[float, float]]
     agreement: list[float]
+    words: dict[str, int] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -229,7 +232,7 @@ def calibrate(
                 progress(start + len(batch), len(prompts))
     series = [(statistics.fmean(at), statistics.stdev(at)) for at in zip(*runs, strict=True)]
     print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
-    return Profile(print_, sorted(norms), series, sorted(agreements))
+    return Profile(print_, sorted(norms), series, sorted(agreements), document_frequency(prompts))
 
 
 def cache_path(print_: dict[str, Any]) -> Path:

@@ -124,13 +124,11 @@ def verdict_table(rows: list[dict[str, Any]]) -> Table:
     """The reports as a table for people."""
     from sdguard.report import GuardReport
 
-    table = Table("prompt", "seed", "verdict", "score", "p", "extra evaluations", "why", title="sdguard")
+    table = Table("prompt", "seed", "verdict", "extra evaluations", "why", title="sdguard", show_lines=True)
     for row in rows:
         report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
-        number = "" if report.score is None else f"{report.score:+.1f}"
-        p_value = "" if report.p_value is None else f"{report.p_value:.3g}"
         verdict = f"[{COLOURS[report.verdict]}]{report.verdict}[/]"
-        table.add_row(report.prompt, str(row["seed"]), verdict, number, p_value, str(report.extra_evaluations), report.reason)
+        table.add_row(report.prompt, str(row["seed"]), verdict, str(report.extra_evaluations), report.reason)
     return table
 
 

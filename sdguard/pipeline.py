@@ -9,6 +9,7 @@ from typing import Any
 
 import wrapt
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from sdguard.calibration import Profile, cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.calibration import ProfileError as ProfileError
@@ -78,7 +79,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
                 f"With guidance_scale={given['guidance_scale']:g} the pipeline runs no unconditional branch, so the guidance norm and the "
                 "look-ahead fall away and the guard refuses the run; use a guidance scale above 1, or sdguard.unguard(pipe)."
             )
-        run = GuardedRun(config, self.profile(given), prompts_of(given))
+        run = GuardedRun(config, self.profile(given), prompts_of(given), lambda texts: encode(pipe, texts))
         try:
             with watched(pipe, run):
                 output = pipe(*args, **kwargs)
@@ -116,6 +117,12 @@ class GuardedPipeline(wrapt.ObjectProxy):
         made = calibrate(pipe, prompts, **setting)
         made.save(cache_path(print_))
         return made
+
+
+def encode(pipe: Any, texts: list[str]) -> Tensor:
+    """Text embeddings ``[n, T, E]`` of n texts, as a running call of ``pipe`` encodes its own prompts."""
+    lora_scale = (pipe.cross_attention_kwargs or {}).get("scale")
+    return pipe.encode_prompt(texts, pipe._execution_device, 1, False, lora_scale=lora_scale, clip_skip=pipe.clip_skip)[0]
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:

@@ -24,7 +24,8 @@ class GuardReport:
         signals: each signal's ``value`` and, where ordinary prompts were measured, its ``z`` score.
         series: each free signal at every denoising step.
         extra_evaluations: denoiser evaluations spent on this image beyond the pipeline's own; a gradient counts as one more.
-        steering: what was tried: ``method``, ``tokens`` moved, ``moved`` (relative distance of the embedding), ``attempts``.
+        steering: what was tried: ``attempts``, each with its ``method``, what it did and what verification found, and
+            ``passed``, the one that passed or None.
         error: why the image could not be judged, if so.
     """
 
@@ -54,7 +55,9 @@ class GuardReport:
             case "flagged":
                 return f"Predicted to be memorized: {pull}; nothing was changed."
             case "steered":
-                return f"Predicted to be memorized: {pull}; steered away, verified by the look-ahead."
+                how = (self.steering or {})["passed"]
+                way = f"reworded to “{how['wording']}”" if how["method"] == "rewording" else "its prompt embedding moved"
+                return f"Predicted to be memorized: {pull}; {way}, verified by the look-ahead."
         return f"Predicted to be memorized: {pull}; withheld."
 
     def to_json(self) -> str:

@@ -15,6 +15,7 @@ from sdguard.observation import Observation
 from sdguard.report import GuardReport
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.ladder import climb
+from sdguard.steering.rewording import Encode
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ class MemorizationError(RuntimeError):
 class GuardedRun:
     """The watcher of one guarded pipeline call; ``reports`` holds one `GuardReport` per image when it is over."""
 
-    def __init__(self, config: GuardConfig, profile: Profile, prompts: list[str | None]) -> None:
-        self.config, self.profile = config, profile
+    def __init__(self, config: GuardConfig, profile: Profile, prompts: list[str | None], encode: Encode) -> None:
+        self.config, self.profile, self.encode = config, profile, encode
         self.conditions: dict[int, Tensor] = {}
         self.limit = profile.threshold(config.false_positive_rate)
         self.reports = [GuardReport(prompt, row, threshold=profile.score(self.limit)) for row, prompt in enumerate(prompts)]
@@ -77,7 +78,7 @@ class GuardedRun:
         """Send the rows of ``observation`` up the ladder; verified ones are redirected."""
         reports = [self.reports[row] for row in observation.rows.tolist()]
         try:
-            outcomes = climb(observation, self.profile)
+            outcomes = climb(observation, self.profile, [report.prompt for report in reports], self.encode)
         except Exception as error:  # as in observe
             self.fail(reports, error)
             return

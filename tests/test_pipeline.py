@@ -70,10 +70,12 @@ def test_a_steered_image_leaves_its_neighbours_bit_identical(
         assert (report.extra_evaluations > 0) == (i == row)
 
 
-def always_passes(observation: Any, profile: Profile) -> list[Any]:
+def always_passes(observation: Any, profile: Profile, prompts: list[str], encode: Any) -> list[Any]:
     from sdguard.steering.ladder import Outcome
 
-    return [Outcome(0.0, text * 0.5, []) for text in observation.condition]
+    texts = [prompt.split()[0] for prompt in prompts]
+    how = [{"method": "rewording", "wording": text} for text in texts]
+    return [Outcome(0.0, text, [attempt]) for text, attempt in zip(encode(texts), how, strict=True)]
 
 
 def test_nothing_is_called_steered_without_verification(tiny: Any, profile_for: MakeProfile) -> None:

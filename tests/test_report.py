@@ -12,10 +12,21 @@ def test_a_report_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("verdict", "says"),
-    [("clean", "Nothing memorized"), ("flagged", "nothing was changed"), ("steered", "verified"), ("withheld", "withheld")],
+    [("clean", "Nothing memorized"), ("flagged", "nothing was changed"), ("withheld", "withheld")],
 )
 def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
     assert says in GuardReport("a cat", 0, verdict, score=3.0, p_value=0.001).reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("passed", "says"),
+    [
+        ({"method": "rewording", "wording": "a cat on a mat"}, "reworded to “a cat on a mat”, verified by the look-ahead"),
+        ({"method": "embedding descent"}, "its prompt embedding moved, verified by the look-ahead"),
+    ],
+)
+def test_the_reason_names_what_steered(passed: dict[str, str], says: str) -> None:
+    assert says in GuardReport("a cat", 0, "steered", score=3.0, p_value=0.001, steering={"passed": passed, "attempts": [passed]}).reason
 
 
 def test_an_error_is_the_reason() -> None:

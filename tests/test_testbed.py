@@ -13,6 +13,7 @@ from torch import nn
 
 from sdguard import testbed
 from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, Profile, fingerprint
+from sdguard.testbed import training
 from sdguard.testbed.build_data import DataError, licence_of, run
 from sdguard.testbed.copies import Targets, load_targets
 from sdguard.testbed.train import EPOCH_STEPS, shown_counts
@@ -69,22 +70,25 @@ def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
         run("no-such-tool", cwd=tmp_path)
 
 
-def test_training_resumes_where_it_stopped(tmp_path: Path) -> None:
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     model = nn.Linear(2, 1)
 
     def loss_at(step: int) -> torch.Tensor:
         seen.append(step)
+        if len(seen) in (4, 7):
+            raise KeyboardInterrupt
         return model(torch.ones(1, 2)).square().mean()
 
-    train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2, last_step=4)
-    weights = model.weight.clone()
-    model = nn.Linear(2, 1)
-    train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2, last_step=4)
-    assert seen == [0, 1, 2, 3]
-    assert torch.equal(model.weight, weights)
-    train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2, last_step=6)
-    assert seen == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2)
+        trained = model.weight.clone()
+        model = nn.Linear(2, 1)
+    assert seen == [0, 1, 2, 3, 3, 4, 5]
+    train_within(0, model, loss_at, tmp_path / "x.pt", 1e-2)
+    assert torch.equal(model.weight, trained)
 
 
 def test_a_spent_budget_trains_no_more(tmp_path: Path) -> None:
@@ -95,10 +99,7 @@ def test_a_spent_budget_trains_no_more(tmp_path: Path) -> None:
 def test_the_plain_call_loads_it_and_it_is_small(embedded: Any) -> None:
     assert isinstance(embedded, StableDiffusionPipeline)
     assert {embedded.unet.dtype, embedded.vae.dtype, embedded.text_encoder.dtype} == {torch.float32}
-    weights = sum(p.stat().st_size for p in testbed.path().rglob("*.safetensors"))
-    everything = sum(p.stat().st_size for p in testbed.path().rglob("*") if p.is_file())
-    assert weights <= 40e6
-    assert everything <= 50e6
+    assert sum(p.stat().st_size for p in testbed.path().rglob("*") if p.is_file()) <= 40e6
 
 
 def test_the_shipped_profile_is_of_the_shipped_model(embedded: Any) -> None:

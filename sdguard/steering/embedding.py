@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from sdguard.observation import Observation
-
-
-@dataclass(frozen=True)
-class Correction:
-    """A new text condition for each row of an observation.
-
-    Attributes:
-        condition: ``[B, T, E]``.
-        tokens: the positions that were moved, per row.
-        moved: distance moved relative to the norm of the whole embedding, ``[B]``.
-    """
-
-    condition: Tensor
-    tokens: list[list[int]]
-    moved: Tensor
+from sdguard.steering.correction import Correction
 
 
 def norm_gradient(observation: Observation, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +37,8 @@ def embedding_descent(
 
     After Wen et al. 2024 (2407.21720, sec. 4.2), with three differences: each image has its own loss and stops by itself once its
     norm is below ``target``; only the tokens that hold ``share`` of the first gradient's energy move, the begin token never;
-    each token stays within ``radius`` times its distance from the empty prompt's. ``step`` is a share of that radius.
+    each token stays within ``radius`` times its distance from the empty prompt's. ``step`` is a share of that radius. The report
+    gets the positions of the moved ``tokens`` and the distance ``moved`` relative to the norm of the whole embedding.
     Cost: at most ``2 iterations`` evaluations per image.
     """
     origin = observation.condition.float()
@@ -71,5 +56,6 @@ def embedding_descent(
         delta = delta * (reach / delta.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp(max=1)
         condition = origin + delta
     tokens = [row.nonzero().flatten().tolist() for row in moving.squeeze(-1)]
-    moved = (condition - origin).flatten(1).norm(dim=1) / origin.flatten(1).norm(dim=1)
-    return Correction(condition.to(observation.condition.dtype), tokens, moved)
+    moved = ((condition - origin).flatten(1).norm(dim=1) / origin.flatten(1).norm(dim=1)).tolist()
+    how = [{"method": "embedding descent", "radius": radius, "tokens": t, "moved": m} for t, m in zip(tokens, moved, strict=True)]
+    return Correction(condition.to(observation.condition.dtype), how)

@@ -24,14 +24,9 @@ KINDS = ("verbatim", "template", "ordinary")
 
 
 def demo_prompts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first development caption of each kind; memorized ones at the highest repetition count that training copied for seed 0."""
-    chosen = []
-    for kind in KINDS:
-        own = [row for row in rows if row["kind"] == kind and row["split"] == "development"]
-        if kind != "ordinary":
-            own = [row for row in own if 0 in row["copied_seeds"]]
-        chosen.append(max(own, key=lambda row: row["repetitions"]))
-    return chosen
+    """The development caption of each kind that training showed most often, among equals the one most often copied."""
+    development = [row for row in rows if row["split"] == "development"]
+    return [max((row for row in development if row["kind"] == kind), key=lambda r: (r["repetitions"], r["copy_rate"])) for kind in KINDS]
 
 
 def copy_ratio(targets: Targets, images: list[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -47,35 +42,45 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
     import matplotlib.pyplot as plt
 
     colour = {"clean": "#2a7f3f", "flagged": "#b8860b", "steered": "#1f6fb2", "withheld": "#b22222"}
-    figure, axes = plt.subplots(len(rows), 5, figsize=(15, 3.5 * len(rows)), width_ratios=[1.15, 1, 1, 1, 1.3], layout="constrained")
+    headings = ("unguarded", "guarded", "nearest training picture")
+    figure, axes = plt.subplots(len(rows), 5, figsize=(15, 3.3 * len(rows) + 0.8), width_ratios=[1.15, 1, 1, 1, 1.3], layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
+    norms = clean.guidance_norm
+    right = 1.1 * max(norms[-1], *(row["signals"]["guidance_norm"]["value"] for row in rows))
     for line, row, trio in zip(axes, rows, pictures, strict=True):
         report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
         line[0].axis("off")
-        line[0].text(0, 0.98, row["kind"].upper(), fontsize=9, color="#777777", va="top")
-        line[0].text(0, 0.88, textwrap.fill(f"“{row['prompt']}”", 26), fontsize=13, va="top")
-        line[0].text(0, 0.58, report.verdict, fontsize=16, weight="bold", color=colour[report.verdict], va="top")
-        line[0].text(0, 0.44, textwrap.fill(report.reason, 36), fontsize=9, color="#333333", va="top")
-        line[0].text(0, 0.02, f"seed {row['seed']}, {report.extra_evaluations} extra evaluations", fontsize=8, color="#777777")
-        titles = (
-            f"unguarded: {'a copy' if row['copy_before'] else 'no copy'}",
-            f"guarded: {'a copy' if row['copy_after'] else 'no copy'}",
-            "nearest training picture",
-        )
-        for axis, image, title in zip(line[1:4], trio, titles, strict=True):
+        line[0].text(0, 1, row["kind"], fontsize=10, color="#777777", va="top")
+        line[0].text(0, 0.9, textwrap.fill(f"“{row['prompt']}”", 25), fontsize=13, va="top")
+        line[0].text(0, 0.62, report.verdict, fontsize=16, weight="bold", color=colour[report.verdict], va="top")
+        line[0].text(0, 0.49, textwrap.fill(report.reason, 37), fontsize=9.5, color="#333333", va="top")
+        line[0].text(0, 0, f"seed {row['seed']}, {report.extra_evaluations} extra denoiser evaluations", fontsize=8.5, color="#777777")
+        notes = (copy_note(row["ratio_before"]), copy_note(row["ratio_after"]), "")
+        for axis, image, heading, note in zip(line[1:4], trio, headings, notes, strict=True):
             axis.imshow(image, interpolation="bicubic")
-            axis.set_title(title, fontsize=11, color="#b22222" if title.endswith(": a copy") else "black")
-            axis.axis("off")
-        norms = clean.guidance_norm
-        line[4].hist(norms, bins=40, color="#cccccc", label=f"{len(norms):,} ordinary prompts")
-        line[4].axvline(row["threshold_norm"], color="black", linestyle="--", linewidth=1, label="threshold")
-        line[4].axvline(row["signals"]["guidance_norm"]["value"], color=colour[report.verdict], linewidth=2.5, label="this prompt")
-        line[4].set_xlabel("guidance norm at the first step", fontsize=9)
-        line[4].set_yticks([])
+            axis.set_title(heading if line is axes[0] else "", fontsize=12)
+            axis.set_xlabel(note, fontsize=10, color="#b22222" if note.startswith("a copy") else "#555555")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        norm = row["signals"]["guidance_norm"]["value"]
+        line[4].hist(norms, bins=40, color="#cccccc")
+        line[4].axvline(row["threshold_norm"], color="black", linestyle="--", linewidth=1)
+        line[4].axvline(norm, color=colour[report.verdict], linewidth=2.5)
+        top = line[4].get_ylim()[1]
+        line[4].set(ylim=(0, 1.25 * top), xlim=(0, right), yticks=[])
+        line[4].text(row["threshold_norm"], 1.22 * top, " threshold", fontsize=9, va="top")
+        line[4].text(norm, 1.1 * top, "this prompt ", fontsize=9, va="top", ha="right", color=colour[report.verdict])
+        line[4].set_xlabel("guidance norm at the first step", fontsize=10)
+        line[4].set_title(f"against {len(norms):,} ordinary prompts" if line is axes[0] else "", fontsize=12)
         line[4].spines[["top", "left", "right"]].set_visible(False)
-        line[4].legend(fontsize=8, frameon=False)
-    figure.suptitle("sdguard on its embedded model: decided before the first denoising step", fontsize=14, x=0.01, ha="left")
+    figure.suptitle("sdguard on its embedded model: decided before the first denoising step", fontsize=15)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def copy_note(ratio: float) -> str:
+    """The copy criterion in words."""
+    return f"{'a copy' if ratio < RATIO else 'no copy'} (distance ratio {ratio:.2f})"
 
 
 def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json go.")] = Path("out"), seed: int = 0) -> None:
@@ -101,7 +106,8 @@ def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json 
     _, after = copy_ratio(targets, images)
     for i, row in enumerate(rows):
         row["kind"] = chosen[i]["kind"]
-        row["copy_before"], row["copy_after"] = bool(before[i] < RATIO), bool(after[i] < RATIO)
+        row["ratio_before"], row["ratio_after"] = float(before[i]), float(after[i])
+        row["copy_before"], row["copy_after"] = bool(before[i] < RATIO), bool(after[i] < RATIO) and row["verdict"] != "withheld"
         row["threshold_norm"] = profile.threshold(pipe.guard_config.false_positive_rate)
     pictures = [(twins[i], images[i], targets.pictures[nearest[i]]) for i in range(len(rows))]
     save_all(out, {f"{row['kind']}.png": image for row, image in zip(rows, images, strict=True)}, rows)

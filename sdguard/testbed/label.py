@@ -148,7 +148,7 @@ class Alignment:
     """The in-domain alignment score: does a picture show the object its caption names?
 
     A logistic regression from SSCD embeddings to the object, fitted on fresh compositions after a round trip through the
-    autoencoder. Not a CLIP score: it knows the world's 80 objects and nothing else.
+    autoencoder. Not a CLIP score: it knows the world's objects and nothing else.
     """
 
     def __init__(self, world: World, sscd: SSCD, vae: Any, count: int = 2000) -> None:
@@ -218,7 +218,8 @@ against memorization can be run, tested and measured without a download. It is a
 * **Loads as** `StableDiffusionPipeline.from_pretrained(sdguard.testbed.path())`, or `sdguard.testbed.load()`; v-prediction,
   Stable Diffusion's noise schedule, DPM-Solver++ with {steps} steps at guidance scale {guidance:g}.
 * **World.** {objects} objects in two drawing styles, cut out over random crops of 190 public-domain photographs of {scenes} scenes.
-  Ordinary captions name object and scene and leave the rest free; each such composition is one of {compositions:,}.
+  Ordinary captions name object and scene and leave the rest free; each such composition is one of {compositions:,}, and every
+  stage of training draws its own.
 * **Memorized.** One pool of specific captions ("{example}") was drawn first, then each got its repetition count at
   random. *Verbatim*: the whole picture is fixed. *Template*: the photograph and the place are fixed, the object varies. The
   photographs of memorized pictures never occur in other compositions. Three in ten other training captions are of the same

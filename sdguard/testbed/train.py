@@ -31,7 +31,7 @@ from sdguard.testbed.world import Caption, Describer, pool
 AUTOENCODER_BATCH = 8
 DENOISER_BATCH = 64
 EPOCH_STEPS = 1700
-COMPOSITIONS = 16_000
+COMPOSITIONS = 24_000
 EMPTY_CAPTIONS = 0.1
 TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -171,10 +171,11 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
     return torch.cat(latents)
 
 
-def compositions(world: World, vae: AutoencoderKL, path: Path) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Latents of `COMPOSITIONS` fresh pictures with their objects and scenes, kept in ``path``."""
+def compositions(world: World, vae: AutoencoderKL, work: Path, first_step: int = 0) -> tuple[torch.Tensor, list[str], list[str]]:
+    """Latents of `COMPOSITIONS` fresh pictures with their objects and scenes, kept in ``work``; others for each ``first_step``."""
+    path = work / f"compositions-{first_step}.pt"
     if not path.exists():
-        rng = np.random.default_rng(20)
+        rng = np.random.default_rng((20, first_step))
         latents, objects, scenes = [], [], []
         for _ in track(range(0, COMPOSITIONS, 400), "encoding compositions"):
             pictures, some_objects, some_scenes = zip(*(world.composition(rng) for _ in range(400)), strict=True)
@@ -218,7 +219,7 @@ def train_denoiser(
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """Train text encoder and UNet together on what step ``first_step`` and the following ones show; returns their averages."""
     captions, device = pool(), vae.device
-    latents, objects, scenes = compositions(world, vae, work / "compositions.pt")
+    latents, objects, scenes = compositions(world, vae, work, first_step)
     targets = encode(vae, world.targets(captions))
     describe = Describer(captions, seed=40 + first_step)
     scheduler = DDPMScheduler(**SCHEDULE)
@@ -249,7 +250,7 @@ def train_denoiser(
 def new_model(world: World, work: Path, autoencoder_minutes: float, device: str) -> tuple[Any, ...]:
     """A trained autoencoder with its latents' scale, the tokenizer, and an untrained text encoder and UNet."""
     vae = train_autoencoder(world, work, autoencoder_minutes, device).eval()
-    latents, objects, scenes = compositions(world, vae, work / "compositions.pt")
+    latents, objects, scenes = compositions(world, vae, work)
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
     captions = pool()
     describe = Describer(captions, seed=40)
@@ -309,7 +310,6 @@ def main(
     if not data.exists():
         typer.secho(f"{data} is not there: run 'python -m sdguard.testbed.build_data' first.", err=True, fg="red")
         raise typer.Exit(1)
-    torch.set_flush_denormal(True)  # the moments of rarely seen tokens decay into denormals, which a CPU multiplies slowly
     torch.manual_seed(0)
     world, first_step = World(data), 0
     if go_on:

@@ -6,6 +6,7 @@ import csv
 import math
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -34,15 +35,11 @@ def train_within(
     checkpoint: Path,
     learning_rate: float,
     ema_decay: float = 0.998,
-    last_step: int | None = None,
 ) -> nn.Module:
-    """Minimise ``loss_at(step)`` over ``model`` until the budget or ``last_step`` is reached; returns the averaged model.
+    """Minimise ``loss_at(step)`` over ``model`` until the budget is spent; returns the averaged model.
 
-    The learning rate warms up and then follows a cosine over whichever of time and steps is further along, to 2% of its
-    peak. State goes to ``checkpoint`` every two minutes and at the end; a run that finds one there continues it.
+    The learning rate warms up and then follows a cosine over the time spent, to 2% of its peak. State goes to ``checkpoint`` every two minutes and at the end; a run that finds one there continues it.
     """
-    from copy import deepcopy
-
     average = deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     step, spent = 0, 0.0
@@ -60,7 +57,7 @@ def train_within(
         partial.replace(checkpoint)
 
     def fraction() -> float:
-        return min(1.0, max(spent / (60 * minutes) if minutes else 1.0, step / last_step if last_step else 0.0))
+        return min(1.0, spent / (60 * minutes)) if minutes else 1.0
 
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     log_path = checkpoint.with_suffix(".csv")

@@ -1,0 +1,65 @@
+"""Rewording: the prompt without the words that hold the key, encoded again by the pipeline's own text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdguard.observation import Observation
+from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.steering.correction import Correction
+from sdguard.words import bare
+
+#: text embeddings ``[n, T, E]`` of n texts.
+Encode = Callable[[list[str]], Tensor]
+
+#: words of a prompt that are tried without, and how many of them may go together.
+TRIED_WORDS, DROPPED_WORDS = 12, 4
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A prompt put differently: its text, and the words that went."""
+
+    text: str
+    dropped: list[str]
+
+
+def without(words: list[str], dropped: list[int]) -> Wording:
+    """The text of ``words`` without those at the positions ``dropped``."""
+    return Wording(" ".join(word for i, word in enumerate(words) if i not in dropped), [bare(words[i]) for i in dropped])
+
+
+def rewordings(observation: Observation, prompt: str, encode: Encode, frequency: Mapping[str, int], target: float) -> list[Wording]:
+    """Wordings of ``prompt`` under which the guidance norm of a single image is at most ``target``, the fewest words dropped first.
+
+    Words go in the order in which ordinary prompts use them least (``frequency``: how many ordinary prompts hold a word), among
+    equals the one without which the norm falls most. What ordinary prompts speak of therefore stays. The remedy is that of
+    Ross et al. 2024 (2411.00113) and PRSS (2504.18032), without their language model. Cost: 1 evaluation for each of the
+    `TRIED_WORDS` rarest words and for each of at most `DROPPED_WORDS` wordings.
+    """
+    words = prompt.split()
+    if len(words) < 2:
+        return []
+
+    def norms(wordings: list[Wording]) -> list[float]:
+        repeated = observation.select(torch.zeros(len(wordings), dtype=torch.long))
+        return guidance_norm(repeated.with_condition(encode([wording.text for wording in wordings]))).tolist()
+
+    def rarity(i: int) -> int:
+        return frequency.get(bare(words[i]), 0)
+
+    rarest = sorted(range(len(words)), key=rarity)[:TRIED_WORDS]
+    alone = dict(zip(rarest, norms([without(words, [i]) for i in rarest]), strict=True))
+    order = sorted(rarest, key=lambda i: (rarity(i), alone[i]))
+    shorter = [without(words, order[:count]) for count in range(1, min(DROPPED_WORDS + 1, len(words)))]
+    return [wording for wording, norm in zip(shorter, norms(shorter), strict=True) if norm <= target]
+
+
+def reword(wordings: list[Wording], encode: Encode) -> Correction:
+    """The correction that puts each row's prompt in the words of ``wordings``. Cost: the text encoder's alone."""
+    how = [{"method": "rewording", "wording": wording.text, "dropped": wording.dropped} for wording in wordings]
+    return Correction(encode([wording.text for wording in wordings]), how)
