@@ -10,7 +10,7 @@ for sharpness, Feiszli 2017 (1705.09303) for volume. ``J = (I + s**2 H) / a``, t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ Score = Callable[[Tensor], Tensor]
 #: ``v -> H v`` at a fixed point, per row.
 HessianProduct = Callable[[Tensor], Tensor]
 
-#: eigenvalues of the denoised estimate's Jacobian count as at least this in size.
+#: eigenvalues of a Jacobian count as at least this in size; a delta component has eigenvalue 0, and its volume would be minus infinity.
 JACOBIAN_FLOOR = 1e-4
 
 
@@ -57,16 +57,17 @@ def exact_product(score: Score, x: Tensor) -> HessianProduct:
     return product
 
 
-def difference_product(score: Score, x: Tensor, step: float = 2e-3) -> HessianProduct:
-    """``v -> H v`` by the central difference along ``v``; works with every attention kernel, in half precision, compiled.
+def difference_product(score: Score, x: Tensor, known: Tensor | None = None, step: float = 4e-3) -> HessianProduct:
+    """``v -> H v`` by a difference along ``v``; works with every attention kernel, in half precision, compiled.
 
-    The point moves by ``step`` times its own norm, whatever the length of ``v``. Cost: 2 score evaluations a product.
+    The point moves by ``step`` times its own norm, whatever the length of ``v``. The difference is central, at 2 score evaluations
+    a product, or one-sided, at 1, where the score at ``x`` is ``known``.
     """
 
     def product(v: Tensor) -> Tensor:
         length = norm(v).clamp_min(1e-30)
         h = spread(step * norm(x).clamp_min(1e-30) / length, x)
-        return (score(x + h * v) - score(x - h * v)) / (2 * h)
+        return (score(x + h * v) - score(x - h * v)) / (2 * h) if known is None else (score(x + h * v) - known) / h
 
     return product
 
@@ -78,20 +79,16 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
-def rademacher(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Independent signs; one draw for all rows, so that a row's estimate does not depend on its neighbours."""
-    signs = torch.randint(0, 2, x.shape[1:], generator=generator) * 2 - 1
-    return signs.to(x).expand_as(x)
+def averaged(draws: list[Tensor]) -> Estimate:
+    """Mean and standard error of independent draws; the error of a single one is infinite."""
+    stacked = torch.stack(draws)
+    error = stacked.std(dim=0) / len(draws) ** 0.5 if len(draws) > 1 else torch.full_like(stacked[0], torch.inf)
+    return Estimate(stacked.mean(dim=0), error)
 
 
-def trace(product: HessianProduct, x: Tensor, probes: int, generator: torch.Generator) -> Estimate:
-    """``tr H`` by Hutchinson's estimator with Rademacher probes (Hutchinson 1989). Cost: one product a probe.
-
-    The standard error is infinite for a single probe.
-    """
-    draws = torch.stack([dot(v, product(v)) for v in (rademacher(x, generator) for _ in range(probes))])
-    error = draws.std(dim=0) / probes**0.5 if probes > 1 else torch.full_like(draws[0], torch.inf)
-    return Estimate(draws.mean(dim=0), error)
+def trace(product: HessianProduct, probes: Sequence[Tensor]) -> Estimate:
+    """``tr H`` by Hutchinson's estimator (Hutchinson 1989); ``probes`` of independent signs. Cost: one product a probe."""
+    return averaged([dot(v, product(v)) for v in probes])
 
 
 class Spectrum(NamedTuple):
@@ -135,36 +132,32 @@ def spectrum(product: HessianProduct, start: Tensor, iterations: int) -> Spectru
     return Spectrum(nodes.gather(1, order).to(start), weights.gather(1, order).to(start))
 
 
-def extreme_eigenvalues(product: HessianProduct, x: Tensor, iterations: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest eigenvalue of H, ``[B]`` each, from inside. Cost: one product an iteration."""
-    start = torch.randn(x.shape[1:], generator=generator).to(x).expand_as(x)
+def extreme_eigenvalues(product: HessianProduct, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest eigenvalue of H, ``[B]`` each, approached from inside. Cost: one product an iteration."""
     nodes = spectrum(product, start, iterations).nodes
     return nodes[:, 0], nodes[:, -1]
 
 
-def log_volume(product: HessianProduct, x: Tensor, level: NoiseLevel, iterations: int, probes: int, generator: torch.Generator) -> Estimate:
-    """``log |det J|`` of the denoised estimate's Jacobian ``J = (I + s**2 H) / a`` by stochastic Lanczos quadrature.
+def log_determinant(product: HessianProduct, probes: Sequence[Tensor], iterations: int, scale: float, shift: float) -> Estimate:
+    """``log |det (shift I + scale H)|`` by stochastic Lanczos quadrature (Ubaru et al. 2017); ``probes`` of independent signs.
 
-    Minus this, added to log p(z), is the log output density of Feiszli 2017 (1705.09303) of the one-step generator. Eigenvalues of
-    J count as at least `JACOBIAN_FLOOR` in size: a delta component has eigenvalue 0, and the volume would be minus infinity.
-    Cost: ``iterations * probes`` products.
+    Eigenvalues count as at least `JACOBIAN_FLOOR` in size. Cost: ``iterations`` products a probe.
     """
+    spectra = [spectrum(product, v, iterations) for v in probes]
+    d = probes[0][0].numel()
+    return averaged([d * (weights * (shift + scale * nodes).abs().clamp_min(JACOBIAN_FLOOR).log()).sum(1) for nodes, weights in spectra])
 
-    def log_jacobian(eigenvalues: Tensor) -> Tensor:
-        return ((1 + level.s**2 * eigenvalues) / level.a).abs().clamp_min(JACOBIAN_FLOOR).log()
 
-    d = x[0].numel()
-    draws = []
-    for _ in range(probes):
-        nodes, weights = spectrum(product, rademacher(x, generator), iterations)
-        draws.append(d * (weights * log_jacobian(nodes)).sum(1))
-    stacked = torch.stack(draws)
-    error = stacked.std(dim=0) / probes**0.5 if probes > 1 else torch.full_like(stacked[0], torch.inf)
-    return Estimate(stacked.mean(dim=0), error)
+def log_volume(product: HessianProduct, probes: Sequence[Tensor], level: NoiseLevel, iterations: int) -> Estimate:
+    """``log |det J|`` of the denoised estimate's Jacobian ``J = (I + s**2 H) / a``, `log_determinant`'s cost.
+
+    Minus this, added to log p(z), is the log output density of Feiszli 2017 (1705.09303) of the one-step generator.
+    """
+    return log_determinant(product, probes, iterations, scale=level.s**2 / level.a, shift=1 / level.a)
 
 
 def flipd(score: Score, trace_of_hessian: Tensor, y: Tensor, level: NoiseLevel) -> Tensor:
-    """Local intrinsic dimension ``d + s**2 (tr H + ||score||**2)`` at ``y = a x_0``, ``[B]`` (Kamkari et al. 2024, eq. 9).
+    """Local intrinsic dimension ``d + s**2 (tr H + ||score||**2)`` at ``y = a x_0``, ``[B]`` (FLIPD, Kamkari et al. 2024, 2406.03537).
 
     The estimate of the dimension at the clean point ``x_0``, for a noise level small against the manifold's own scales; no noise is
     added to ``y``. In noise predictions it reads ``d - s tr(d eps / dx) + ||eps||**2``. Cost: 1 evaluation beside the trace's.

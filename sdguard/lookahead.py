@@ -3,40 +3,67 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdguard.observation import Observation, denoised
+from sdguard.observation import CLEAN, NoiseLevel, Observation, denoised
 
 LOOK_AHEAD_STEPS = 5
 
 
-def look_ahead(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Tensor:
-    """The denoised estimate after ``steps`` guided DDIM steps (Song et al. 2021, eq. 12 with sigma = 0), ``[B, C, H, W]``.
+class Step(NamedTuple):
+    """One DDIM step: the point, its timestep and noise level, the guided noise prediction, and the noise level it goes to."""
 
-    Starts at the observation's own ``x_t`` and predictions, or at ``noise`` in their place. Cost: ``2 (steps - 1)`` evaluations
-    per image from its own point, ``2 steps`` from other noise.
+    x: Tensor
+    timestep: float
+    level: NoiseLevel
+    eps: Tensor
+    following: NoiseLevel
+
+    def taken(self) -> Tensor:
+        """The point it leads to (Song et al. 2021, eq. 12 with sigma = 0)."""
+        return self.following.a * denoised(self.x, self.eps, self.level) + self.following.s * self.eps
+
+
+def grid(observation: Observation, steps: int = LOOK_AHEAD_STEPS) -> list[float]:
+    """The look-ahead's timesteps, from the observation's own down."""
+    return torch.linspace(observation.timestep, 0, steps + 1)[:-1].round().tolist()
+
+
+def trajectory(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Iterator[Step]:
+    """The guided DDIM steps from the observation's own ``x_t`` and predictions, or from ``noise`` in their place, to the end.
+
+    Cost: 2 evaluations per image a step, the first from the observation's own point excepted.
     """
-    timesteps = torch.linspace(observation.timestep, 0, steps + 1)[:-1].round().tolist()
-    x = observation.x if noise is None else noise
-    eps_c, eps_u = (observation.eps_c, observation.eps_u) if noise is None else observation.replay(x, observation.timestep)
-    level = observation.level
-    x0 = x
-    for following in [*timesteps[1:], None]:
-        eps = eps_u + observation.guidance_scale * (eps_c - eps_u)
-        x0 = denoised(x, eps, level)
-        if following is not None:
-            level = observation.level_at(following)
-            x = level.a * x0 + level.s * eps
-            eps_c, eps_u = observation.replay(x, following)
-    return x0
+    timesteps = grid(observation, steps)
+    x, predictions = (observation.x, (observation.eps_c, observation.eps_u)) if noise is None else (noise, None)
+    for timestep, following in zip(timesteps, [*map(observation.level_at, timesteps[1:]), CLEAN], strict=True):
+        eps_c, eps_u = predictions or observation.replay(x, timestep)
+        level = observation.level if timestep == observation.timestep else observation.level_at(timestep)
+        step = Step(x, timestep, level, observation.guided(eps_c, eps_u), following)
+        yield step
+        x, predictions = step.taken(), None
 
 
-def independent_noise(x: Tensor) -> Tensor:
+def look_ahead(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Tensor:
+    """The denoised estimate at the end of `trajectory`, ``[B, C, H, W]``. Cost: that of the trajectory."""
+    *_, last = trajectory(observation, noise, steps)
+    return last.taken()
+
+
+def independent_noise(x: Tensor, draw: int = 0) -> Tensor:
     """Gaussian noise like ``x``, independent of it yet a fixed function of each row alone, whatever its neighbours are."""
     rows = []
     for row in x.cpu():
-        digest = hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=7).digest()
-        rows.append(torch.randn(row.shape, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big"))))
+        digest = hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=7, key=draw.to_bytes(4, "big") if draw else b"")
+        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big"))
+        rows.append(torch.randn(row.shape, generator=generator))
     return torch.stack(rows).to(x)
+
+
+def probe(x: Tensor, draw: int = 0) -> Tensor:
+    """Independent signs like ``x``, a fixed function of each row alone: a probe for a stochastic trace."""
+    return independent_noise(x, draw + 1).sign()

@@ -21,6 +21,10 @@ class NoiseLevel(NamedTuple):
     s: float
 
 
+#: no noise at all.
+CLEAN = NoiseLevel(1.0, 0.0)
+
+
 def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
     """The noise level a variance-preserving scheduler gives ``timestep``; log-SNR is interpolated between whole timesteps.
 
@@ -103,6 +107,10 @@ class Observation:
         """``D = eps_c - eps_u``, ``[B, C, H, W]``."""
         return self.eps_c - self.eps_u
 
+    def guided(self, eps_c: Tensor, eps_u: Tensor) -> Tensor:
+        """The prediction under guidance, ``eps_u + w (eps_c - eps_u)`` (Ho & Salimans 2022)."""
+        return eps_u + self.guidance_scale * (eps_c - eps_u)
+
     def score(self, branch: Branch, timestep: float | None = None) -> Callable[[Tensor], Tensor]:
         """``x -> grad log p_t(x) = -eps / s`` of a branch, ``[B, C, H, W]`` both, at this or another timestep.
 
@@ -117,7 +125,7 @@ class Observation:
                 self.spend(1)
                 return -self.denoise(x, t, self.condition if branch == "conditional" else self.null_condition) / s
             eps_c, eps_u = self.replay(x, t)
-            return -(eps_u + self.guidance_scale * (eps_c - eps_u) if branch == "guided" else eps_c - eps_u) / s
+            return -(self.guided(eps_c, eps_u) if branch == "guided" else eps_c - eps_u) / s
 
         return score
 

@@ -1,15 +1,29 @@
 """Signals and the look-ahead against models whose answer is known."""
 
+import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sdguard.lookahead import independent_noise, look_ahead
-from sdguard.observation import NoiseLevel, Observation
+from sdguard.geometry import JACOBIAN_FLOOR
+from sdguard.lookahead import grid, independent_noise, look_ahead
+from sdguard.observation import CLEAN, NoiseLevel, Observation
+from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.agreement import agreement, correlation
+from sdguard.signals.condition_jacobian import condition_jacobian
+from sdguard.signals.denoised_norm import denoised_norm
 from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.signals.guidance_peak import guidance_peak
+from sdguard.signals.lid import TIMESTEP, lid_conditional, lid_contrast, lid_guided, lid_unconditional
+from sdguard.signals.low_noise_alignment import low_noise_alignment
+from sdguard.signals.output_density import output_density, output_density_ahead
+from sdguard.signals.prediction_change import prediction_change
+from sdguard.signals.sharpness import curvature, sharpness
+from sdguard.signals.update_norm import update_norm
 
 SHAPE = (4, 4, 8, 8)
 Observe = Callable[..., Observation]
@@ -49,16 +63,107 @@ def test_guidance_norm_is_the_distance_of_the_two_predictions(observe: Observe) 
     torch.testing.assert_close(guidance_norm(observe(pulled, torch.randn(SHAPE), text)), expected)
 
 
-@pytest.mark.parametrize("signal", [guidance_norm, agreement])
-def test_a_rows_value_does_not_depend_on_its_neighbours(signal: Callable[[Observation], Tensor], observe: Observe) -> None:
+@pytest.mark.parametrize("signal", SIGNALS, ids=lambda signal: signal.name)
+def test_a_signal_is_a_function_of_its_row_and_costs_what_it_declares(signal: Signal, observe: Observe) -> None:
     def model(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
-        return x * text.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+        return level.s * x * (1 + text.mean(dim=(1, 2))).view(-1, 1, 1, 1) + 0.1 * torch.sin(x)
 
     x, text = torch.randn(SHAPE), torch.rand(4, 3, 2)
-    together = signal(observe(model, x, text))
+    whole = observe(model, x, text)
+    together = signal.read(whole)
+    assert together.shape == (4,)
+    assert whole.evaluations.tolist() == [signal.cost] * 4
     order = torch.tensor([2, 0])
-    torch.testing.assert_close(signal(observe(model, x[order], text[order])), together[order])
-    torch.testing.assert_close(signal(observe(model, x, text).select(order)), together[order])
+    torch.testing.assert_close(signal.read(observe(model, x[order], text[order])), together[order], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(signal.read(observe(model, x, text).select(order)), together[order], rtol=1e-3, atol=1e-3)
+
+
+PICTURE = torch.linspace(-2, 2, 4 * 8 * 8).view(SHAPE[1:])
+D = PICTURE.numel()
+
+
+def remembered(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
+    """Text 1 has but one picture, text 0 has white data."""
+    share = text[:, 0, 0].view(-1, 1, 1, 1)
+    return share * (x - level.a * PICTURE) / level.s + (1 - share) * level.s * x
+
+
+def recall(observe: Observe, **fields: Any) -> Observation:
+    return observe(remembered, torch.randn(SHAPE), torch.ones(4, 3, 2), **fields)
+
+
+def test_guidance_peak_ignores_a_free_background(observe: Observe) -> None:
+    def one_place(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
+        pull = torch.zeros(SHAPE[1:])
+        pull[:, 3, 4] = 2.0
+        return 0 * x + text[:, :1, :1, None] * pull
+
+    assert torch.allclose(guidance_peak(observe(one_place, torch.randn(SHAPE), torch.ones(4, 3, 2))), torch.tensor(4.0))
+
+
+def test_denoised_norm_of_the_only_picture_is_its_own(observe: Observe) -> None:
+    torch.testing.assert_close(denoised_norm(recall(observe)), PICTURE.norm().expand(4), rtol=1e-3, atol=0)
+
+
+def test_update_norm_is_that_of_the_first_look_ahead_step(observe: Observe) -> None:
+    observation = recall(observe)
+    level = observation.level_at(785.0)
+    expected = level.a * PICTURE + level.s * observation.eps_c - observation.x
+    torch.testing.assert_close(update_norm(observation), expected.flatten(1).norm(dim=1))
+
+
+def test_the_prediction_of_the_only_picture_does_not_change(observe: Observe) -> None:
+    assert prediction_change(recall(observe)).max() < 1e-5
+    white = observe(remembered, torch.randn(SHAPE), torch.zeros(4, 3, 2))
+    first, second = white.level, white.level_at(785.0)
+    factor = second.s * (second.a * first.a + second.s * first.s) - first.s
+    torch.testing.assert_close(prediction_change(white), factor**2 * white.x.flatten(1).square().sum(1), rtol=1e-2, atol=0)
+
+
+def test_low_noise_alignment_is_the_cosine_at_timestep_41(observe: Observe) -> None:
+    observation = recall(observe)
+    level = observation.level_at(41.0)
+    pull = (observation.x - level.a * PICTURE) / level.s - level.s * observation.x
+    expected = torch.cosine_similarity(pull.flatten(1), observation.x.flatten(1))
+    torch.testing.assert_close(low_noise_alignment(observation), expected)
+
+
+def test_condition_jacobian_is_the_guidance_norm_of_a_linear_text(observe: Observe) -> None:
+    observation = recall(observe)
+    torch.testing.assert_close(condition_jacobian(observation), guidance_norm(observation), rtol=1e-3, atol=1e-3)
+
+
+def test_sharpness_and_curvature_of_the_only_picture_against_white_data(observe: Observe) -> None:
+    observation = recall(observe, timestep=301.0)
+    s = observation.level.s
+    gap = 1 / s**2 - 1  # H_c = -1/s**2, H_u = -1
+    torch.testing.assert_close(sharpness(observation), (gap * guidance_norm(observation) / s).square(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(curvature(observation), torch.full((4,), gap), rtol=2e-2, atol=0)
+
+
+def test_dimensions_of_the_only_picture_and_of_white_data(observe: Observe) -> None:
+    """A single picture has none; white data has d, less what the noise level blurs."""
+    observation = recall(observe)
+    level = observation.level_at(TIMESTEP)
+    white = D + level.s**2 * (-D + level.a**2 * PICTURE.square().sum())
+    torch.testing.assert_close(lid_conditional(observation), torch.zeros(4), rtol=0, atol=0.01 * D)
+    torch.testing.assert_close(-lid_unconditional(observation), white.expand(4), rtol=1e-2, atol=0)
+    torch.testing.assert_close(lid_contrast(observation), white.expand(4), rtol=2e-2, atol=0)
+    torch.testing.assert_close(lid_guided(observation), lid_conditional(observation), rtol=0, atol=0.01 * D)
+
+
+def test_output_density_of_the_only_picture_is_as_high_as_it_is_counted(observe: Observe) -> None:
+    observation = recall(observe, timestep=301.0)
+    expected = D * (math.log(observation.level.a) - math.log(JACOBIAN_FLOOR))
+    assert (output_density(observation) > 0.5 * expected).all()
+
+
+def test_output_density_along_the_look_ahead_is_the_product_of_its_steps(observe: Observe) -> None:
+    """On white data every DDIM step multiplies by a' a + s' s."""
+    observation = observe(remembered, torch.randn(SHAPE), torch.zeros(4, 3, 2))
+    levels = [*map(observation.level_at, grid(observation)), CLEAN]
+    factors = [math.log(after.a * before.a + after.s * before.s) for before, after in itertools.pairwise(levels)]
+    torch.testing.assert_close(output_density_ahead(observation), torch.full((4,), -D * sum(factors)), rtol=1e-2, atol=0.5)
 
 
 def test_independent_noise_is_a_function_of_the_row_and_independent_of_it() -> None:

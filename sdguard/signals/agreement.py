@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from sdguard.lookahead import independent_noise, look_ahead
+from sdguard.lookahead import LOOK_AHEAD_STEPS, independent_noise, look_ahead
 from sdguard.observation import Observation
+from sdguard.signals.signal import Signal
 
 
 def agreement(observation: Observation) -> Tensor:
@@ -14,6 +15,9 @@ def agreement(observation: Observation) -> Tensor:
     Cost: ``4 K - 2`` evaluations for K look-ahead steps. Blind to a condition that copies for this noise and not for the other.
     """
     return correlation(look_ahead(observation), look_ahead(observation, independent_noise(observation.x)))
+
+
+AGREEMENT = Signal("agreement", agreement, cost=4 * LOOK_AHEAD_STEPS - 2)
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:

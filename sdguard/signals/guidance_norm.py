@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from sdguard.observation import Observation
+from sdguard.signals.signal import Signal
 
 
 def guidance_norm(observation: Observation) -> Tensor:
@@ -13,3 +14,6 @@ def guidance_norm(observation: Observation) -> Tensor:
     branches anyway. Blind to templates whose free background dilutes the norm, and without a prompt.
     """
     return observation.difference.flatten(1).norm(dim=1)
+
+
+GUIDANCE_NORM = Signal("guidance_norm", guidance_norm, cost=0)

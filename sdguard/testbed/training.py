@@ -38,7 +38,8 @@ def train_within(
 ) -> nn.Module:
     """Minimise ``loss_at(step)`` over ``model`` until the budget is spent; returns the averaged model.
 
-    The learning rate warms up and then follows a cosine over the time spent, to 2% of its peak. State goes to ``checkpoint`` every two minutes and at the end; a run that finds one there continues it.
+    The learning rate warms up and then follows a cosine over the time spent, to 2% of its peak. State goes to ``checkpoint``
+    every two minutes and at the end; a run that finds one there continues it.
     """
     average = deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)

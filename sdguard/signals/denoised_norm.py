@@ -1,0 +1,19 @@
+"""The norm of the denoised estimate: a memorized prompt knows its picture too early."""
+
+from torch import Tensor
+
+from sdguard.observation import Observation, denoised
+from sdguard.signals.signal import Signal
+
+
+def denoised_norm(observation: Observation) -> Tensor:
+    """``||x0hat||_2`` of the guided prediction of each image, ``[B]``, in latent units.
+
+    After 2509.25705: memorized prompts overestimate ``x_0`` early. Cost: none. Blind to a memorized picture of little contrast; at
+    low noise every sample has the norm of its own picture.
+    """
+    eps = observation.guided(observation.eps_c, observation.eps_u)
+    return denoised(observation.x, eps, observation.level).flatten(1).norm(dim=1)
+
+
+DENOISED_NORM = Signal("denoised_norm", denoised_norm, cost=0)

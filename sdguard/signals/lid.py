@@ -1,0 +1,63 @@
+"""Local intrinsic dimension: how many directions of freedom the model leaves a picture."""
+
+from torch import Tensor
+
+from sdguard.geometry import difference_product, flipd, trace
+from sdguard.lookahead import LOOK_AHEAD_STEPS, look_ahead, probe
+from sdguard.observation import Branch, Observation
+from sdguard.signals.signal import Signal
+
+#: noise level at which the dimension of the look-ahead's end is read; .3 of the schedule, as Ross et al. 2024 take for Stable Diffusion.
+TIMESTEP = 301.0
+
+
+def dimension(observation: Observation, y: Tensor, timestep: float, branch: Branch) -> Tensor:
+    """FLIPD at ``y`` of one branch, ``[B]``, by a central difference with one probe. Cost: 3 evaluations, 6 guided."""
+    score = observation.score(branch, timestep)
+    estimate = trace(difference_product(score, y), [probe(observation.x)])
+    return flipd(score, estimate.value, y, observation.level_at(timestep))
+
+
+def ahead(observation: Observation) -> Tensor:
+    """The look-ahead's end, scaled as FLIPD asks: ``a x_0``. Cost: the look-ahead's."""
+    return observation.level_at(TIMESTEP).a * look_ahead(observation)
+
+
+def lid_conditional(observation: Observation) -> Tensor:
+    """Minus the conditional density's dimension where the look-ahead ends, ``[B]``.
+
+    Ross et al. 2024 (2411.00113), FLIPD of Kamkari et al. 2024 (2406.03537). Cost: 8 for the look-ahead and 3. Its absolute value is
+    biased by the network (it can be above the number of dimensions or below 0): only ranks and contrasts mean anything. Blind to the
+    difference between an over-repeated picture and a plain one.
+    """
+    return -dimension(observation, ahead(observation), TIMESTEP, "conditional")
+
+
+def lid_unconditional(observation: Observation) -> Tensor:
+    """Minus the unconditional density's dimension where the look-ahead ends, ``[B]``. Cost: 8 and 3."""
+    return -dimension(observation, ahead(observation), TIMESTEP, "unconditional")
+
+
+def lid_guided(observation: Observation) -> Tensor:
+    """Minus the dimension of the density under guidance where the look-ahead ends, ``[B]``. Cost: 8 and 6."""
+    return -dimension(observation, ahead(observation), TIMESTEP, "guided")
+
+
+def lid_contrast(observation: Observation) -> Tensor:
+    """How many dimensions the text takes away where the look-ahead ends: unconditional minus conditional, ``[B]``. Cost: 8 and 6."""
+    y = ahead(observation)
+    return dimension(observation, y, TIMESTEP, "unconditional") - dimension(observation, y, TIMESTEP, "conditional")
+
+
+def lid_noisy(observation: Observation) -> Tensor:
+    """How many dimensions the text takes away at the noisy point itself, ``[B]``. Cost: 6 evaluations."""
+    at = observation.x, observation.timestep
+    return dimension(observation, *at, "unconditional") - dimension(observation, *at, "conditional")
+
+
+AHEAD = 2 * (LOOK_AHEAD_STEPS - 1)
+LID_CONDITIONAL = Signal("lid_conditional", lid_conditional, cost=AHEAD + 3)
+LID_UNCONDITIONAL = Signal("lid_unconditional", lid_unconditional, cost=AHEAD + 3)
+LID_GUIDED = Signal("lid_guided", lid_guided, cost=AHEAD + 6)
+LID_CONTRAST = Signal("lid_contrast", lid_contrast, cost=AHEAD + 6)
+LID_NOISY = Signal("lid_noisy", lid_noisy, cost=6)

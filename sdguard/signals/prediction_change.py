@@ -1,0 +1,23 @@
+"""The consecutive-step change: how much the conditional prediction turns from one step to the next."""
+
+from torch import Tensor
+
+from sdguard.lookahead import Step, grid
+from sdguard.observation import Observation
+from sdguard.signals.signal import Signal
+
+
+def prediction_change(observation: Observation) -> Tensor:
+    """``||eps_c(x_next) - eps_c(x_t)||_2**2`` over the look-ahead's first step, ``[B]``, in squared noise-prediction units.
+
+    Cost: 1 evaluation. Blind where both steps are equally sure of one picture.
+    """
+    following = grid(observation)[1]
+    eps = observation.guided(observation.eps_c, observation.eps_u)
+    level = observation.level_at(following)
+    x = Step(observation.x, observation.timestep, observation.level, eps, level).taken()
+    observation.spend(1)
+    return (observation.denoise(x, following, observation.condition) - observation.eps_c).flatten(1).square().sum(dim=1)
+
+
+PREDICTION_CHANGE = Signal("prediction_change", prediction_change, cost=1)
