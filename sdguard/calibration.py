@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sdguard.hook import family_of, watched
+from sdguard.hook import family_of
 from sdguard.observation import Observation
+from sdguard.reading import read
 from sdguard.signals.agreement import agreement
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.words import document_frequency
@@ -149,27 +149,6 @@ def weights_digest(pipe: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Enough(Exception):
-    """Ends a calibration run once everything has been read."""
-
-
-class _Reader:
-    """Reads ordinary prompts: guidance norms of every call up to ``calls``, agreement at the first if asked."""
-
-    def __init__(self, calls: int, verify: bool) -> None:
-        self.conditions: dict[int, Tensor] = {}
-        self.calls, self.verify = calls, verify
-        self.norms: list[list[float]] = []
-        self.agreement: list[float] = []
-
-    def observe(self, observation: Observation) -> None:
-        self.norms.append(guidance_norm(observation).tolist())
-        if self.verify and observation.step == 0:
-            self.agreement = agreement(observation).tolist()
-        if len(self.norms) == self.calls:
-            raise _Enough
-
-
 @contextmanager
 def quiet(pipe: Any) -> Iterator[None]:
     """Within the block the pipeline shows no progress bar of its own."""
@@ -202,36 +181,30 @@ def calibrate(
     """
     if len(prompts) < 2:
         raise ValueError(f"Calibration needs at least 2 ordinary prompts; {len(prompts)} given.")
+    setting: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
     norms: list[float] = []
     agreements: list[float] = []
     runs: list[list[float]] = []
     with quiet(pipe):
         for start in range(0, len(prompts), BATCH):
-            batch = list(prompts[start : start + BATCH])
-            whole = start < SERIES_PROMPTS
-            reader = _Reader(calls=-1 if whole else 1, verify=start < VERIFICATION_PROMPTS)
-            generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-            try:
-                with watched(pipe, reader):
-                    pipe(
-                        batch,
-                        num_inference_steps=steps,
-                        guidance_scale=guidance_scale,
-                        height=height,
-                        width=width,
-                        generator=generators,
-                        output_type="latent",
-                    )
-            except _Enough:
-                pass
-            norms.extend(reader.norms[0])
-            agreements.extend(reader.agreement)
+            batch = prompts[start : start + BATCH]
+            whole, verify = start < SERIES_PROMPTS, start < VERIFICATION_PROMPTS
+            calls: list[list[float]] = []
+
+            def look(observation: Observation, calls: list[list[float]] = calls, verify: bool = verify) -> None:
+                calls.append(guidance_norm(observation).tolist())
+                if verify and observation.step == 0:
+                    agreements.extend(agreement(observation).tolist())
+
+            seeds = range(seed + start, seed + start + len(batch))
+            read(pipe, batch, seeds, look, calls=None if whole else 1, num_inference_steps=steps, **setting)
+            norms.extend(calls[0])
             if whole:
-                runs.extend(map(list, zip(*reader.norms, strict=True)))
+                runs.extend(map(list, zip(*calls, strict=True)))
             if progress:
                 progress(start + len(batch), len(prompts))
     series = [(statistics.fmean(at), statistics.stdev(at)) for at in zip(*runs, strict=True)]
-    print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    print_ = fingerprint(pipe, steps=steps, **setting)
     return Profile(print_, sorted(norms), series, sorted(agreements), document_frequency(prompts))
 
 

@@ -9,6 +9,8 @@ import torch
 
 import sdguard
 from sdguard import GuardConfig, testbed
+from sdguard.reading import read
+from sdguard.signals.agreement import agreement
 from sdguard.testbed.copies import RATIO, load_targets
 
 
@@ -59,12 +61,9 @@ def test_guidance_norm_separates_most_repeated_from_ordinary(embedded: Any, tabl
 
 
 def test_agreement_separates_most_repeated_from_ordinary(embedded: Any, table: pd.DataFrame) -> None:
-    from sdguard.calibration import _Reader
-    from sdguard.hook import watched
-
     most = table[(table.repetitions == table.repetitions.max()) & (table.split == "development")].text.tolist()[:4]
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()[:4]
-    reader = _Reader(calls=-1, verify=True)
-    with watched(embedded, reader):
-        call(embedded, most + ordinary, list(range(8)))
-    assert min(reader.agreement[:4]) > max(reader.agreement[4:])
+    found: list[float] = []
+    setting = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
+    read(embedded, most + ordinary, range(8), lambda observation: found.extend(agreement(observation).tolist()), **setting)
+    assert min(found[:4]) > max(found[4:])

@@ -1,0 +1,44 @@
+"""Reading a pipeline: what its denoiser shows for some prompts, without making their pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdguard.hook import watched
+from sdguard.observation import Observation
+
+
+class _Enough(Exception):
+    """Ends a run once everything has been read."""
+
+
+class _Reader:
+    """Hands the first ``calls`` observations to ``look`` and then ends the run; with ``calls`` None the run goes to its end."""
+
+    def __init__(self, look: Callable[[Observation], None], calls: int | None) -> None:
+        self.conditions: dict[int, Tensor] = {}
+        self.look, self.calls = look, calls
+
+    def observe(self, observation: Observation) -> None:
+        self.look(observation)
+        if observation.step + 1 == self.calls:
+            raise _Enough
+
+
+def read(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], look: Callable[[Observation], None], calls: int | None = 1, **setting: Any
+) -> None:
+    """Show ``look`` the first ``calls`` denoiser calls (all of them with None) of one run of ``prompts``, one seed each.
+
+    ``setting`` goes to the pipeline. No picture is decoded. Cost: 2 denoiser evaluations a prompt and call.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    try:
+        with watched(pipe, _Reader(look, calls)):
+            pipe(list(prompts), generator=generators, output_type="latent", **setting)
+    except _Enough:
+        pass
