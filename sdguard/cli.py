@@ -1,4 +1,4 @@
-"""The command line: ``sdguard generate``.
+"""The command line: ``sdguard generate``, ``sdguard explain``.
 
 Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
 """
@@ -10,12 +10,15 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sdguard.config import GuardConfig
@@ -34,6 +37,20 @@ def main() -> None:
 
 class BadInput(ValueError):
     """Something the user gave cannot be used; the message is one sentence."""
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the command with what went wrong in one sentence and exit code 1; with ``SDGUARD_DEBUG`` set, with the traceback."""
+    from sdguard.run import MemorizationError
+
+    try:
+        yield
+    except (ValueError, TypeError, MemorizationError) as error:
+        if os.environ.get("SDGUARD_DEBUG"):
+            raise
+        Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
+        raise typer.Exit(BAD_INPUT) from None
 
 
 def load_pipeline(model: str) -> Any:
@@ -109,15 +126,23 @@ def generate_guarded(
     return images, twins, rows
 
 
-def save_all(out: Path, images: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write the images and report.json, each whole or not at all."""
+def default_setting(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """Steps and guidance scale of a run, by default those the embedded model was made for, else Stable Diffusion's usual ones."""
+    from sdguard import testbed
+
+    usual = (testbed.STEPS, testbed.GUIDANCE_SCALE) if model == "embedded" else (50, 7.5)
+    return {"num_inference_steps": steps or usual[0], "guidance_scale": usual[1] if guidance is None else guidance}
+
+
+def save_all(out: Path, images: dict[str, Any], report: Any, report_name: str = "report.json") -> None:
+    """Write the images and the report as JSON, each whole or not at all."""
     for name, image in images.items():
         partial = out / f".{name}.partial"
         image.save(partial, format="PNG")
         partial.replace(out / name)
-    partial = out / ".report.json.partial"
-    partial.write_text(json.dumps(rows, indent=1))
-    partial.replace(out / "report.json")
+    partial = out / f".{report_name}.partial"
+    partial.write_text(json.dumps(report, indent=1))
+    partial.replace(out / report_name)
 
 
 def verdict_table(rows: list[dict[str, Any]]) -> Table:
@@ -128,7 +153,7 @@ def verdict_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
         verdict = f"[{COLOURS[report.verdict]}]{report.verdict}[/]"
-        table.add_row(report.prompt, str(row["seed"]), verdict, str(report.extra_evaluations), report.reason)
+        table.add_row(escape(report.prompt or ""), str(row["seed"]), verdict, str(report.extra_evaluations), escape(report.reason))
     return table
 
 
@@ -161,30 +186,20 @@ def generate(
     profile: Annotated[Path | None, typer.Option(help="A profile file, in place of the one that is found or made.")] = None,
 ) -> None:
     """Generate images under guard, print the verdicts, and write images and report.json."""
-    from sdguard import testbed
     from sdguard.pipeline import guard
-    from sdguard.run import MemorizationError
 
-    console = Console(stderr=True)
-    try:
+    with one_sentence():
         config = GuardConfig(mode=mode, false_positive_rate=fpr, on_failure=on_failure, profile=profile)  # type: ignore[arg-type]
         pipe = guard(load_pipeline(model), config)
         check_prompts(prompts, pipe.tokenizer)
         writable(out)
-        embedded = model == "embedded"
         images, twins, rows = generate_guarded(
             pipe,
             prompts,
             list(range(seed, seed + n)),
             compare,
-            num_inference_steps=steps or (testbed.STEPS if embedded else 50),
-            guidance_scale=guidance if guidance is not None else (testbed.GUIDANCE_SCALE if embedded else 7.5),
+            **default_setting(model, steps, guidance),
         )
-    except (ValueError, TypeError, MemorizationError) as error:
-        if os.environ.get("SDGUARD_DEBUG"):
-            raise
-        console.print(f"[red]{error}[/]", highlight=False)
-        raise typer.Exit(BAD_INPUT) from None
     files = {f"{i:02d}.png": image for i, image in enumerate(images)}
     files.update({f"{i:02d}-unguarded.png": image for i, image in enumerate(twins)})
     if compare:
@@ -197,6 +212,41 @@ def generate(
         Console().print(f"{len(files)} pictures and report.json in {out}/")
     if any(row["verdict"] == "withheld" for row in rows):
         raise typer.Exit(WITHHELD)
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="The prompt to explain.")],
+    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, above 1. [default: 2.5 embedded, 7.5 else]")] = None,
+    out: Annotated[Path, typer.Option(help="Where explain.png and explain.json go.")] = Path("out"),
+) -> None:
+    """Show which words make a prompt pull, and where in the picture: unguarded picture and heat map go to explain.png."""
+    import torch
+    from PIL import Image
+
+    from sdguard.explain import explain, heat
+
+    with one_sentence():
+        pipe = load_pipeline(model)
+        check_prompts([prompt], pipe.tokenizer)
+        writable(out)
+        setting = default_setting(model, steps, guidance)
+        found = explain(pipe, prompt, seed, **setting)
+        picture = pipe(prompt, generator=torch.Generator().manual_seed(seed), **setting).images[0]
+    sheet = Image.new("RGB", (2 * picture.width, picture.height))
+    sheet.paste(picture, (0, 0))
+    sheet.paste(heat(picture, found.pull), (picture.width, 0))
+    save_all(out, {"explain.png": sheet}, asdict(found), "explain.json")
+    table = Table("word", "norm that goes without it", "share of the gradient", title=f"guidance norm {found.guidance_norm:.3g}")
+    strongest = max(1e-9, *found.left_out)
+    for word, fall, share in zip(found.words, found.left_out, found.gradient, strict=True):
+        red = round(255 * max(0.0, fall) / strongest)
+        table.add_row(f"[bold rgb({max(90, red)},90,90)]{escape(word)}[/]", f"{fall:+.1%}", f"{share:.1%}")
+    Console().print(table)
+    Console().print(f"rank agreement of the two: {found.agreement:+.2f}; explain.png and explain.json in {out}/")
 
 
 if __name__ == "__main__":

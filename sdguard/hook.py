@@ -36,6 +36,12 @@ def family_of(pipe: Any) -> Family:
     return FAMILIES[name]
 
 
+def encode(pipe: Any, texts: list[str]) -> Tensor:
+    """Text embeddings ``[n, T, E]`` of n texts, as a running call of ``pipe`` encodes its own prompts."""
+    lora_scale = (pipe.cross_attention_kwargs or {}).get("scale")
+    return pipe.encode_prompt(texts, pipe._execution_device, 1, False, lora_scale=lora_scale, clip_skip=pipe.clip_skip)[0]
+
+
 class Watcher(Protocol):
     """Something that looks at each denoiser call of a run."""
 

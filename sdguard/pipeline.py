@@ -9,12 +9,11 @@ from typing import Any
 
 import wrapt
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
 from sdguard.calibration import Profile, cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.calibration import ProfileError as ProfileError
 from sdguard.config import GuardConfig
-from sdguard.hook import family_of, watched
+from sdguard.hook import encode, family_of, watched
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
 
@@ -117,12 +116,6 @@ class GuardedPipeline(wrapt.ObjectProxy):
         made = calibrate(pipe, prompts, **setting)
         made.save(cache_path(print_))
         return made
-
-
-def encode(pipe: Any, texts: list[str]) -> Tensor:
-    """Text embeddings ``[n, T, E]`` of n texts, as a running call of ``pipe`` encodes its own prompts."""
-    lora_scale = (pipe.cross_attention_kwargs or {}).get("scale")
-    return pipe.encode_prompt(texts, pipe._execution_device, 1, False, lora_scale=lora_scale, clip_skip=pipe.clip_skip)[0]
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:

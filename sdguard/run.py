@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdguard.attribution import Encode
 from sdguard.calibration import Profile
 from sdguard.config import GuardConfig
 from sdguard.observation import Observation
 from sdguard.report import GuardReport
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.ladder import climb
-from sdguard.steering.rewording import Encode
 
 logger = logging.getLogger(__name__)
 

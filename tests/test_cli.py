@@ -91,3 +91,11 @@ def test_every_config_field_is_documented() -> None:
 def test_usage_errors_are_typers_own() -> None:
     assert generate().exit_code == 2
     assert os.path.exists(testbed.path())
+
+
+def test_explain_writes_a_sheet_and_names_the_words(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["explain", "a zebra at beach", "--steps", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "zebra" in result.stdout
+    assert json.loads((tmp_path / "explain.json").read_text())["words"] == ["a", "zebra", "at", "beach"]
+    assert (tmp_path / "explain.png").exists()

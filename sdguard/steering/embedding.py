@@ -5,29 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdguard.attribution import norm_gradient, token_shares
 from sdguard.observation import Observation
 from sdguard.steering.correction import Correction
 
 
-def norm_gradient(observation: Observation, condition: Tensor) -> tuple[Tensor, Tensor]:
-    """Guidance norm under ``condition`` and its gradient with respect to it: ``[B]``, ``[B, T, E]``. Cost: 2 evaluations."""
-    with torch.enable_grad():
-        condition = condition.detach().float().requires_grad_()
-        norm = (observation.denoise(observation.x, observation.timestep, condition) - observation.eps_u).flatten(1).norm(dim=1)
-        (gradient,) = torch.autograd.grad(norm.sum(), condition)
-    observation.spend(2)
-    return norm.detach(), gradient
-
-
 def responsible(gradient: Tensor, share: float) -> Tensor:
     """The fewest tokens that hold ``share`` of the gradient's energy, begin token never among them: bool ``[B, T]``."""
-    energy = gradient.square().sum(-1)
-    energy[:, 0] = 0
-    order = energy.argsort(dim=1, descending=True)
-    sorted_energy = energy.gather(1, order)
-    before = sorted_energy.cumsum(1) - sorted_energy
-    kept = before < share * energy.sum(1, keepdim=True)
-    return torch.zeros_like(kept).scatter(1, order, kept)
+    order = token_shares(gradient).sort(dim=1, descending=True)
+    before = order.values.cumsum(1) - order.values
+    return torch.zeros_like(before, dtype=torch.bool).scatter(1, order.indices, before < share - 1e-6)
 
 
 def embedding_descent(

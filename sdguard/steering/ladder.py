@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdguard.attribution import Encode
 from sdguard.calibration import Profile
 from sdguard.lookahead import independent_noise, look_ahead
 from sdguard.observation import Observation
 from sdguard.signals.agreement import correlation
 from sdguard.steering.correction import Correction
 from sdguard.steering.embedding import embedding_descent
-from sdguard.steering.rewording import Encode, Wording, reword, rewordings
+from sdguard.steering.rewording import Wording, reword, rewordings
 
 #: wordings that are tried, before the embedding rungs.
 WORDINGS = 2

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from sdguard.attribution import Encode, norms_under, norms_without
 from sdguard.observation import Observation
-from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.correction import Correction
 from sdguard.words import bare
-
-#: text embeddings ``[n, T, E]`` of n texts.
-Encode = Callable[[list[str]], Tensor]
 
 #: words of a prompt that are tried without, and how many of them may go together.
 TRIED_WORDS, DROPPED_WORDS = 12, 4
@@ -45,18 +39,15 @@ def rewordings(observation: Observation, prompt: str, encode: Encode, frequency:
     if len(words) < 2:
         return []
 
-    def norms(wordings: list[Wording]) -> list[float]:
-        repeated = observation.select(torch.zeros(len(wordings), dtype=torch.long))
-        return guidance_norm(repeated.with_condition(encode([wording.text for wording in wordings]))).tolist()
-
     def rarity(i: int) -> int:
         return frequency.get(bare(words[i]), 0)
 
     rarest = sorted(range(len(words)), key=rarity)[:TRIED_WORDS]
-    alone = dict(zip(rarest, norms([without(words, [i]) for i in rarest]), strict=True))
+    alone = dict(zip(rarest, norms_without(observation, words, rarest, encode), strict=True))
     order = sorted(rarest, key=lambda i: (rarity(i), alone[i]))
     shorter = [without(words, order[:count]) for count in range(1, min(DROPPED_WORDS + 1, len(words)))]
-    return [wording for wording, norm in zip(shorter, norms(shorter), strict=True) if norm <= target]
+    norms = norms_under(observation, [wording.text for wording in shorter], encode)
+    return [wording for wording, norm in zip(shorter, norms, strict=True) if norm <= target]
 
 
 def reword(wordings: list[Wording], encode: Encode) -> Correction:
