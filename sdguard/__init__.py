@@ -1,8 +1,9 @@
 """sdguard: the guard between a text-to-image model and the pictures it has memorized."""
 
-from sdguard.calibration import Profile, ProfileError, calibrate
+from sdguard.calibration import calibrate
 from sdguard.config import GuardConfig
 from sdguard.pipeline import GuardedPipeline, guard, unguard
+from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
 from sdguard.run import MemorizationError
 

@@ -1,8 +1,7 @@
-"""What ordinary prompts look like on one configuration, and the threshold that follows from it."""
+"""Calibration: ordinary prompts measured on a configuration, and where the profiles that come of it are kept."""
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import math
@@ -10,113 +9,24 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sdguard.decision import BY_NAME, PLAN, Cascade, judge
 from sdguard.hook import family_of
 from sdguard.observation import Observation
+from sdguard.profile import FORMAT, Profile
 from sdguard.reading import read
-from sdguard.signals.agreement import agreement
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.words import document_frequency
 
-FORMAT = 2
 PROFILE_FILE, PROMPTS_FILE = "sdguard/profile.json", "sdguard/ordinary_prompts.txt"
 BATCH = 8
-#: ordinary prompts whose look-ahead and whose later steps are measured.
-VERIFICATION_PROMPTS, SERIES_PROMPTS = 200, 32
-
-
-class ProfileError(ValueError):
-    """A profile is missing, damaged, made for another configuration, or too small for the rate asked of it."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Ordinary prompts on one model, scheduler, step count, guidance scale, size and precision.
-
-    Attributes:
-        fingerprint: everything that moves the statistics; a profile is refused where one entry differs.
-        guidance_norm: first-step guidance norm of every ordinary prompt, ascending.
-        series: ``(mean, standard deviation)`` of the guidance norm at every step.
-        agreement: agreement between noises of a part of the prompts, ascending.
-        words: how many of the prompts hold each word.
-        format: version of the file format.
-    """
-
-    fingerprint: dict[str, Any]
-    guidance_norm: list[float]
-    series: list[tuple[float, float]]
-    agreement: list[float]
-    words: dict[str, int] = field(default_factory=dict)
-    format: int = FORMAT
-
-    @property
-    def prompts(self) -> int:
-        """How many ordinary prompts stand behind the threshold."""
-        return len(self.guidance_norm)
-
-    def score(self, norm: float) -> float:
-        """A first-step guidance norm in standard deviations of ordinary prompts, on a log scale."""
-        logs = [math.log(v) for v in self.guidance_norm]
-        return (math.log(max(norm, 1e-12)) - statistics.fmean(logs)) / statistics.stdev(logs)
-
-    def p_value(self, norm: float) -> float:
-        """Conformal p-value: the share of ordinary prompts, the new one counted in, that pull at least as hard.
-
-        Under exchangeability P(p <= alpha) <= alpha for an ordinary prompt (Vovk et al. 2005, ch. 2).
-        """
-        at_least = self.prompts - bisect.bisect_left(self.guidance_norm, norm)
-        return (1 + at_least) / (1 + self.prompts)
-
-    def threshold(self, false_positive_rate: float) -> float:
-        """The smallest calibrated guidance norm above which ``p_value <= false_positive_rate``.
-
-        Raises:
-            ProfileError: the prompts are too few for this rate; the message says how many are needed.
-        """
-        allowed = math.floor(false_positive_rate * (1 + self.prompts)) - 1
-        if allowed < 0:
-            needed = math.ceil(1 / false_positive_rate) - 1
-            have = f"this profile has {self.prompts}"
-            raise ProfileError(f"A false-positive rate of {false_positive_rate:g} needs at least {needed} ordinary prompts; {have}.")
-        return self.guidance_norm[self.prompts - 1 - allowed]
-
-    def agreement_limit(self, quantile: float = 0.95) -> float:
-        """The agreement that ``quantile`` of ordinary prompts stay under: what a steered sample must reach."""
-        return self.agreement[min(len(self.agreement) - 1, math.ceil(quantile * (len(self.agreement) + 1)) - 1)]
-
-    def check(self, fingerprint: dict[str, Any]) -> None:
-        """Raise `ProfileError` naming what differs, if this profile was not made for ``fingerprint``."""
-        if differing := [name for name in fingerprint if self.fingerprint.get(name) != fingerprint[name]]:
-            what = "; ".join(f"{name} is {fingerprint[name]!r}, the profile's is {self.fingerprint.get(name)!r}" for name in differing)
-            raise ProfileError(f"The profile does not match this run: {what}.")
-
-    def save(self, path: Path) -> None:
-        """Write the profile as JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Profile:
-        """Read a profile; raises `ProfileError` in one sentence if the file is missing, damaged or of another format."""
-        try:
-            fields = json.loads(path.read_text())
-            profile = cls(**{**fields, "series": [(float(mean), float(std)) for mean, std in fields["series"]]})
-        except OSError as error:
-            raise ProfileError(f"The profile {path} cannot be read: {error.strerror}.") from None
-        except (ValueError, TypeError, KeyError):
-            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.") from None
-        values = [*profile.guidance_norm, *profile.agreement, *(v for pair in profile.series for v in pair)]
-        if profile.format != FORMAT or len(profile.guidance_norm) < 2 or not profile.agreement or not all(map(math.isfinite, values)):
-            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.")
-        return profile
+#: ordinary prompts that fit the cascade, at most, and whose later steps are measured.
+FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
 
 
 def fingerprint(pipe: Any, *, steps: int, guidance_scale: float, height: int, width: int) -> dict[str, Any]:
@@ -173,45 +83,63 @@ def calibrate(
 ) -> Profile:
     """Measure ordinary prompts on a pipeline, one seed each, and return the `Profile`.
 
-    ``progress`` is called with prompts done and prompts in all. Cost: 2 denoiser evaluations a prompt; for the first
-    `VERIFICATION_PROMPTS` of them the look-ahead's 18 beside, and `SERIES_PROMPTS` full runs.
+    Every third prompt, at most `FITTING_PROMPTS`, fits the cascade; the others are scored by it. ``progress`` is called with prompts done
+    and prompts in all. Cost: 2 denoiser evaluations a prompt; for the fitting ones every signal's beside, for the others what the cascade
+    buys; and `SERIES_PROMPTS` full runs.
 
     Raises:
-        ValueError: fewer than 2 prompts, or no unconditional branch to compare with (``guidance_scale <= 1``).
+        ValueError: fewer than 4 prompts, or no unconditional branch to compare with (``guidance_scale <= 1``).
     """
-    if len(prompts) < 2:
-        raise ValueError(f"Calibration needs at least 2 ordinary prompts; {len(prompts)} given.")
-    setting: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    norms: list[float] = []
-    agreements: list[float] = []
+    if len(prompts) < 4:
+        raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
+    setting: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    apart = math.ceil(len(prompts) / max(2, min(FITTING_PROMPTS, len(prompts) // 3)))
+    fitting = list(range(0, len(prompts), apart))
+    scoring = [i for i in range(len(prompts)) if i % apart]
+    values: dict[str, list[float]] = {name: [] for names, _ in PLAN for name in names}
+    scores: list[float] = []
     runs: list[list[float]] = []
-    with quiet(pipe):
-        for start in range(0, len(prompts), BATCH):
-            batch = prompts[start : start + BATCH]
-            whole, verify = start < SERIES_PROMPTS, start < VERIFICATION_PROMPTS
-            calls: list[list[float]] = []
+    done = 0
 
-            def look(observation: Observation, calls: list[list[float]] = calls, verify: bool = verify) -> None:
-                calls.append(guidance_norm(observation).tolist())
-                if verify and observation.step == 0:
-                    agreements.extend(agreement(observation).tolist())
-
-            seeds = range(seed + start, seed + start + len(batch))
-            read(pipe, batch, seeds, look, calls=None if whole else 1, num_inference_steps=steps, **setting)
-            norms.extend(calls[0])
-            if whole:
-                runs.extend(map(list, zip(*calls, strict=True)))
+    def batches(of: list[int]) -> Iterator[list[int]]:
+        nonlocal done
+        for start in range(0, len(of), BATCH):
+            batch = of[start : start + BATCH]
+            yield batch
+            done += len(batch)
             if progress:
-                progress(start + len(batch), len(prompts))
+                progress(done, len(prompts))
+
+    def look(batch: list[int], see: Callable[[Observation], None], calls: int | None = 1) -> None:
+        read(pipe, [prompts[i] for i in batch], [seed + i for i in batch], see, calls, **setting)
+
+    def fit(observation: Observation) -> None:
+        for name, found in values.items():
+            found.extend(BY_NAME[name].read(observation).tolist())
+
+    def score(observation: Observation) -> None:
+        scores.extend(judge(observation, cascade)[0].tolist())
+
+    with quiet(pipe):
+        for batch in batches(fitting):
+            look(batch, fit)
+        cascade = Cascade.fit(values)
+        for batch in batches(scoring):
+            look(batch, score)
+        for start in range(0, min(SERIES_PROMPTS, len(scoring)), BATCH):
+            norms: list[list[float]] = []
+            look(scoring[start : start + BATCH], lambda observation, norms=norms: norms.append(guidance_norm(observation).tolist()), None)  # type: ignore[misc]
+            runs.extend(map(list, zip(*norms, strict=True)))
     series = [(statistics.fmean(at), statistics.stdev(at)) for at in zip(*runs, strict=True)]
-    print_ = fingerprint(pipe, steps=steps, **setting)
-    return Profile(print_, sorted(norms), series, sorted(agreements), document_frequency(prompts))
+    print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    ascending = {name: sorted(found) for name, found in values.items()}
+    return Profile(print_, cascade, sorted(scores), ascending, series, document_frequency(prompts))
 
 
 def cache_path(print_: dict[str, Any]) -> Path:
     """Where the user's profile of a configuration is cached."""
     root = Path(os.environ.get("SDGUARD_CACHE", Path.home() / ".cache" / "sdguard"))
-    return root / "profiles" / (hashlib.sha256(json.dumps(print_, sort_keys=True).encode()).hexdigest()[:24] + ".json")
+    return root / "profiles" / (hashlib.sha256(json.dumps([FORMAT, print_], sort_keys=True).encode()).hexdigest()[:24] + ".json")
 
 
 def model_folder(pipe: Any) -> Path | None:

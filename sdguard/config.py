@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from sdguard.calibration import Profile
+    from sdguard.profile import Profile
 
 Mode = Literal["steer", "observe", "block"]
 OnFailure = Literal["withhold", "pass", "raise"]

@@ -10,10 +10,10 @@ from typing import Any
 import wrapt
 from diffusers import DiffusionPipeline
 
-from sdguard.calibration import Profile, cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
-from sdguard.calibration import ProfileError as ProfileError
+from sdguard.calibration import cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.config import GuardConfig
 from sdguard.hook import encode, family_of, watched
+from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
 

@@ -18,10 +18,10 @@ class GuardReport:
         row: place of the image in its batch.
         verdict: ``"clean"``: not flagged; ``"flagged"``: flagged and let through; ``"steered"``: flagged, turned away and
             verified; ``"withheld"``: its image was blanked.
-        score: the decision's score in standard deviations of ordinary prompts, higher = more memorized.
+        score: the cascade's score, higher = more memorized; in standard deviations of ordinary prompts up to its first bound.
         threshold: the score from which an image is flagged.
         p_value: conformal p-value of the score among ordinary prompts.
-        signals: each signal's ``value`` and, where ordinary prompts were measured, its ``z`` score.
+        signals: ``value`` and ``z`` score against ordinary prompts of each signal that was read.
         series: each free signal at every denoising step.
         extra_evaluations: denoiser evaluations spent on this image beyond the pipeline's own; a gradient counts as one more.
         steering: what was tried: ``attempts``, each with its ``method``, what it did and what verification found, and
@@ -48,7 +48,7 @@ class GuardReport:
             return f"Could not be judged ({self.error}); {'withheld' if self.verdict == 'withheld' else 'let through'}."
         if self.p_value is None:
             return "Not judged."
-        pull = f"the prompt pulls {self.score:+.1f} standard deviations from ordinary prompts (p = {self.p_value:.3g})"
+        pull = f"score {self.score:+.1f}, threshold {self.threshold:+.1f} (p = {self.p_value:.3g})"
         match self.verdict:
             case "clean":
                 return f"Nothing memorized: {pull}."

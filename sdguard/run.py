@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sdguard.attribution import Encode
-from sdguard.calibration import Profile
 from sdguard.config import GuardConfig
+from sdguard.decision import judge
 from sdguard.observation import Observation
+from sdguard.profile import Profile
 from sdguard.report import GuardReport
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.ladder import climb
@@ -30,31 +31,41 @@ class GuardedRun:
     def __init__(self, config: GuardConfig, profile: Profile, prompts: list[str | None], encode: Encode) -> None:
         self.config, self.profile, self.encode = config, profile, encode
         self.conditions: dict[int, Tensor] = {}
-        self.limit = profile.threshold(config.false_positive_rate)
-        self.reports = [GuardReport(prompt, row, threshold=profile.score(self.limit)) for row, prompt in enumerate(prompts)]
+        threshold = profile.threshold(config.false_positive_rate)
+        self.reports = [GuardReport(prompt, row, threshold=threshold) for row, prompt in enumerate(prompts)]
 
     def observe(self, observation: Observation) -> None:
         """Look at one call: at the first decide and steer, at every one note the free signals."""
-        try:
-            norms = guidance_norm(observation).tolist()
-        except Exception as error:  # whatever fails in a signal must reach the report, and on_failure decides what it means
-            norms = [math.nan] * len(self.reports)
-            if observation.step == 0:
-                self.fail(self.reports, error)
-            else:
-                logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
-        for report, norm in zip(self.reports, norms, strict=True):
-            report.series.setdefault("guidance_norm", []).append(norm)
         if observation.step == 0:
-            for report, norm in zip(self.reports, norms, strict=True):
-                self.judge(report, norm)
-            flagged = [report.row for report in self.reports if report.verdict == "flagged" and not report.error]
-            if flagged and self.config.mode == "steer":
-                self.steer(observation.select(torch.tensor(flagged)))
-            for report in self.reports:
-                self.settle(report)
+            self.decide(observation)
+        self.watch(observation)
         for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
             report.extra_evaluations = evaluations
+
+    def watch(self, observation: Observation) -> None:
+        """Note the guidance norm of one call; after the first it decides nothing, so an error is only logged."""
+        try:
+            norms = guidance_norm(observation).tolist()
+        except Exception as error:
+            logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
+            norms = [math.nan] * len(self.reports)
+        for report, norm in zip(self.reports, norms, strict=True):
+            report.series.setdefault("guidance_norm", []).append(norm)
+
+    def decide(self, observation: Observation) -> None:
+        """Judge every image, steer the flagged ones, and settle what becomes of those that could not be steered."""
+        try:
+            scores, values = judge(observation, self.profile.cascade)
+        except Exception as error:  # whatever fails in a signal must reach the report, and on_failure decides what it means
+            self.fail(self.reports, error)
+        else:
+            for report, score in zip(self.reports, scores.tolist(), strict=True):
+                self.judge(report, score, {name: value[report.row].item() for name, value in values.items()})
+        flagged = [report.row for report in self.reports if report.verdict == "flagged" and not report.error]
+        if flagged and self.config.mode == "steer":
+            self.steer(observation.select(torch.tensor(flagged)))
+        for report in self.reports:
+            self.settle(report)
 
     def fail(self, reports: list[GuardReport], error: Exception) -> None:
         """Note that images could not be judged or steered because of ``error``; they count as flagged."""
@@ -62,15 +73,16 @@ class GuardedRun:
         for report in reports:
             report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
 
-    def judge(self, report: GuardReport, norm: float) -> None:
-        """Score, p-value and flag of one image from its first guidance norm."""
-        if report.error:
+    def judge(self, report: GuardReport, score: float, values: dict[str, float]) -> None:
+        """Score, p-value, signals and flag of one image."""
+        scales = self.profile.cascade.scales
+        for name, value in values.items():
+            if not math.isnan(value):
+                report.signals[name] = {"value": value, "z": scales[name].z(torch.tensor(value)).item()}
+        if not math.isfinite(score):
+            self.fail([report], ArithmeticError(f"the score is {score}"))
             return
-        if not math.isfinite(norm):
-            self.fail([report], ArithmeticError(f"the guidance norm is {norm}"))
-            return
-        report.score, report.p_value = self.profile.score(norm), self.profile.p_value(norm)
-        report.signals["guidance_norm"] = {"value": norm, "z": report.score}
+        report.score, report.p_value = score, self.profile.p_value(score)
         if report.p_value <= self.config.false_positive_rate:
             report.verdict = "flagged"
 
@@ -79,12 +91,11 @@ class GuardedRun:
         reports = [self.reports[row] for row in observation.rows.tolist()]
         try:
             outcomes = climb(observation, self.profile, [report.prompt for report in reports], self.encode)
-        except Exception as error:  # as in observe
+        except Exception as error:  # as in decide
             self.fail(reports, error)
             return
         for report, outcome in zip(reports, outcomes, strict=True):
             report.steering = outcome.summary()
-            report.signals["agreement"] = {"value": outcome.agreement}
             if outcome.condition is not None:
                 self.conditions[report.row] = outcome.condition
                 report.verdict = "steered"

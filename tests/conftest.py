@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdguard import testbed
-from sdguard.calibration import Profile, fingerprint
+from sdguard.calibration import fingerprint
+from sdguard.decision import Cascade, Scale, Stage
 from sdguard.observation import NoiseLevel, Observation, noise_level
+from sdguard.profile import Profile
 
 STEPS, GUIDANCE, SIZE = 3, 4.0, 16
 
@@ -92,12 +94,14 @@ def tiny(embedded: Any) -> Any:
 
 @pytest.fixture
 def profile_for() -> Callable[..., Profile]:
-    """Makes a profile for `tiny` whose threshold lies at a chosen guidance norm."""
+    """Makes a profile for `tiny` whose score is the guidance norm, with the threshold at a chosen one."""
 
     def make(pipe: Any, threshold: float, agreement: float = 0.99, **setting: Any) -> Profile:
         setting = {"steps": STEPS, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE, **setting}
         norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
-        return Profile(fingerprint(pipe, **setting), norms, [(1.0, 1.0)] * setting["steps"], [agreement] * 100)
+        cascade = Cascade((Stage(("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
+        values = {"guidance_norm": norms, "agreement": [agreement] * 100}
+        return Profile(fingerprint(pipe, **setting), cascade, norms, values, [(1.0, 1.0)] * setting["steps"])
 
     return make
 

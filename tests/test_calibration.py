@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdguard.calibration import Profile, ProfileError, calibrate, fingerprint
+from sdguard.calibration import calibrate, fingerprint
+from sdguard.decision import Cascade, Scale, Stage
+from sdguard.profile import Profile, ProfileError
 
 values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 
 
 def profile(norms: list[float]) -> Profile:
-    return Profile({"steps": 3}, sorted(norms), [(1.0, 0.1)], [0.5])
+    cascade = Cascade((Stage(("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
+    return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, [(1.0, 0.1)], {"cat": 2})
 
 
 @given(values, st.floats(0.001, 200))
@@ -30,7 +33,7 @@ def test_no_more_ordinary_prompts_are_flagged_than_promised(norms: list[float], 
     flagged = 0
     for i, norm in enumerate(norms):
         rest = [v for j, v in enumerate(norms) if j != i]
-        flagged += len(rest) > 0 and Profile({}, sorted(rest), [], []).p_value(norm) <= rate
+        flagged += len(rest) > 0 and profile(rest).p_value(norm) <= rate
     assert flagged <= rate * len(norms) + 1e-9
 
 
@@ -43,7 +46,7 @@ def test_threshold_and_p_value_are_one_decision(norms: list[float], rate: float)
 
 
 def test_a_rate_the_prompts_cannot_support_says_how_many_are_needed() -> None:
-    with pytest.raises(ProfileError, match="at least 99 ordinary prompts; this profile has 3"):
+    with pytest.raises(ProfileError, match="at least 99 ordinary scores; this profile has 3"):
         profile([1, 2, 3]).threshold(0.01)
 
 
@@ -54,7 +57,14 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"steps": 1}', '{"fingerprint": {}, "guidance_norm": [1], "series": [], "agreement": []}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"steps": 1}',
+        '{"fingerprint": {}, "cascade": {"stages": [], "scales": {}}, "scores": [], "values": {}, "series": []}',
+    ],
 )
 def test_a_damaged_profile_is_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "profile.json").write_text(text)
@@ -92,16 +102,25 @@ def test_calibration_is_deterministic_and_independent_of_batching(tiny: Any, mon
     whole = calibrate(tiny, prompts, **setting)
     monkeypatch.setattr("sdguard.calibration.BATCH", 4)
     parts = calibrate(tiny, prompts, **setting)
-    assert parts.guidance_norm == pytest.approx(whole.guidance_norm, rel=1e-4)
-    assert parts.agreement == pytest.approx(whole.agreement, abs=1e-3)
+    assert parts.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3)
+    assert parts.values["agreement"] == pytest.approx(whole.values["agreement"], abs=1e-3)
     assert len(whole.series) == 3
+    assert whole.words["cat"] == 6
 
 
 def test_calibration_needs_prompts(tiny: Any) -> None:
-    with pytest.raises(ValueError, match="at least 2 ordinary prompts; 0 given"):
+    with pytest.raises(ValueError, match="at least 4 ordinary prompts; 0 given"):
         calibrate(tiny, [], steps=3, guidance_scale=4.0, height=16, width=16)
 
 
 def test_make_profile_fixture_matches(tiny: Any, profile_for: Callable[..., Profile]) -> None:
     made = profile_for(tiny, 2.0)
     made.check(fingerprint(tiny, steps=3, guidance_scale=4.0, height=16, width=16))
+
+
+@given(st.integers(100, 2000), st.sampled_from([0.01, 0.05]))
+def test_the_interval_of_the_realised_rate_holds_its_mean_and_narrows(prompts: int, rate: float) -> None:
+    made, larger = profile([float(i) for i in range(prompts)]), profile([float(i) for i in range(4 * prompts)])
+    low, high = made.false_positive_interval(rate)
+    assert low < made.allowed(rate) / (prompts + 1) < high
+    assert larger.false_positive_interval(rate)[1] - larger.false_positive_interval(rate)[0] < high - low

@@ -120,10 +120,10 @@ def test_block_withholds_only_the_flagged_image(tiny: Any, profile_for: MakeProf
 def test_an_error_inside_a_signal_reaches_the_report(
     on_failure: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(observation: Any) -> Any:
+    def broken(observation: Any, cascade: Any) -> Any:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(run_module, "guidance_norm", broken)
+    monkeypatch.setattr(run_module, "judge", broken)
     output = call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6), on_failure=on_failure)))
     assert all(report.error == "RuntimeError: no luck" for report in output.guard)
     assert all(report.verdict == ("withheld" if on_failure == "withhold" else "flagged") for report in output.guard)

@@ -15,7 +15,7 @@ def test_a_report_survives_json() -> None:
     [("clean", "Nothing memorized"), ("flagged", "nothing was changed"), ("withheld", "withheld")],
 )
 def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
-    assert says in GuardReport("a cat", 0, verdict, score=3.0, p_value=0.001).reason  # type: ignore[arg-type]
+    assert says in GuardReport("a cat", 0, verdict, score=3.0, threshold=2.5, p_value=0.001).reason  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,12 @@ def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
     ],
 )
 def test_the_reason_names_what_steered(passed: dict[str, str], says: str) -> None:
-    assert says in GuardReport("a cat", 0, "steered", score=3.0, p_value=0.001, steering={"passed": passed, "attempts": [passed]}).reason
+    assert (
+        says
+        in GuardReport(
+            "a cat", 0, "steered", score=3.0, threshold=2.5, p_value=0.001, steering={"passed": passed, "attempts": [passed]}
+        ).reason
+    )
 
 
 def test_an_error_is_the_reason() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdguard.calibration import Profile
+from sdguard.decision import Cascade
 from sdguard.observation import NoiseLevel, Observation
+from sdguard.profile import Profile
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.embedding import embedding_descent, responsible
 from sdguard.steering.ladder import climb
@@ -19,6 +20,11 @@ X = (3, 2, 8, 8)
 
 def no_text(texts: list[str]) -> Tensor:
     raise AssertionError("nothing is known of the text")
+
+
+def ordinary(words: dict[str, int] | None = None) -> Profile:
+    """Ordinary prompts hardly pull, and their look-aheads agree to .4."""
+    return Profile({}, Cascade((), {}), [0.0] * 3, {"guidance_norm": [1e-3] * 3, "agreement": [0.4] * 100}, [], words or {})
 
 
 def key_token(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ def test_the_ladder_stops_at_the_first_verified_rung(observe: Observe) -> None:
     text = torch.zeros(3, 5, 4)
     text[:, 2, 0] = 1.0
     observation = observe(memorizing(torch.randn(X[1:]) * 2), torch.randn(X), text)
-    profile = Profile({}, [1e-3, 1e-3, 1e-3], [], [0.4] * 100)
+    profile = ordinary()
     outcomes = climb(observation, profile, [None] * 3, no_text)
     assert all(outcome.condition is not None for outcome in outcomes)
     assert all(outcome.agreement <= 0.4 and len(outcome.attempts) <= 2 for outcome in outcomes)
@@ -86,7 +92,7 @@ def test_a_memorized_picture_no_rung_escapes_is_never_called_steered(observe: Ob
         return (x - level.a * picture) / level.s + 0.01 * text.sum(dim=(1, 2)).view(-1, 1, 1, 1)
 
     observation = observe(stuck, torch.randn(X), torch.rand(3, 5, 4) + 1)
-    outcomes = climb(observation, Profile({}, [1e-3] * 3, [], [0.4] * 100), [None] * 3, no_text)
+    outcomes = climb(observation, ordinary(), [None] * 3, no_text)
     assert all(outcome.condition is None and outcome.agreement > 0.9 for outcome in outcomes)
 
 
@@ -147,7 +153,7 @@ def test_the_ladder_rewords_before_it_moves_embeddings(observe: Observe) -> None
     prompts = ["a zork zebra", "zork of a canyon"]
     observation = observe(eps, torch.randn(2, *X[1:]), bag_of_words(prompts))
     words = {"a": 9, "of": 9, "zebra": 3, "canyon": 3}
-    outcomes = climb(observation, Profile({}, [1e-3] * 3, [], [0.4] * 100, words), list(prompts), bag_of_words)
+    outcomes = climb(observation, ordinary(words), list(prompts), bag_of_words)
     assert [outcome.attempts[-1]["wording"] for outcome in outcomes] == ["a zebra", "of a canyon"]
     assert all(outcome.condition is not None and len(outcome.attempts) == 1 for outcome in outcomes)
 

@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from sdguard import testbed
-from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, Profile, fingerprint
+from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, fingerprint
+from sdguard.profile import Profile
 from sdguard.testbed import training
 from sdguard.testbed.build_data import DataError, licence_of, run
 from sdguard.testbed.copies import Targets, load_targets

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sdguard.attribution import Encode
-from sdguard.calibration import Profile
 from sdguard.lookahead import independent_noise, look_ahead
 from sdguard.observation import Observation
+from sdguard.profile import Profile, quantile
 from sdguard.signals.agreement import correlation
 from sdguard.steering.correction import Correction
 from sdguard.steering.embedding import embedding_descent
@@ -70,7 +70,7 @@ def rungs(
     observation: Observation, profile: Profile, prompts: list[str | None], encode: Encode, left: set[int]
 ) -> Iterator[tuple[list[int], Correction]]:
     """Each rung's correction for the rows it applies to, of those still ``left`` when its turn comes."""
-    limit = profile.guidance_norm[profile.prompts // 2]
+    limit = quantile(profile.values["guidance_norm"], 0.5)
     wordings: list[list[Wording]] = [
         rewordings(observation.select(torch.tensor([row])), prompt, encode, profile.words, limit) if prompt else []
         for row, prompt in enumerate(prompts)

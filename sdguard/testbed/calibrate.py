@@ -32,9 +32,7 @@ def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = 
         )
     profile.save(model / PROFILE_FILE)
     (model / PROMPTS_FILE).write_text("\n".join(prompts) + "\n")
-    typer.echo(
-        f"{model / PROFILE_FILE}: {profile.prompts} ordinary prompts, guidance norm above {profile.threshold(0.01):.3f} is flagged at 1%"
-    )
+    typer.echo(f"{model / PROFILE_FILE}: {profile.prompts} ordinary prompts, a score above {profile.threshold(0.01):.3f} is flagged at 1%")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import typer
 
 from sdguard import GuardedPipeline, testbed
-from sdguard.calibration import PROFILE_FILE, Profile
+from sdguard.calibration import PROFILE_FILE
 from sdguard.cli import generate_guarded, load_pipeline, save_all, verdict_table, writable
+from sdguard.profile import Profile
 from sdguard.report import GuardReport
 from sdguard.testbed.copies import RATIO, Targets, load_targets
 
@@ -45,8 +46,7 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
     headings = ("unguarded", "guarded", "nearest training picture")
     figure, axes = plt.subplots(len(rows), 5, figsize=(15, 3.3 * len(rows) + 0.8), width_ratios=[1.15, 1, 1, 1, 1.3], layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
-    norms = clean.guidance_norm
-    right = 1.1 * max(norms[-1], *(row["signals"]["guidance_norm"]["value"] for row in rows))
+    left, right = min(clean.scores), 1.1 * max(clean.scores[-1], *(row["score"] for row in rows))
     for line, row, trio in zip(axes, rows, pictures, strict=True):
         report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
         line[0].axis("off")
@@ -62,16 +62,15 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
             axis.set_xlabel(note, fontsize=10, color="#b22222" if note.startswith("a copy") else "#555555")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        norm = row["signals"]["guidance_norm"]["value"]
-        line[4].hist(norms, bins=40, color="#cccccc")
-        line[4].axvline(row["threshold_norm"], color="black", linestyle="--", linewidth=1)
-        line[4].axvline(norm, color=colour[report.verdict], linewidth=2.5)
+        line[4].hist(clean.scores, bins=40, color="#cccccc")
+        line[4].axvline(row["threshold"], color="black", linestyle="--", linewidth=1)
+        line[4].axvline(row["score"], color=colour[report.verdict], linewidth=2.5)
         top = line[4].get_ylim()[1]
-        line[4].set(ylim=(0, 1.25 * top), xlim=(0, right), yticks=[])
-        line[4].text(row["threshold_norm"], 1.22 * top, " threshold", fontsize=9, va="top")
-        line[4].text(norm, 1.1 * top, "this prompt ", fontsize=9, va="top", ha="right", color=colour[report.verdict])
-        line[4].set_xlabel("guidance norm at the first step", fontsize=10)
-        line[4].set_title(f"against {len(norms):,} ordinary prompts" if line is axes[0] else "", fontsize=12)
+        line[4].set(ylim=(0, 1.25 * top), xlim=(left, right), yticks=[])
+        line[4].text(row["threshold"], 1.22 * top, " threshold", fontsize=9, va="top")
+        line[4].text(row["score"], 1.1 * top, "this prompt ", fontsize=9, va="top", ha="right", color=colour[report.verdict])
+        line[4].set_xlabel("score at the first denoiser call", fontsize=10)
+        line[4].set_title(f"against {clean.prompts:,} ordinary prompts" if line is axes[0] else "", fontsize=12)
         line[4].spines[["top", "left", "right"]].set_visible(False)
     figure.suptitle("sdguard on its embedded model: decided before the first denoising step", fontsize=15)
     figure.savefig(path, dpi=110)
@@ -108,7 +107,6 @@ def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json 
         row["kind"] = chosen[i]["kind"]
         row["ratio_before"], row["ratio_after"] = float(before[i]), float(after[i])
         row["copy_before"], row["copy_after"] = bool(before[i] < RATIO), bool(after[i] < RATIO) and row["verdict"] != "withheld"
-        row["threshold_norm"] = profile.threshold(pipe.guard_config.false_positive_rate)
     pictures = [(twins[i], images[i], targets.pictures[nearest[i]]) for i in range(len(rows))]
     save_all(out, {f"{row['kind']}.png": image for row, image in zip(rows, images, strict=True)}, rows)
     draw(rows, pictures, profile, out / "demo.png")

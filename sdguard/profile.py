@@ -1,0 +1,126 @@
+"""A profile: what ordinary prompts look like on one configuration, and the decision that follows from it."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import beta
+
+from sdguard.decision import Cascade, Scale, Stage
+
+FORMAT = 3
+
+
+class ProfileError(ValueError):
+    """A profile is missing, damaged, made for another configuration, or too small for the rate asked of it."""
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that at least ``share`` of ascending ``values``, a new one counted in, lie at or under (the last, if they are too few)."""
+    return values[min(len(values), math.ceil(share * (len(values) + 1))) - 1]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Ordinary prompts on one model, scheduler, step count, guidance scale, size and precision.
+
+    Attributes:
+        fingerprint: everything that moves the statistics; a profile is refused where one entry differs.
+        cascade: the stages of the decision, fitted on a part of the prompts.
+        scores: the cascade's score of every other prompt, ascending; the threshold and the p-values rest on these.
+        values: each of the cascade's signals on the prompts it was fitted on, ascending.
+        series: ``(mean, standard deviation)`` of the guidance norm at every step.
+        words: how many of the prompts hold each word.
+        format: version of the file format.
+    """
+
+    fingerprint: dict[str, Any]
+    cascade: Cascade
+    scores: list[float]
+    values: dict[str, list[float]]
+    series: list[tuple[float, float]]
+    words: dict[str, int] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def prompts(self) -> int:
+        """How many ordinary prompts stand behind the threshold."""
+        return len(self.scores)
+
+    def p_value(self, score: float) -> float:
+        """Conformal p-value: the share of ordinary prompts, the new one counted in, that score at least as high.
+
+        Under exchangeability P(p <= alpha) <= alpha for an ordinary prompt (Vovk et al. 2005, ch. 2): the score is fixed by the
+        cascade, and the cascade was fitted on other prompts.
+        """
+        at_least = self.prompts - bisect.bisect_left(self.scores, score)
+        return (1 + at_least) / (1 + self.prompts)
+
+    def threshold(self, false_positive_rate: float) -> float:
+        """The smallest calibrated score above which ``p_value <= false_positive_rate``.
+
+        Raises:
+            ProfileError: the prompts are too few for this rate; the message says how many are needed.
+        """
+        return self.scores[self.prompts - self.allowed(false_positive_rate)]
+
+    def allowed(self, false_positive_rate: float) -> int:
+        """How many of ``prompts + 1`` exchangeable scores may be flagged; raises as `threshold` does if none."""
+        allowed = math.floor(false_positive_rate * (1 + self.prompts))
+        if not allowed:
+            needed = math.ceil(1 / false_positive_rate) - 1
+            have = f"this profile has {self.prompts}"
+            raise ProfileError(f"A false-positive rate of {false_positive_rate:g} needs at least {needed} ordinary scores; {have}.")
+        return allowed
+
+    def false_positive_interval(self, false_positive_rate: float, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the realised false-positive rate lies with this confidence over draws of the calibration prompts.
+
+        With n scores and k allowed ones it is Beta(k, n + 1 - k) distributed (Vovk 2012, prop. 2a) for a continuous score.
+        """
+        k, tail = self.allowed(false_positive_rate), (1 - confidence) / 2
+        low, high = beta.ppf([tail, 1 - tail], k, self.prompts + 1 - k)
+        return float(low), float(high)
+
+    def agreement_limit(self, share: float = 0.95) -> float:
+        """The agreement that ``share`` of ordinary prompts stay under: what a steered sample must reach."""
+        return quantile(self.values["agreement"], share)
+
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """Raise `ProfileError` naming what differs, if this profile was not made for ``fingerprint``."""
+        if differing := [name for name in fingerprint if self.fingerprint.get(name) != fingerprint[name]]:
+            what = "; ".join(f"{name} is {fingerprint[name]!r}, the profile's is {self.fingerprint.get(name)!r}" for name in differing)
+            raise ProfileError(f"The profile does not match this run: {what}.")
+
+    def save(self, path: Path) -> None:
+        """Write the profile as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(asdict(self)))
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a profile; raises `ProfileError` in one sentence if the file is missing, damaged or of another format."""
+        try:
+            fields = json.loads(path.read_text())
+            stages = tuple(Stage(tuple(stage["signals"]), stage["bound"]) for stage in fields["cascade"]["stages"])
+            scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
+            series = [(float(mean), float(std)) for mean, std in fields["series"]]
+            profile = cls(**{**fields, "cascade": Cascade(stages, scales), "series": series})
+            numbers = [*profile.scores, *(v for values in profile.values.values() for v in values), *(v for pair in series for v in pair)]
+            whole = all(map(math.isfinite, numbers)) and all(profile.values.get(name) for name in profile.cascade.signals)
+        except OSError as error:
+            raise ProfileError(f"The profile {path} cannot be read: {error.strerror}.") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.") from None
+        if profile.format != FORMAT or len(profile.scores) < 2 or not whole:
+            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.")
+        return profile
