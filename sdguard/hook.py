@@ -104,6 +104,7 @@ class DenoiserHook(ModelHook):
                 denoise=denoise,
                 evaluations=self.evaluations,
                 rows=torch.arange(count),
+                denoiser=module,
             )
         )
         self.step += 1

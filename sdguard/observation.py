@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class NoiseLevel(NamedTuple):
@@ -86,6 +86,7 @@ class Observation:
         denoise: evaluates the captured call again.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image so far; shared by derived observations' rows.
         rows: ``[B]``, which rows of the run these are.
+        denoiser: the network itself, for signals that read features inside it.
     """
 
     step: int
@@ -101,6 +102,7 @@ class Observation:
     denoise: Denoiser
     evaluations: Tensor
     rows: Tensor
+    denoiser: nn.Module | None = None
 
     @property
     def difference(self) -> Tensor:

@@ -12,8 +12,11 @@ from torch import Tensor
 from sdguard.geometry import JACOBIAN_FLOOR
 from sdguard.lookahead import grid, independent_noise, look_ahead
 from sdguard.observation import CLEAN, NoiseLevel, Observation
+from sdguard.reading import read
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.agreement import agreement, correlation
+from sdguard.signals.attention_entropy import ATTENTION_ENTROPY, entropy
+from sdguard.signals.bottleneck_spread import BOTTLENECK_SPREAD
 from sdguard.signals.condition_jacobian import condition_jacobian
 from sdguard.signals.denoised_norm import denoised_norm
 from sdguard.signals.guidance_norm import guidance_norm
@@ -63,7 +66,11 @@ def test_guidance_norm_is_the_distance_of_the_two_predictions(observe: Observe) 
     torch.testing.assert_close(guidance_norm(observe(pulled, torch.randn(SHAPE), text)), expected)
 
 
-@pytest.mark.parametrize("signal", SIGNALS, ids=lambda signal: signal.name)
+#: signals that read features inside the network, which a model given as a formula has not.
+INSIDE = (ATTENTION_ENTROPY, BOTTLENECK_SPREAD)
+
+
+@pytest.mark.parametrize("signal", [signal for signal in SIGNALS if signal not in INSIDE], ids=lambda signal: signal.name)
 def test_a_signal_is_a_function_of_its_row_and_costs_what_it_declares(signal: Signal, observe: Observe) -> None:
     def model(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
         return level.s * x * (1 + text.mean(dim=(1, 2))).view(-1, 1, 1, 1) + 0.1 * torch.sin(x)
@@ -76,6 +83,31 @@ def test_a_signal_is_a_function_of_its_row_and_costs_what_it_declares(signal: Si
     order = torch.tensor([2, 0])
     torch.testing.assert_close(signal.read(observe(model, x[order], text[order])), together[order], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(signal.read(observe(model, x, text).select(order)), together[order], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("signal", INSIDE, ids=lambda signal: signal.name)
+def test_a_signal_that_reads_features_keeps_the_same_contract(signal: Signal, tiny: Any) -> None:
+    prompts, setting = ["a cat", "a zebra on a hill", "a boat"], {"num_inference_steps": 3, "guidance_scale": 4.0}
+    together: list[float] = []
+    costs: list[int] = []
+
+    def look(observation: Observation) -> None:
+        together.extend(signal.read(observation).tolist())
+        costs.extend(observation.evaluations.tolist())
+
+    read(tiny, prompts, range(3), look, **setting)
+    assert costs == [signal.cost] * 3
+    for i in (2, 0):
+        read(tiny, prompts[i : i + 1], [i], lambda observation: together.append(signal.read(observation).item()), **setting)
+    assert together[3:] == pytest.approx([together[2], together[0]], rel=1e-4)
+    assert not tiny.unet.mid_block._forward_hooks
+
+
+def test_entropy_of_even_and_of_single_attention() -> None:
+    assert entropy(torch.zeros(1, 5, 8), torch.randn(1, 7, 8), 2).item() == pytest.approx(math.log(7))
+    key = torch.zeros(1, 7, 8)
+    key[:, 3] = 100.0
+    assert entropy(torch.ones(1, 5, 8), key, 2).item() == pytest.approx(0, abs=1e-3)
 
 
 PICTURE = torch.linspace(-2, 2, 4 * 8 * 8).view(SHAPE[1:])

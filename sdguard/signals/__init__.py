@@ -1,6 +1,8 @@
 """Signals: pure functions from an `Observation` to one float per image, one file each."""
 
 from sdguard.signals.agreement import AGREEMENT
+from sdguard.signals.attention_entropy import ATTENTION_ENTROPY
+from sdguard.signals.bottleneck_spread import BOTTLENECK_SPREAD
 from sdguard.signals.condition_jacobian import CONDITION_JACOBIAN
 from sdguard.signals.denoised_norm import DENOISED_NORM
 from sdguard.signals.guidance_norm import GUIDANCE_NORM
@@ -21,6 +23,7 @@ SIGNALS: tuple[Signal, ...] = (
     UPDATE_NORM,
     CONDITION_JACOBIAN,
     PREDICTION_CHANGE,
+    ATTENTION_ENTROPY,
     LOW_NOISE_ALIGNMENT,
     SHARPNESS,
     LID_NOISY,
@@ -29,6 +32,7 @@ SIGNALS: tuple[Signal, ...] = (
     LID_CONTRAST,
     LID_GUIDED,
     OUTPUT_DENSITY,
+    BOTTLENECK_SPREAD,
     CURVATURE,
     AGREEMENT,
     OUTPUT_DENSITY_AHEAD,
