@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from sdguard.decision import BY_NAME, PLAN, Cascade, judge
 from sdguard.hook import family_of
+from sdguard.journal import Journal
 from sdguard.observation import Observation
 from sdguard.profile import FORMAT, Profile
 from sdguard.reading import read
@@ -70,6 +73,17 @@ def quiet(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
+def split(count: int) -> tuple[list[int], list[int]]:
+    """Which of ``count`` prompts fit the cascade (every third, at most `FITTING_PROMPTS`, evenly spaced) and which are scored by it."""
+    apart = math.ceil(count / max(2, min(FITTING_PROMPTS, count // 3)))
+    return [i for i in range(count) if i % apart == 0], [i for i in range(count) if i % apart]
+
+
+def batched(positions: list[int]) -> list[list[int]]:
+    """``positions`` in batches."""
+    return [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
+
+
 def calibrate(
     pipe: Any,
     prompts: Sequence[str],
@@ -80,12 +94,18 @@ def calibrate(
     width: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    journal: Path | None = None,
+    state: PartialState | None = None,
 ) -> Profile:
     """Measure ordinary prompts on a pipeline, one seed each, and return the `Profile`.
 
-    Every third prompt, at most `FITTING_PROMPTS`, fits the cascade; the others are scored by it. ``progress`` is called with prompts done
-    and prompts in all. Cost: 2 denoiser evaluations a prompt; for the fitting ones every signal's beside, for the others what the cascade
-    buys; and `SERIES_PROMPTS` full runs.
+    A part of the prompts fits the cascade (see `split`), the others are scored by it. Cost: 2 denoiser evaluations a prompt; for the
+    fitting ones every signal's beside, for the others what the cascade buys; and `SERIES_PROMPTS` full runs.
+
+    Args:
+        progress: called with prompts done and prompts in all.
+        journal: a file that keeps what has been measured, so that a killed calibration goes on; removed at the end.
+        state: accelerate's, where several processes share the work, each on its own pipeline; every one of them returns the profile.
 
     Raises:
         ValueError: fewer than 4 prompts, or no unconditional branch to compare with (``guidance_scale <= 1``).
@@ -93,53 +113,54 @@ def calibrate(
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
     setting: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
-    apart = math.ceil(len(prompts) / max(2, min(FITTING_PROMPTS, len(prompts) // 3)))
-    fitting = list(range(0, len(prompts), apart))
-    scoring = [i for i in range(len(prompts)) if i % apart]
-    values: dict[str, list[float]] = {name: [] for names, _ in PLAN for name in names}
-    scores: list[float] = []
-    runs: list[list[float]] = []
+    print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
+    digest = hashlib.sha256(json.dumps([list(prompts), seed, PLAN]).encode()).hexdigest()
+    notes = Journal(journal and journal.with_suffix(f".{rank}.jsonl"), {"format": FORMAT, "fingerprint": print_, "prompts": digest})
+    fitting, scoring = split(len(prompts))
     done = 0
 
-    def batches(of: list[int]) -> Iterator[list[int]]:
+    def measure(what: str, positions: list[int], see: Callable[[Observation], Any], calls: int | None = 1) -> list[Any]:
+        """What ``see`` makes of every observation of ``positions``, by batch and call; from the journal where it is known."""
         nonlocal done
-        for start in range(0, len(of), BATCH):
-            batch = of[start : start + BATCH]
-            yield batch
-            done += len(batch)
+        batches = batched(positions)
+        for number, batch in list(enumerate(batches))[rank::processes]:
+            if f"{what} {number}" not in notes.results:
+                seen: list[Any] = []
+                look = [prompts[i] for i in batch], [seed + i for i in batch]
+                read(pipe, *look, lambda observation, seen=seen: seen.append(see(observation)), calls, **setting)  # type: ignore[misc]
+                notes.add(f"{what} {number}", seen)
+            done += len(batch) * (what != "series")
             if progress:
-                progress(done, len(prompts))
+                progress(min(len(prompts), done * processes), len(prompts))
+        mine = {key: result for key, result in notes.results.items() if key.startswith(what)}
+        everyone = gather_object([mine]) if processes > 1 else [mine]
+        found = {key: result for part in everyone for key, result in part.items()}
+        return [found[f"{what} {number}"] for number in range(len(batches))]
 
-    def look(batch: list[int], see: Callable[[Observation], None], calls: int | None = 1) -> None:
-        read(pipe, [prompts[i] for i in batch], [seed + i for i in batch], see, calls, **setting)
-
-    def fit(observation: Observation) -> None:
-        for name, found in values.items():
-            found.extend(BY_NAME[name].read(observation).tolist())
-
-    def score(observation: Observation) -> None:
-        scores.extend(judge(observation, cascade)[0].tolist())
-
+    names = [name for stage, _ in PLAN for name in stage]
     with quiet(pipe):
-        for batch in batches(fitting):
-            look(batch, fit)
+        fitted = measure("fit", fitting, lambda observation: {name: BY_NAME[name].read(observation).tolist() for name in names})
+        values = {name: [v for (call,) in fitted for v in call[name]] for name in names}
         cascade = Cascade.fit(values)
-        for batch in batches(scoring):
-            look(batch, score)
-        for start in range(0, min(SERIES_PROMPTS, len(scoring)), BATCH):
-            norms: list[list[float]] = []
-            look(scoring[start : start + BATCH], lambda observation, norms=norms: norms.append(guidance_norm(observation).tolist()), None)  # type: ignore[misc]
-            runs.extend(map(list, zip(*norms, strict=True)))
-    series = [(statistics.fmean(at), statistics.stdev(at)) for at in zip(*runs, strict=True)]
-    print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
-    ascending = {name: sorted(found) for name, found in values.items()}
-    return Profile(print_, cascade, sorted(scores), ascending, series, document_frequency(prompts))
+        scored = measure("score", scoring, lambda observation: judge(observation, cascade)[0].tolist())
+        runs = measure("series", scoring[:SERIES_PROMPTS], lambda observation: guidance_norm(observation).tolist(), None)
+    series = [
+        (statistics.fmean(at), statistics.stdev(at)) for at in ([v for call in calls for v in call] for calls in zip(*runs, strict=True))
+    ]
+    notes.close()
+    scores = sorted(v for (call,) in scored for v in call)
+    return Profile(print_, cascade, scores, {name: sorted(found) for name, found in values.items()}, series, document_frequency(prompts))
+
+
+def cache_folder() -> Path:
+    """Where the user's profiles are cached."""
+    return Path(os.environ.get("SDGUARD_CACHE", Path.home() / ".cache" / "sdguard")) / "profiles"
 
 
 def cache_path(print_: dict[str, Any]) -> Path:
     """Where the user's profile of a configuration is cached."""
-    root = Path(os.environ.get("SDGUARD_CACHE", Path.home() / ".cache" / "sdguard"))
-    return root / "profiles" / (hashlib.sha256(json.dumps([FORMAT, print_], sort_keys=True).encode()).hexdigest()[:24] + ".json")
+    return cache_folder() / (hashlib.sha256(json.dumps([FORMAT, print_], sort_keys=True).encode()).hexdigest()[:24] + ".json")
 
 
 def model_folder(pipe: Any) -> Path | None:

@@ -1,4 +1,4 @@
-"""The command line: ``sdguard generate``, ``sdguard explain``.
+"""The command line: ``sdguard generate``, ``explain``, ``calibrate``, ``profiles``.
 
 Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
 """
@@ -247,6 +247,96 @@ def explain(
         table.add_row(f"[bold rgb({max(90, red)},90,90)]{escape(word)}[/]", f"{fall:+.1%}", f"{share:.1%}")
     Console().print(table)
     Console().print(f"rank agreement of the two: {found.agreement:+.2f}; explain.png and explain.json in {out}/")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The non-empty lines of a text file; raises `BadInput` if it cannot be read or has none."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"The prompts in {path} cannot be read: {error}.") from None
+    if not lines:
+        raise BadInput(f"{path} holds no prompt.")
+    return lines
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    prompts: Annotated[Path | None, typer.Option(help="Ordinary prompts, one a line, in place of those that come along.")] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
+    fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, above 1. [default: 2.5 embedded, 7.5 else]")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels. [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels. [default: the model's]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next ones count up.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: the user's cache, where the guard finds it]")] = None,
+) -> None:
+    """Measure ordinary prompts on a configuration and keep the profile; run under 'accelerate launch', processes share the work."""
+    from accelerate import PartialState
+    from rich.progress import Progress
+
+    from sdguard import calibration
+    from sdguard.profile import scores_needed
+
+    with one_sentence():
+        state = PartialState()
+        pipe = load_pipeline(model).to(state.device)
+        chosen = read_prompts(prompts) if prompts else calibration.ordinary_prompts(pipe)
+        if n is not None:
+            if n > len(chosen):
+                raise BadInput(f"--n asks for {n} prompts, and there are {len(chosen)}.")
+            chosen = [chosen[i * len(chosen) // n] for i in range(n)]
+        scored = len(calibration.split(len(chosen))[1])
+        if scored < (needed := scores_needed(fpr)):
+            raise BadInput(
+                f"A false-positive rate of {fpr:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored."
+            )
+        usual = default_setting(model, steps, guidance)
+        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        setting = {
+            "steps": usual["num_inference_steps"],
+            "guidance_scale": usual["guidance_scale"],
+            "height": height or size,
+            "width": width or size,
+        }
+        path = out or calibration.cache_path(calibration.fingerprint(pipe, **setting))
+        writable(path.parent)
+        with Progress(disable=not state.is_main_process) as bar:
+            task = bar.add_task("calibrating", total=len(chosen))
+            profile = calibration.calibrate(
+                pipe, chosen, **setting, seed=seed, progress=lambda done, _: bar.update(task, completed=done), journal=path, state=state
+            )
+    if not state.is_main_process:
+        return
+    profile.save(path)
+    low, high = profile.false_positive_interval(fpr)
+    Console().print(
+        f"{path}: {profile.prompts} scores of ordinary prompts; at a false-positive rate of {fpr:g} a score above "
+        f"{profile.threshold(fpr):.3f} is flagged, and the realised rate lies between {low:.2%} and {high:.2%} (95%).",
+        highlight=False,
+    )
+
+
+@app.command()
+def profiles() -> None:
+    """List the profiles in the user's cache."""
+    from sdguard import calibration
+    from sdguard.profile import Profile, ProfileError
+
+    table = Table("pipeline", "scheduler", "steps", "guidance", "size", "dtype", "scores", "file", title=f"{calibration.cache_folder()}")
+    for path in sorted(calibration.cache_folder().glob("*.json")):
+        try:
+            found = Profile.load(path)
+        except ProfileError as error:
+            table.add_row(f"[red]{escape(str(error))}[/]")
+            continue
+        about = found.fingerprint
+        size = f"{about['width']}x{about['height']}"
+        row = (about["pipeline"], about["scheduler"], str(about["steps"]), f"{about['guidance_scale']:g}", size, about["dtype"])
+        table.add_row(*row, str(found.prompts), path.name)
+    Console().print(table)
 
 
 if __name__ == "__main__":

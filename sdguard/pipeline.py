@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,13 @@ class GuardedPipeline(wrapt.ObjectProxy):
         if not config.calibrate:
             raise ProfileError("No profile is known for this configuration, and GuardConfig(calibrate=False) forbids to make one.")
         prompts = config.calibration_prompts or ordinary_prompts(pipe)
-        logger.warning("sdguard: calibrating this configuration on %d ordinary prompts, once", len(prompts))
-        made = calibrate(pipe, prompts, **setting)
-        made.save(cache_path(print_))
+        logger.warning(
+            "sdguard: calibrating this configuration on %d ordinary prompts, once; 'sdguard calibrate' does it ahead", len(prompts)
+        )
+        path, started = cache_path(print_), time.monotonic()
+        made = calibrate(pipe, prompts, **setting, journal=path)
+        made.save(path)
+        logger.warning("sdguard: calibrated in %.0f seconds; the profile is %s", time.monotonic() - started, path)
         return made
 
 

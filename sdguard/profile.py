@@ -27,6 +27,11 @@ def quantile(values: Sequence[float], share: float) -> float:
     return values[min(len(values), math.ceil(share * (len(values) + 1))) - 1]
 
 
+def scores_needed(false_positive_rate: float) -> int:
+    """How many scores of ordinary prompts a false-positive rate needs at least."""
+    return math.ceil(1 / false_positive_rate) - 1
+
+
 @dataclass(frozen=True)
 class Profile:
     """Ordinary prompts on one model, scheduler, step count, guidance scale, size and precision.
@@ -75,8 +80,7 @@ class Profile:
         """How many of ``prompts + 1`` exchangeable scores may be flagged; raises as `threshold` does if none."""
         allowed = math.floor(false_positive_rate * (1 + self.prompts))
         if not allowed:
-            needed = math.ceil(1 / false_positive_rate) - 1
-            have = f"this profile has {self.prompts}"
+            needed, have = scores_needed(false_positive_rate), f"this profile has {self.prompts}"
             raise ProfileError(f"A false-positive rate of {false_positive_rate:g} needs at least {needed} ordinary scores; {have}.")
         return allowed
 

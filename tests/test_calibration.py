@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sdguard.calibration import calibrate, fingerprint
 from sdguard.decision import Cascade, Scale, Stage
 from sdguard.profile import Profile, ProfileError
+from sdguard.reading import read
 
 values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 
@@ -124,3 +125,26 @@ def test_the_interval_of_the_realised_rate_holds_its_mean_and_narrows(prompts: i
     low, high = made.false_positive_interval(rate)
     assert low < made.allowed(rate) / (prompts + 1) < high
     assert larger.false_positive_interval(rate)[1] - larger.false_positive_interval(rate)[0] < high - low
+
+
+def test_a_killed_calibration_goes_on_where_it_stopped(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"a cat number {i}" for i in range(9)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    monkeypatch.setattr("sdguard.calibration.BATCH", 2)
+    whole = calibrate(tiny, prompts, **setting)
+    asked: list[str] = []
+
+    def counted(pipe: Any, batch: list[str], *args: Any, **kwargs: Any) -> None:
+        asked.extend(batch)
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        read(pipe, batch, *args, **kwargs)
+
+    monkeypatch.setattr("sdguard.calibration.read", counted)
+    journal = tmp_path / "profile.json"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny, prompts, **setting, journal=journal)
+    before = len(asked)
+    assert calibrate(tiny, prompts, **setting, journal=journal) == whole
+    assert len(asked) - before < before + len(whole.scores)
+    assert not list(tmp_path.glob("*.jsonl"))

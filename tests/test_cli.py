@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from typer.testing import CliRunner, Result
 from sdguard import testbed
 from sdguard.cli import app
 from sdguard.config import GuardConfig
+from sdguard.profile import Profile
 from sdguard.report import GuardReport
 
 
@@ -99,3 +102,53 @@ def test_explain_writes_a_sheet_and_names_the_words(tmp_path: Path) -> None:
     assert "zebra" in result.stdout
     assert json.loads((tmp_path / "explain.json").read_text())["words"] == ["a", "zebra", "at", "beach"]
     assert (tmp_path / "explain.png").exists()
+
+
+def test_calibrate_says_how_many_prompts_a_rate_needs(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", "--n", "30", "--out", str(tmp_path / "p.json")])
+    assert result.exit_code == 1
+    assert "needs 99 prompts to score; of 30 prompts 20 are scored" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibrate_keeps_a_profile_that_is_listed_and_used(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a lion number {i}" for i in range(9)))
+    result = CliRunner().invoke(app, ["calibrate", "--prompts", str(prompts), "--steps", "2", "--fpr", "0.2"])
+    assert result.exit_code == 0, result.stderr
+    assert "6 scores of ordinary prompts" in " ".join(result.stdout.split())
+    listed = CliRunner().invoke(app, ["profiles"], env={"COLUMNS": "200"})
+    assert "StableDiffusionPipeline" in listed.stdout
+    guarded = generate("a lion", "--steps", "2", "--fpr", "0.2", "--out", str(tmp_path / "out"))
+    assert guarded.exit_code in (0, 3)
+
+
+def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", "--prompts", str(tmp_path / "none.txt")])
+    assert result.exit_code == 1
+    assert "cannot be read" in result.stderr
+
+
+def test_two_processes_calibrate_to_the_same_profile_as_one(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a lion number {i}" for i in range(24)))
+    options = ["calibrate", "--prompts", str(prompts), "--steps", "2", "--fpr", "0.2", "--out"]
+    assert CliRunner().invoke(app, [*options, str(tmp_path / "one.json")]).exit_code == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "-m",
+        "sdguard.cli",
+    ]
+    done = subprocess.run([*launch, *options, str(tmp_path / "two.json")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (Profile.load(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert two.fingerprint == one.fingerprint
+    assert two.scores == pytest.approx(one.scores, abs=1e-3)
+    assert not list(tmp_path.glob("*.jsonl"))
