@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdguard.observation import NoiseLevel
@@ -50,9 +51,9 @@ def exact_product(score: Score, x: Tensor) -> HessianProduct:
     """
 
     def product(v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            derivative: Tensor = torch.func.jvp(score, (x,), (v,))[1]
-        return derivative
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            derivative = forward_ad.unpack_dual(score(forward_ad.make_dual(x, v))).tangent
+        return torch.zeros_like(x) if derivative is None else derivative
 
     return product
 

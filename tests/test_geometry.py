@@ -1,6 +1,7 @@
 """Geometry against densities whose answer is known in closed form."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from sdguard.geometry import (
     spectrum,
     trace,
 )
-from sdguard.observation import NoiseLevel, to_noise
+from sdguard.lookahead import probe
+from sdguard.observation import NoiseLevel, Observation, to_noise
+from sdguard.reading import read
 
 VP = NoiseLevel(0.8, 0.6)
 
@@ -183,3 +186,16 @@ def test_every_parametrisation_of_one_density_has_one_geometry(kind: str) -> Non
     truth = (level.a * variances / noised).log().sum()
     torch.testing.assert_close(log_volume(product, signs(x), level, 3).value, truth.expand(2), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(flipd(score, (-1 / noised).sum(), x, level), 3 + level.s**2 * ((-1 / noised).sum() + norm(x / noised) ** 2))
+
+
+@pytest.mark.parametrize("branch", ["conditional", "unconditional", "guided", "contrast"])
+def test_exact_and_difference_products_agree_on_the_network(branch: Any, embedded: Any) -> None:
+    found: list[float] = []
+
+    def look(observation: Observation) -> None:
+        score, v = observation.score(branch, 601.0), probe(observation.x)
+        exact, near = exact_product(score, observation.x)(v), difference_product(score, observation.x)(v)
+        found.append((norm(exact - near) / norm(exact)).max().item())
+
+    read(embedded, ["a zebra in snow"], [0], look, num_inference_steps=2, guidance_scale=2.5)
+    assert found[0] < 0.02
