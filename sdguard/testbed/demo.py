@@ -47,7 +47,7 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
     figure, axes = plt.subplots(len(rows), 5, figsize=(15, 3.3 * len(rows) + 0.8), width_ratios=[1.15, 1, 1, 1, 1.3], layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
     left, right = min(clean.scores), 1.1 * max(clean.scores[-1], *(row["score"] for row in rows))
-    for line, row, trio in zip(axes, rows, pictures, strict=True):
+    for number, (line, row, trio) in enumerate(zip(axes, rows, pictures, strict=True)):
         report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
         line[0].axis("off")
         line[0].text(0, 1, row["kind"], fontsize=10, color="#777777", va="top")
@@ -55,10 +55,10 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
         line[0].text(0, 0.62, report.verdict, fontsize=16, weight="bold", color=colour[report.verdict], va="top")
         line[0].text(0, 0.49, textwrap.fill(report.reason, 37), fontsize=9.5, color="#333333", va="top")
         line[0].text(0, 0, f"seed {row['seed']}, {report.extra_evaluations} extra denoiser evaluations", fontsize=8.5, color="#777777")
-        notes = (copy_note(row["ratio_before"]), copy_note(row["ratio_after"]), "")
+        notes = (copy_note(row["ratio_before"]), "" if report.verdict == "withheld" else copy_note(row["ratio_after"]), "")
         for axis, image, heading, note in zip(line[1:4], trio, headings, notes, strict=True):
             axis.imshow(image, interpolation="bicubic")
-            axis.set_title(heading if line is axes[0] else "", fontsize=12)
+            axis.set_title(heading if number == 0 else "", fontsize=12)
             axis.set_xlabel(note, fontsize=10, color="#b22222" if note.startswith("a copy") else "#555555")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
@@ -70,7 +70,7 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
         line[4].text(row["threshold"], 1.22 * top, " threshold", fontsize=9, va="top")
         line[4].text(row["score"], 1.1 * top, "this prompt ", fontsize=9, va="top", ha="right", color=colour[report.verdict])
         line[4].set_xlabel("score at the first denoiser call", fontsize=10)
-        line[4].set_title(f"against {clean.prompts:,} ordinary prompts" if line is axes[0] else "", fontsize=12)
+        line[4].set_title(f"against {clean.prompts:,} ordinary prompts" if number == 0 else "", fontsize=12)
         line[4].spines[["top", "left", "right"]].set_visible(False)
     figure.suptitle("sdguard on its embedded model: decided before the first denoising step", fontsize=15)
     figure.savefig(path, dpi=110)
