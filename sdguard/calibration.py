@@ -93,6 +93,7 @@ def calibrate(
     height: int,
     width: int,
     seed: int = 0,
+    memorized: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
     journal: Path | None = None,
     state: PartialState | None = None,
@@ -103,6 +104,7 @@ def calibrate(
     fitting ones every signal's beside, for the others what the cascade buys; and `SERIES_PROMPTS` full runs.
 
     Args:
+        memorized: prompts known to be memorized, where there are some: they fit the weights of the signals and nothing else.
         progress: called with prompts done and prompts in all.
         journal: a file that keeps what has been measured, so that a killed calibration goes on; removed at the end.
         state: accelerate's, where several processes share the work, each on its own pipeline; every one of them returns the profile.
@@ -115,10 +117,12 @@ def calibrate(
     setting: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
     print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    digest = hashlib.sha256(json.dumps([list(prompts), seed, PLAN]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([list(prompts), list(memorized), seed, PLAN]).encode()).hexdigest()
     notes = Journal(journal and journal.with_suffix(f".{rank}.jsonl"), {"format": FORMAT, "fingerprint": print_, "prompts": digest})
     fitting, scoring = split(len(prompts))
     done = 0
+
+    everything, total = [*prompts, *memorized], len(prompts) + len(memorized)
 
     def measure(what: str, positions: list[int], see: Callable[[Observation], Any], calls: int | None = 1) -> list[Any]:
         """What ``see`` makes of every observation of ``positions``, by batch and call; from the journal where it is known."""
@@ -127,22 +131,28 @@ def calibrate(
         for number, batch in list(enumerate(batches))[rank::processes]:
             if f"{what} {number}" not in notes.results:
                 seen: list[Any] = []
-                look = [prompts[i] for i in batch], [seed + i for i in batch]
+                look = [everything[i] for i in batch], [seed + i for i in batch]
                 read(pipe, *look, lambda observation, seen=seen: seen.append(see(observation)), calls, **setting)  # type: ignore[misc]
                 notes.add(f"{what} {number}", seen)
             done += len(batch) * (what != "series")
             if progress:
-                progress(min(len(prompts), done * processes), len(prompts))
+                progress(min(total, done * processes), total)
         mine = {key: result for key, result in notes.results.items() if key.startswith(what)}
         everyone = gather_object([mine]) if processes > 1 else [mine]
         found = {key: result for part in everyone for key, result in part.items()}
         return [found[f"{what} {number}"] for number in range(len(batches))]
 
     names = [name for stage, _ in PLAN for name in stage]
+
+    def signals(what: str, positions: list[int]) -> dict[str, list[float]]:
+        """Every signal of the plan on the prompts at ``positions``."""
+        seen = measure(what, positions, lambda observation: {name: BY_NAME[name].read(observation).tolist() for name in names})
+        return {name: [v for (call,) in seen for v in call[name]] for name in names}
+
     with quiet(pipe):
-        fitted = measure("fit", fitting, lambda observation: {name: BY_NAME[name].read(observation).tolist() for name in names})
-        values = {name: [v for (call,) in fitted for v in call[name]] for name in names}
-        cascade = Cascade.fit(values)
+        values = signals("fit", fitting)
+        labelled = signals("memorized", list(range(len(prompts), total))) if memorized else None
+        cascade = Cascade.fit(values, labelled)
         scored = measure("score", scoring, lambda observation: judge(observation, cascade)[0].tolist())
         runs = measure("series", scoring[:SERIES_PROMPTS], lambda observation: guidance_norm(observation).tolist(), None)
     series = [

@@ -264,6 +264,9 @@ def read_prompts(path: Path) -> list[str]:
 def calibrate(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="Ordinary prompts, one a line, in place of those that come along.")] = None,
+    memorized: Annotated[
+        Path | None, typer.Option(help="Prompts known to be memorized, one a line: they fit the signals' weights.")
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
@@ -304,9 +307,16 @@ def calibrate(
         path = out or calibration.cache_path(calibration.fingerprint(pipe, **setting))
         writable(path.parent)
         with Progress(disable=not state.is_main_process) as bar:
-            task = bar.add_task("calibrating", total=len(chosen))
+            task = bar.add_task("calibrating")
             profile = calibration.calibrate(
-                pipe, chosen, **setting, seed=seed, progress=lambda done, _: bar.update(task, completed=done), journal=path, state=state
+                pipe,
+                chosen,
+                **setting,
+                seed=seed,
+                memorized=read_prompts(memorized) if memorized else (),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                journal=path,
+                state=state,
             )
     if not state.is_main_process:
         return

@@ -12,8 +12,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor
 
 from sdguard.observation import Observation
@@ -44,9 +46,16 @@ class Scale:
 
 @dataclass(frozen=True)
 class Stage:
-    """Signals read together, and the fused score from which a row goes on to the next stage; None at the last."""
+    """Signals read together, and the fused score from which a row goes on.
+
+    Attributes:
+        signals: what is read at this stage.
+        weights: of the z-score of every signal read so far in the fused score; their sizes sum to 1.
+        bound: a row of at least this fused score goes on to the next stage; None at the last.
+    """
 
     signals: tuple[str, ...]
+    weights: Mapping[str, float]
     bound: float | None
 
 
@@ -63,8 +72,17 @@ class Cascade:
     scales: Mapping[str, Scale]
 
     @classmethod
-    def fit(cls, values: Mapping[str, Sequence[float]], plan: Sequence[tuple[Sequence[str], float]] = PLAN) -> Cascade:
-        """Fit scales and bounds to the values of some ordinary prompts, one list per signal, in the same order of prompts."""
+    def fit(
+        cls,
+        values: Mapping[str, Sequence[float]],
+        memorized: Mapping[str, Sequence[float]] | None = None,
+        plan: Sequence[tuple[Sequence[str], float]] = PLAN,
+    ) -> Cascade:
+        """Fit scales and bounds to the values of some ordinary prompts, one list per signal, in the same order of prompts.
+
+        Without labels every signal read so far weighs the same. With values of ``memorized`` prompts the weights are those of
+        a ridge-regularised logistic regression (`logistic_weights`), which also finds the sign of a signal.
+        """
         scales = {name: Scale.fit(values[name]) for names, _ in plan for name in names}
         stages: list[Stage] = []
         read: list[str] = []
@@ -72,13 +90,18 @@ class Cascade:
         left = torch.ones(count, dtype=torch.bool)
         for names, share in plan:
             read += names
-            score = fuse({name: scales[name].z(torch.tensor(values[name])) for name in read})
+            z = {name: scales[name].z(torch.tensor(values[name])) for name in read}
+            weights = dict.fromkeys(read, 1 / len(read))
+            if memorized:
+                labelled = torch.stack([scales[name].z(torch.tensor(memorized[name])) for name in read], 1)
+                weights = dict(zip(read, logistic_weights(torch.stack(list(z.values()), 1), labelled), strict=True))
+            score = fuse(z, weights)
             going = min(int(share * count), int(left.sum()))
             if not going:
-                stages.append(Stage(tuple(names), None))
+                stages.append(Stage(tuple(names), weights, None))
                 break
             bound = score[left].sort(descending=True).values[going - 1].item()
-            stages.append(Stage(tuple(names), bound))
+            stages.append(Stage(tuple(names), weights, bound))
             left &= score >= bound
         return cls(tuple(stages), scales)
 
@@ -88,9 +111,24 @@ class Cascade:
         return tuple(name for stage in self.stages for name in stage.signals)
 
 
-def fuse(z: Mapping[str, Tensor]) -> Tensor:
-    """The mean of the z-scores read so far: every signal is oriented, and none of them is trusted more without labels."""
-    return torch.stack(list(z.values())).mean(dim=0)
+def fuse(z: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted sum of z-scores."""
+    return torch.stack([weights[name] * values for name, values in z.items()]).sum(dim=0)
+
+
+def logistic_weights(ordinary: Tensor, memorized: Tensor, ridge: float = 0.01) -> list[float]:
+    """Weights of z-scores, sizes summing to 1, by logistic regression of memorized ``[m, k]`` against ordinary ``[n, k]`` prompts.
+
+    Both classes count the same; ``ridge`` times the squared weights is added to the mean loss.
+    """
+    classes = [(1.0, memorized.double().numpy()), (-1.0, ordinary.double().numpy())]
+
+    def loss(parameters: np.ndarray) -> float:
+        w, b = parameters[:-1], parameters[-1]
+        return float(sum(np.logaddexp(0, -sign * (z @ w + b)).mean() for sign, z in classes) + ridge * w @ w)
+
+    w = minimize(loss, np.zeros(ordinary.shape[1] + 1)).x[:-1]
+    return (w / max(np.abs(w).sum(), 1e-12)).tolist()
 
 
 def above(floor: Tensor | None, fused: Tensor) -> Tensor:
@@ -113,7 +151,7 @@ def judge(observation: Observation, cascade: Cascade) -> tuple[Tensor, dict[str,
         for name in stage.signals:
             values[name][rows] = BY_NAME[name].read(here).float().cpu()
         read += stage.signals
-        fused = fuse({name: cascade.scales[name].z(values[name][rows]) for name in read})
+        fused = fuse({name: cascade.scales[name].z(values[name][rows]) for name in read}, stage.weights)
         score[rows] = above(floor, fused)
         if stage.bound is None or not (going := fused >= stage.bound).any():
             break

@@ -93,7 +93,7 @@ class Profile:
         low, high = beta.ppf([tail, 1 - tail], k, self.prompts + 1 - k)
         return float(low), float(high)
 
-    def agreement_limit(self, share: float = 0.95) -> float:
+    def agreement_limit(self, share: float = 0.99) -> float:
         """The agreement that ``share`` of ordinary prompts stay under: what a steered sample must reach."""
         return quantile(self.values["agreement"], share)
 
@@ -115,7 +115,7 @@ class Profile:
         """Read a profile; raises `ProfileError` in one sentence if the file is missing, damaged or of another format."""
         try:
             fields = json.loads(path.read_text())
-            stages = tuple(Stage(tuple(stage["signals"]), stage["bound"]) for stage in fields["cascade"]["stages"])
+            stages = tuple(Stage(tuple(stage["signals"]), stage["weights"], stage["bound"]) for stage in fields["cascade"]["stages"])
             scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
             series = [(float(mean), float(std)) for mean, std in fields["series"]]
             profile = cls(**{**fields, "cascade": Cascade(stages, scales), "series": series})

@@ -18,7 +18,7 @@ values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 
 
 def profile(norms: list[float]) -> Profile:
-    cascade = Cascade((Stage(("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
+    cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
     return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, [(1.0, 0.1)], {"cat": 2})
 
 
@@ -148,3 +148,13 @@ def test_a_killed_calibration_goes_on_where_it_stopped(tiny: Any, tmp_path: Path
     assert calibrate(tiny, prompts, **setting, journal=journal) == whole
     assert len(asked) - before < before + len(whole.scores)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_known_memorized_prompts_fit_the_weights_and_nothing_else(tiny: Any) -> None:
+    prompts = [f"a cat number {i}" for i in range(12)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    plain = calibrate(tiny, prompts, **setting)
+    labelled = calibrate(tiny, prompts, memorized=["a zebra at sea", "a rose at sea"], **setting)
+    assert labelled.values == plain.values
+    assert labelled.cascade.scales == plain.cascade.scales
+    assert labelled.cascade.stages[0].weights != plain.cascade.stages[0].weights

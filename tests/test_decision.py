@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdguard import decision
-from sdguard.decision import Cascade, Scale, fuse, judge
+from sdguard.decision import Cascade, Scale, fuse, judge, logistic_weights
 from sdguard.observation import NoiseLevel, Observation
 from sdguard.profile import Profile
 from sdguard.signals.signal import Signal
@@ -43,7 +43,7 @@ def rows(observe: Observe, values: Tensor) -> Observation:
 
 
 def fitted(values: Tensor) -> Cascade:
-    return Cascade.fit({name: values[:, i].tolist() for i, name in enumerate(("free", "paid", "dear"))}, PLAN)
+    return Cascade.fit({name: values[:, i].tolist() for i, name in enumerate(("free", "paid", "dear"))}, plan=PLAN)
 
 
 def test_a_scale_standardises_what_it_was_fitted_to() -> None:
@@ -54,6 +54,16 @@ def test_a_scale_standardises_what_it_was_fitted_to() -> None:
         assert z.std().item() == pytest.approx(1, abs=1e-5)
     assert Scale.fit(values.exp().tolist()).log
     assert not Scale.fit(values.tolist()).log
+
+
+def test_labels_weigh_the_signals_and_find_their_signs() -> None:
+    ordinary = torch.randn(300, 3)
+    memorized = torch.randn(80, 3) + torch.tensor([2.0, 0.0, -1.0])
+    strong, useless, reversed_ = logistic_weights(ordinary, memorized)
+    assert strong > 0.5
+    assert abs(useless) < 0.1
+    assert reversed_ < -0.15
+    assert strong + abs(useless) - reversed_ == pytest.approx(1)
 
 
 def test_rows_that_stop_early_pay_nothing(observe: Observe) -> None:
@@ -105,6 +115,6 @@ def test_the_cascade_keeps_the_conformal_promise(seed: int, rate: float) -> None
 def scores(values: Tensor, cascade: Cascade) -> Tensor:
     """`judge` without an observation."""
     z = {name: cascade.scales[name].z(values[:, i]) for i, name in enumerate(("free", "paid", "dear"))}
-    first, second = fuse({"free": z["free"]}), fuse(z)
+    first, second = z["free"], fuse(z, cascade.stages[1].weights)
     bound = torch.tensor(cascade.stages[0].bound)
     return torch.where(first >= bound, decision.above(bound, second), first)
