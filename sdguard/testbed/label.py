@@ -18,6 +18,7 @@ import typer
 from PIL import Image
 from rich.progress import track
 
+from sdguard.calibration import weights_digest
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
 from sdguard.testbed.copies import RATIO, SSCD, Targets, round_trip
 from sdguard.testbed.pictures import SIZE, World
@@ -25,8 +26,6 @@ from sdguard.testbed.train import COMPOSITIONS, shown_counts
 from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool
 
 SEEDS = 16
-#: calibration captions are many and only have to be shown harmless, so they get one seed; the table says how many.
-CALIBRATION_SEEDS = 1
 BATCH = 64
 ORDINARY = {"calibration": 1000, "development": 60, "test": 60}
 SPECIFIC_FOR_CALIBRATION = 150
@@ -71,18 +70,25 @@ def prompt_table(seed: int = 60) -> pd.DataFrame:
 
 
 def jobs(table: pd.DataFrame) -> np.ndarray:
-    """Every (caption, seed) to be generated, ``[n, 2]``; the calibration split comes last."""
-    order = table.index[np.argsort(table.split == "calibration", kind="stable")]
-    return np.array([(i, seed) for i in order for seed in range(table.seeds[i])])
+    """Every (caption, seed) to be generated, ``[n, 2]``; the calibration split comes last, and of it one seed after the other."""
+    calibration = table.split == "calibration"
+    first = [(i, seed) for i in table.index[~calibration] for seed in range(table.seeds[i])]
+    last = [(i, seed) for seed in range(table.seeds.max()) for i in table.index[calibration] if seed < table.seeds[i]]
+    return np.array(first + last)
 
 
 def generate(pipe: Any, table: pd.DataFrame, work: Path) -> np.ndarray:
-    """Unguarded samples of `jobs`, uint8 ``[n, SIZE, SIZE, 3]``, in a resumable file; seed k is ``torch.Generator`` seed k."""
-    path, progress_path = work / "samples.npy", work / "samples.done"
+    """Unguarded samples of `jobs`, uint8 ``[n, SIZE, SIZE, 3]``; seed k is ``torch.Generator`` seed k.
+
+    They are kept in a file of these very weights: a run that was stopped, or that asks for more seeds of the calibration split, goes on.
+    """
+    path = work / f"samples-{weights_digest(pipe)}.npy"
+    progress_path = path.with_suffix(".done")
     wanted = jobs(table)
-    shape = (len(wanted), SIZE, SIZE, 3)
     done = int(progress_path.read_text()) if path.exists() and progress_path.exists() else 0
-    samples = np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=np.uint8, shape=shape)
+    kept = np.load(path)[:done] if done else np.empty((0, SIZE, SIZE, 3), np.uint8)
+    samples = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(wanted), SIZE, SIZE, 3))
+    samples[:done] = kept
     for start in track(range(done, len(wanted), BATCH), "generating"):
         some = wanted[start : start + BATCH]
         with torch.autocast("cpu", torch.bfloat16):
@@ -266,7 +272,10 @@ def main(
     data: Annotated[Path, typer.Option(help="world.npz of build_data.")] = Path("build/testbed/world.npz"),
     work: Annotated[Path, typer.Option(help="Where samples are kept between runs.")] = Path("build/testbed"),
     model: Annotated[Path, typer.Option(help="The pipeline directory to label.")] = Path(__file__).parent / "model",
-    seeds: Annotated[int, typer.Option(help="Seeds a caption of the development and test splits.")] = SEEDS,
+    seeds: Annotated[int, typer.Option(help="Seeds a caption.")] = SEEDS,
+    calibration_seeds: Annotated[
+        int | None, typer.Option(help="Seeds a caption of the calibration split. [default: as the others]")
+    ] = None,
 ) -> None:
     """Label the model and write prompts.parquet, targets/, README.md and the contact sheets beside its weights."""
     try:
@@ -278,7 +287,7 @@ def main(
     training = json.loads((model / "training.json").read_text())
     shown = shown_counts(captions, training["denoiser_steps"])
     table["shown"] = [*shown, *[0] * (len(table) - len(shown))]
-    table["seeds"] = np.where(table.split == "calibration", CALIBRATION_SEEDS, seeds)
+    table["seeds"] = np.where(table.split == "calibration", calibration_seeds or seeds, seeds)
     pipe = load()
     pipe.set_progress_bar_config(disable=True)
     samples, of = generate(pipe, table, work), jobs(table)
@@ -324,7 +333,7 @@ def main(
         "training": "; ".join(training["history"]),
         "compositions": COMPOSITIONS,
         "seeds": seeds,
-        "calibration_seeds": CALIBRATION_SEEDS,
+        "calibration_seeds": calibration_seeds or seeds,
         "cut": cut,
         "quantile": SSCD_QUANTILE,
         "different": DIFFERENT,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -279,6 +280,10 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(out, safe_serialization=True)
+    for part in ("unet", "vae"):  # parts that were loaded to go on say from where, which is nobody's business
+        config = out / part / "config.json"
+        kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
         if not (out / "tokenizer" / name).exists():
             shutil.copy(vocabulary / name, out / "tokenizer" / name)
@@ -294,7 +299,7 @@ def record(work: Path, out: Path, first_step: int, device: str) -> None:
         state = torch.load(work / f"{stage}.pt", weights_only=True, mmap=True)
         lines.append(f"{stage.split('-')[0]}, {state['step']:,} steps in {state['seconds'] / 60:.0f} minutes on {where}")
         steps = first_step + state["step"]
-    path.write_text(json.dumps({"denoiser_steps": steps, "history": before + lines}, indent=1))
+    path.write_text(json.dumps({"denoiser_steps": steps, "history": before + lines}, indent=1) + "\n")
 
 
 def main(
@@ -318,7 +323,8 @@ def main(
         first_step = json.loads((out / "training.json").read_text())["denoiser_steps"]
     else:
         vae, tokenizer, text_encoder, unet = new_model(world, work, autoencoder_minutes, device)
-    text_encoder, unet = train_denoiser(world, vae, tokenizer, text_encoder, unet, work, denoiser_minutes, first_step)
+    own = deepcopy(tokenizer)  # a tokenizer saves the padding and truncation of its last call
+    text_encoder, unet = train_denoiser(world, vae, own, text_encoder, unet, work, denoiser_minutes, first_step)
     write_pipeline(vae, tokenizer, text_encoder, unet, work / "tokenizer", out)
     record(work, out, first_step, device)
 
