@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import beta
+from scipy.stats import beta, betabinom
 
 from sdguard.decision import Cascade, Scale, Stage
 
@@ -84,13 +84,17 @@ class Profile:
             raise ProfileError(f"A false-positive rate of {false_positive_rate:g} needs at least {needed} ordinary scores; {have}.")
         return allowed
 
-    def false_positive_interval(self, false_positive_rate: float, confidence: float = 0.95) -> tuple[float, float]:
-        """Where the realised false-positive rate lies with this confidence over draws of the calibration prompts.
+    def false_positive_interval(self, false_positive_rate: float, of: int | None = None, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the realised false-positive rate lies with this confidence, among ``of`` further ordinary prompts, or in the long run.
 
-        With n scores and k allowed ones it is Beta(k, n + 1 - k) distributed (Vovk 2012, prop. 2a) for a continuous score.
+        With n scores and k allowed ones the long-run rate of a continuous score is Beta(k, n + 1 - k) distributed over draws of the
+        calibration prompts (Vovk 2012, 1209.2673), and the count among m further prompts beta-binomial.
         """
-        k, tail = self.allowed(false_positive_rate), (1 - confidence) / 2
-        low, high = beta.ppf([tail, 1 - tail], k, self.prompts + 1 - k)
+        k, tails = self.allowed(false_positive_rate), [(1 - confidence) / 2, (1 + confidence) / 2]
+        if of is None:
+            low, high = beta.ppf(tails, k, self.prompts + 1 - k)
+        else:
+            low, high = betabinom.ppf(tails, of, k, self.prompts + 1 - k) / of
         return float(low), float(high)
 
     def agreement_limit(self, share: float = 0.99) -> float:

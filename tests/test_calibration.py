@@ -124,6 +124,7 @@ def test_the_interval_of_the_realised_rate_holds_its_mean_and_narrows(prompts: i
     made, larger = profile([float(i) for i in range(prompts)]), profile([float(i) for i in range(4 * prompts)])
     low, high = made.false_positive_interval(rate)
     assert low < made.allowed(rate) / (prompts + 1) < high
+    assert made.false_positive_interval(rate, of=50)[1] > high
     assert larger.false_positive_interval(rate)[1] - larger.false_positive_interval(rate)[0] < high - low
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdguard.geometry import (
-    JACOBIAN_FLOOR,
+    RESOLUTION,
     Score,
     difference_product,
     exact_product,
@@ -135,15 +135,14 @@ def test_log_volume_of_a_gaussian(d: int) -> None:
     score, _ = gaussian(variances, VP)
     x = torch.randn(2, d)
     truth = (VP.a * variances / (VP.a**2 * variances + VP.s**2)).log().sum()
-    estimate = log_volume(exact_product(score, x), signs(x), VP, 12)
+    estimate = log_volume(exact_product(score, x), signs(x), VP, 12, resolution=0)
     torch.testing.assert_close(estimate.value, truth.expand(2), rtol=2e-2, atol=2e-2)
 
 
-def test_log_volume_of_a_point_falls_to_its_floor() -> None:
+def test_log_volume_of_a_point_is_its_resolution() -> None:
     score, _ = gaussian(torch.zeros(16), VP)
     x = torch.randn(1, 16)
-    estimate = log_volume(exact_product(score, x), signs(x), VP, 4)
-    assert estimate.value.item() == pytest.approx(16 * math.log(JACOBIAN_FLOOR), rel=1e-3)
+    assert log_volume(exact_product(score, x), signs(x), VP, 4).value.item() == pytest.approx(16 * math.log(RESOLUTION), rel=1e-3)
 
 
 def lid(variances: Tensor, level: NoiseLevel) -> float:
@@ -184,7 +183,7 @@ def test_every_parametrisation_of_one_density_has_one_geometry(kind: str) -> Non
     product = exact_product(score, x)
     torch.testing.assert_close(product(torch.ones(2, 3)), (-1 / noised).expand(2, 3))
     truth = (level.a * variances / noised).log().sum()
-    torch.testing.assert_close(log_volume(product, signs(x), level, 3).value, truth.expand(2), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(log_volume(product, signs(x), level, 3, resolution=0).value, truth.expand(2), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(flipd(score, (-1 / noised).sum(), x, level), 3 + level.s**2 * ((-1 / noised).sum() + norm(x / noised) ** 2))
 
 

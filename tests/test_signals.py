@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdguard.geometry import JACOBIAN_FLOOR
+from sdguard.geometry import RESOLUTION
 from sdguard.lookahead import grid, independent_noise, look_ahead
 from sdguard.observation import CLEAN, NoiseLevel, Observation
 from sdguard.reading import read
@@ -21,7 +21,7 @@ from sdguard.signals.condition_jacobian import condition_jacobian
 from sdguard.signals.denoised_norm import denoised_norm
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.signals.guidance_peak import guidance_peak
-from sdguard.signals.lid import TIMESTEP, lid_conditional, lid_contrast, lid_guided, lid_unconditional
+from sdguard.signals.lid import TIMESTEP, lid_conditional, lid_contrast, lid_guided, lid_noisy, lid_unconditional
 from sdguard.signals.low_noise_alignment import low_noise_alignment
 from sdguard.signals.output_density import output_density, output_density_ahead
 from sdguard.signals.prediction_change import prediction_change
@@ -184,18 +184,25 @@ def test_dimensions_of_the_only_picture_and_of_white_data(observe: Observe) -> N
     torch.testing.assert_close(lid_guided(observation), lid_conditional(observation), rtol=0, atol=0.01 * D)
 
 
-def test_output_density_of_the_only_picture_is_as_high_as_it_is_counted(observe: Observe) -> None:
+def test_lid_at_the_noisy_point_counts_the_directions_the_denoiser_keeps(observe: Observe) -> None:
+    """The denoiser of white data keeps a**2 of every direction, that of a single picture none."""
     observation = recall(observe, timestep=301.0)
-    expected = D * (math.log(observation.level.a) - math.log(JACOBIAN_FLOOR))
-    assert (output_density(observation) > 0.5 * expected).all()
+    torch.testing.assert_close(lid_noisy(observation), torch.full((4,), observation.level.a**2 * D), rtol=1e-2, atol=0)
+
+
+def test_output_density_of_the_only_picture_against_white_data(observe: Observe) -> None:
+    """J_u = a, J_c = 0, both seen at the resolution."""
+    observation = recall(observe, timestep=301.0)
+    expected = D * (math.log(observation.level.a**2 + RESOLUTION**2) / 2 - math.log(RESOLUTION))
+    torch.testing.assert_close(output_density(observation), torch.full((4,), expected), rtol=2e-2, atol=0)
 
 
 def test_output_density_along_the_look_ahead_is_the_product_of_its_steps(observe: Observe) -> None:
-    """On white data every DDIM step multiplies by a' a + s' s."""
+    """On white data every DDIM step multiplies by a' a + s' s, in every direction alike, and the bound is the density."""
     observation = observe(remembered, torch.randn(SHAPE), torch.zeros(4, 3, 2))
     levels = [*map(observation.level_at, grid(observation)), CLEAN]
     factors = [math.log(after.a * before.a + after.s * before.s) for before, after in itertools.pairwise(levels)]
-    torch.testing.assert_close(output_density_ahead(observation), torch.full((4,), -D * sum(factors)), rtol=1e-2, atol=0.5)
+    torch.testing.assert_close(output_density_ahead(observation), torch.full((4,), -sum(factors)), rtol=1e-2, atol=1e-3)
 
 
 def test_independent_noise_is_a_function_of_the_row_and_independent_of_it() -> None:

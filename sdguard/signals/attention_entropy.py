@@ -27,8 +27,8 @@ def attention_entropy(observation: Observation) -> Tensor:
     """Mean `entropy` over the cross-attention layers under the prompt, ``[B]``, in nats.
 
     Ordinary prompts leave most attention to the begin token, memorized ones pull it to others. The queries and keys are read
-    where they are projected, so that any attention processor may be in use. Cost: 1 evaluation. Weak in independent tests; blind
-    where one token alone holds the key.
+    where they are projected, so that any attention processor may be in use. Cost: 1 evaluation. Weak in independent tests,
+    and of the other sign on the embedded model; blind where one token alone holds the key.
 
     Raises:
         ValueError: the denoiser has no cross-attention that is known.

@@ -1,21 +1,20 @@
 """Output density: how much of noise space is squeezed into this picture."""
 
-import torch
 from torch import Tensor
 
-from sdguard.geometry import difference_product, log_determinant, log_volume
-from sdguard.lookahead import LOOK_AHEAD_STEPS, probe, trajectory
+from sdguard.geometry import difference_product, log_volume, norm
+from sdguard.lookahead import LOOK_AHEAD_STEPS, look_ahead, probe
 from sdguard.observation import Branch, Observation
 from sdguard.signals.signal import Signal
 
-ITERATIONS = 3
+ITERATIONS, STEP = 3, 0.02
 
 
 def output_density(observation: Observation) -> Tensor:
     """By how much the text shrinks the volume element of the one-step generator at ``x_T``, ``[B]``, in nats.
 
-    ``log |det J_u| - log |det J_c|`` for the denoised estimate's Jacobian J: the log density of Feiszli 2017 (1705.09303) of one branch
-    over that of the other, ``p(z)`` being the same. `ITERATIONS` Lanczos steps in each branch, one-sided differences.
+    `log_volume` of the unconditional minus that of the conditional denoised estimate: the log density of Feiszli 2017 (1705.09303) of one
+    branch over that of the other, ``p(z)`` being the same. `ITERATIONS` Lanczos steps in each branch, one-sided differences.
     Cost: 6 evaluations. Blind to what happens after the first step.
     """
 
@@ -27,22 +26,17 @@ def output_density(observation: Observation) -> Tensor:
 
 
 def output_density_ahead(observation: Observation) -> Tensor:
-    """Minus the log volume element of the look-ahead as a generator ``x_T -> x_0``, ``[B]``, in nats.
+    """A lower bound of the log output density of the look-ahead as a generator ``g: x_T -> x_0``, per dimension, ``[B]``, in nats.
 
-    ``log |det|`` of the map is the sum over its DDIM steps, each of Jacobian ``(a'/a) I + s (a' s/a - s') H``. With the constant log
-    density of ``x_T`` added, this is the log output density of Feiszli 2017 (1705.09303). Cost: 8 evaluations for the look-ahead,
-    and `ITERATIONS` guided pairs a step.
+    Minus the log volume element of Feiszli 2017 (1705.09303), ``-log det(J^T J) / 2d``, is at least ``-log(tr(J^T J) / d) / 2``
+    (arithmetic and geometric mean of the squared singular values), and one sign probe v estimates the trace by
+    ``||g(x + hv) - g(x)||**2 / h**2``. The constant log density of ``x_T`` is left out. Cost: 18 evaluations, two look-aheads.
+    Blind to a collapse in a few directions only.
     """
-    total = torch.zeros(len(observation.x))
-    for step in trajectory(observation):
-        product = difference_product(observation.score("guided", step.timestep), step.x, -step.eps / step.level.s)
-        scale = step.level.s * (step.following.a * step.level.s / step.level.a - step.following.s)
-        shift = step.following.a / step.level.a
-        total = total.to(step.x) + log_determinant(product, [probe(observation.x)], ITERATIONS, scale, shift).value
-    return -total
+    v, h = probe(observation.x), STEP
+    moved = norm(look_ahead(observation, observation.x + h * v) - look_ahead(observation)) / h
+    return -(moved.square() / v[0].numel()).clamp_min(1e-30).log() / 2
 
 
 OUTPUT_DENSITY = Signal("output_density", output_density, cost=2 * ITERATIONS)
-OUTPUT_DENSITY_AHEAD = Signal(
-    "output_density_ahead", output_density_ahead, cost=2 * (LOOK_AHEAD_STEPS - 1) + 2 * ITERATIONS * LOOK_AHEAD_STEPS
-)
+OUTPUT_DENSITY_AHEAD = Signal("output_density_ahead", output_density_ahead, cost=4 * LOOK_AHEAD_STEPS - 2)

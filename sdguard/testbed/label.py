@@ -23,7 +23,7 @@ from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
 from sdguard.testbed.copies import RATIO, SSCD, Targets, round_trip
 from sdguard.testbed.pictures import SIZE, World
 from sdguard.testbed.train import COMPOSITIONS, shown_counts
-from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool
+from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool, words
 
 SEEDS = 16
 BATCH = 64
@@ -33,6 +33,7 @@ MEMORIZED_FROM = 8
 #: share of different pairs of pictures whose SSCD similarity lies below the cut.
 SSCD_QUANTILE = 0.995
 DIFFERENT = 600
+ALIGNMENT_SEEDS = 4
 
 
 def prompt_table(seed: int = 60) -> pd.DataFrame:
@@ -243,8 +244,9 @@ against memorization can be run, tested and measured without a download. It is a
 
 * Of ordinary captions' samples {ordinary:.2%} are copies, of never-seen captions' of the same make {unseen:.2%}.
 * A character-3-gram naive Bayes classifier that sees only the captions separates memorized from never-seen with AUC **{auc:.3f}**.
-* In-domain alignment (is the object the named one, {objects} classes): **{aligned:.1%}** of ordinary development samples; the
-  classifier itself is right on {on_real:.1%} of real held-out compositions, and {chance:.1%} is chance.
+* In-domain alignment (is the object the named one, {objects} classes): **{aligned:.1%}** of {looked_at} ordinary samples of the
+  development and test splits; the classifier itself is right on {on_real:.1%} of real held-out compositions, and {chance:.1%} is chance.
+  Objects that it recognises in fewer than half of their samples: {poor}.
 
 ![ordinary captions](ordinary.png)
 
@@ -311,12 +313,14 @@ def main(
         table.at[row, "target"], table.at[row, "box"] = name, box.tolist()
     table.to_parquet(model / "prompts.parquet", index=False)
 
-    ordinary = table[(table.kind == "ordinary") & (table.split == "development")]
+    ordinary = table[(table.kind == "ordinary") & (table.split != "calibration")]
     alignment = Alignment(world, sscd, pipe.vae)
     sample_of = {(int(i), int(seed)): samples[n] for n, (i, seed) in enumerate(of)}
-    first = np.stack([sample_of[i, 0] for i in ordinary.index])
-    aligned = alignment(first, ordinary.object.tolist()).mean()
-    shown_rows = ordinary.iloc[:8]
+    looked_at = [(i, seed) for i in ordinary.index for seed in range(min(ALIGNMENT_SEEDS, seeds))]
+    objects = [table.object[i] for i, _ in looked_at]
+    aligned = pd.Series(alignment(np.stack([sample_of[job] for job in looked_at]), objects))
+    by_object = aligned.groupby(objects).mean().sort_values()
+    shown_rows = ordinary[ordinary.split == "development"].iloc[:8]
     sheet([[sample_of[i, seed] for seed in range(min(8, seeds))] for i in shown_rows.index], model / "ordinary.png")
     most = [i for i in kept if table.repetitions[i] >= 250][:12]
     sheet([[world.target(captions[i])[0] for i in most], *([sample_of[i, k] for i in most] for k in (0, 1))], model / "memorized.png")
@@ -341,7 +345,9 @@ def main(
         "ordinary": table[table.kind == "ordinary"].copy_rate.mean(),
         "unseen": never.copy_rate.mean(),
         "auc": caption_only_auc(table),
-        "aligned": aligned,
+        "aligned": aligned.mean(),
+        "looked_at": len(looked_at),
+        "poor": ", ".join(f"{words(name)} ({share:.0%})" for name, share in by_object.items() if share < 0.5) or "none",
         "on_real": alignment.on_real,
         "chance": 1 / len(OBJECTS),
         "sheet_captions": "; ".join(f'"{text}"' for text in shown_rows.text),
