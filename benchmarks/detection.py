@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +51,7 @@ def measure(pipe: Any, captions: pd.DataFrame, profile: Profile, signals: tuple[
 
         found: dict[str, Any] = {}
         for signal in signals:
-            value, found[f"{signal.name}_seconds"] = timed(lambda signal=signal: signal.read(observation))
+            value, found[f"{signal.name}_seconds"] = timed(partial(signal.read, observation))
             found[signal.name] = value.tolist()
         before = observation.evaluations.clone()
         (score, _), found["cascade_seconds"] = timed(lambda: judge(observation, profile.cascade))

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from rich.progress import track
 from sdguard import GuardedPipeline, testbed
 from sdguard.cli import generate_guarded
 from sdguard.testbed.copies import RATIO, SSCD, Targets, load_targets
+from sdguard.testbed.world import words
 
 BATCH = 16
 
@@ -59,6 +61,8 @@ def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
                     **{key: caption[key] for key in ("text", "kind", "repetitions", "group")},
                     **{key: report[key] for key in ("seed", "verdict", "score", "p_value", "extra_evaluations")},
                     "attempts": len(report["steering"]["attempts"]) if report["steering"] else 0,
+                    "method": report["steering"]["passed"]["method"] if report["verdict"] == "steered" else None,
+                    "object_kept": kept(report["steering"]["passed"], caption.object) if report["verdict"] == "steered" else None,
                     "copy_before": bool(before[i]),
                     "copy_after": bool(after[i]) and report["verdict"] != "withheld",
                 }
@@ -67,6 +71,11 @@ def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
                 pair = np.concatenate([np.asarray(twins[i]), np.asarray(images[i])], axis=1)
                 Image.fromarray(pair).save(folder / f"{start + i // seeds:04d}-{report['seed']}.png")
     return pd.DataFrame(rows)
+
+
+def kept(passed: dict[str, Any], object_: str) -> bool:
+    """Whether the wording that passed still names the caption's object; an embedding that was moved names nothing."""
+    return words(object_) in passed.get("wording", "")
 
 
 def summarise(samples: pd.DataFrame) -> pd.DataFrame:
@@ -93,7 +102,8 @@ def main(
 ) -> None:
     """Run the guard over a split and report."""
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
-    pairs.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(pairs, ignore_errors=True)
+    pairs.mkdir(parents=True)
     out.mkdir(parents=True, exist_ok=True)
     samples = measure(table[table.split == split], seeds, pairs)
     samples.to_parquet(out / f"{split}.parquet", index=False)
@@ -101,6 +111,7 @@ def main(
     top = samples[(samples.repetitions == samples.repetitions.max()) & samples.copy_before]
     flagged = samples[samples.verdict != "clean"]
     ordinary = samples[samples.kind == "ordinary"]
+    steered = samples[samples.verdict == "steered"]
     figures = {
         "copies at the highest repetition count that are flagged": float((top.verdict != "clean").mean()),
         "ordinary samples that are flagged": float((ordinary.verdict != "clean").mean()),
@@ -108,6 +119,8 @@ def main(
         "flagged samples that are still copies": float(flagged.copy_after.mean()),
         "flagged copies that are still copies": float(flagged[flagged.copy_before].copy_after.mean()),
         "flagged samples that are withheld": float((flagged.verdict == "withheld").mean()),
+        "steered samples that were reworded": float((steered.method == "rewording").mean()),
+        "steered samples whose wording still names the object": float(steered.object_kept.astype(bool).mean()),
         "mean extra evaluations of a flagged sample": float(flagged.extra_evaluations.mean()),
         "mean extra evaluations of an unflagged sample": float(samples[samples.verdict == "clean"].extra_evaluations.mean()),
         "samples": len(samples),

@@ -144,7 +144,8 @@ def judge(observation: Observation, cascade: Cascade) -> tuple[Tensor, dict[str,
     """
     count = len(observation.x)
     values = {name: torch.full((count,), math.nan) for name in cascade.signals}
-    score, rows, read = torch.zeros(count), torch.arange(count), []
+    score, rows = torch.zeros(count), torch.arange(count)
+    read: list[str] = []
     floor: Tensor | None = None
     for stage in cascade.stages:
         here = observation.select(rows)

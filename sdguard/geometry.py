@@ -25,8 +25,8 @@ Score = Callable[[Tensor], Tensor]
 #: ``v -> H v`` at a fixed point, per row.
 HessianProduct = Callable[[Tensor], Tensor]
 
-#: latents differ from one another by about 1 per dimension; differences far below that are nothing a picture shows.
-RESOLUTION = 0.1
+#: standard deviation of a pipeline's latents, to which its autoencoder's scaling factor brings them.
+RESOLUTION = 1.0
 
 
 def dot(one: Tensor, other: Tensor) -> Tensor:

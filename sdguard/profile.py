@@ -81,7 +81,7 @@ class Profile:
         allowed = math.floor(false_positive_rate * (1 + self.prompts))
         if not allowed:
             needed, have = scores_needed(false_positive_rate), f"this profile has {self.prompts}"
-            raise ProfileError(f"A false-positive rate of {false_positive_rate:g} needs at least {needed} ordinary scores; {have}.")
+            raise ProfileError(f"A false-positive rate of {false_positive_rate:g} needs at least {needed} scored ordinary prompts; {have}.")
         return allowed
 
     def false_positive_interval(self, false_positive_rate: float, of: int | None = None, confidence: float = 0.95) -> tuple[float, float]:

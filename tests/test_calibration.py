@@ -47,7 +47,7 @@ def test_threshold_and_p_value_are_one_decision(norms: list[float], rate: float)
 
 
 def test_a_rate_the_prompts_cannot_support_says_how_many_are_needed() -> None:
-    with pytest.raises(ProfileError, match="at least 99 ordinary scores; this profile has 3"):
+    with pytest.raises(ProfileError, match="at least 99 scored ordinary prompts; this profile has 3"):
         profile([1, 2, 3]).threshold(0.01)
 
 

@@ -68,7 +68,7 @@ def test_a_withheld_image_has_its_own_exit_code(tmp_path: Path, memorized: dict[
         (["a cat", "--profile", "/no/profile.json"], "cannot be read: No such file"),
         (["a cat", "--profile", "{damaged}"], "is not a profile of sdguard, or it is damaged"),
         (["a cat", "--profile", "{shipped}", "--steps", "3"], "steps is 3, the profile's is 10"),
-        (["a cat", "--fpr", "0.0001"], "needs at least 9999 ordinary prompts"),
+        (["a cat", "--fpr", "0.0001"], "needs at least 9999 scored ordinary prompts"),
         (["a cat", "--mode", "watch"], "it must be 'steer', 'observe' or 'block'"),
     ],
 )
@@ -126,7 +126,7 @@ def test_calibrate_keeps_a_profile_that_is_listed_and_used(tmp_path: Path) -> No
 def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["calibrate", "--prompts", str(tmp_path / "none.txt")])
     assert result.exit_code == 1
-    assert "cannot be read" in result.stderr
+    assert "cannot be read" in " ".join(result.stderr.split())
 
 
 def test_two_processes_calibrate_to_the_same_profile_as_one(tmp_path: Path) -> None:

@@ -64,6 +64,6 @@ def test_agreement_separates_most_repeated_from_ordinary(embedded: Any, table: p
     most = table[(table.repetitions == table.repetitions.max()) & (table.split == "development")].text.tolist()[:4]
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()[:4]
     found: list[float] = []
-    setting = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
+    setting: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
     read(embedded, most + ordinary, range(8), lambda observation: found.extend(agreement(observation).tolist()), **setting)
     assert min(found[:4]) > max(found[4:])

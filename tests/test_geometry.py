@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sdguard.geometry import (
-    RESOLUTION,
     Score,
     difference_product,
     exact_product,
@@ -142,7 +141,8 @@ def test_log_volume_of_a_gaussian(d: int) -> None:
 def test_log_volume_of_a_point_is_its_resolution() -> None:
     score, _ = gaussian(torch.zeros(16), VP)
     x = torch.randn(1, 16)
-    assert log_volume(exact_product(score, x), signs(x), VP, 4).value.item() == pytest.approx(16 * math.log(RESOLUTION), rel=1e-3)
+    found = log_volume(exact_product(score, x), signs(x), VP, 4, resolution=0.1)
+    assert found.value.item() == pytest.approx(16 * math.log(0.1), rel=1e-3)
 
 
 def lid(variances: Tensor, level: NoiseLevel) -> float:

@@ -87,7 +87,8 @@ def test_a_signal_is_a_function_of_its_row_and_costs_what_it_declares(signal: Si
 
 @pytest.mark.parametrize("signal", INSIDE, ids=lambda signal: signal.name)
 def test_a_signal_that_reads_features_keeps_the_same_contract(signal: Signal, tiny: Any) -> None:
-    prompts, setting = ["a cat", "a zebra on a hill", "a boat"], {"num_inference_steps": 3, "guidance_scale": 4.0}
+    prompts = ["a cat", "a zebra on a hill", "a boat"]
+    setting: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0}
     together: list[float] = []
     costs: list[int] = []
 

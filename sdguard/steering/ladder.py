@@ -18,6 +18,8 @@ from sdguard.steering.correction import Correction
 from sdguard.steering.embedding import embedding_descent
 from sdguard.steering.rewording import Wording, reword, rewordings
 
+#: a corrected prompt may pull as hard as this share of ordinary prompts do; asking for less drops words that need not go.
+TARGET = 0.9
 #: wordings that are tried, before the embedding rungs.
 WORDINGS = 2
 #: trust-region radii of the embedding rungs, as shares of each token's distance from the empty prompt's.
@@ -70,9 +72,9 @@ def rungs(
     observation: Observation, profile: Profile, prompts: list[str | None], encode: Encode, left: set[int]
 ) -> Iterator[tuple[list[int], Correction]]:
     """Each rung's correction for the rows it applies to, of those still ``left`` when its turn comes."""
-    limit = quantile(profile.values["guidance_norm"], 0.5)
+    target = quantile(profile.values["guidance_norm"], TARGET)
     wordings: list[list[Wording]] = [
-        rewordings(observation.select(torch.tensor([row])), prompt, encode, profile.words, limit) if prompt else []
+        rewordings(observation.select(torch.tensor([row])), prompt, encode, profile.words, target) if prompt else []
         for row, prompt in enumerate(prompts)
     ]
     for turn in range(WORDINGS):
@@ -80,4 +82,4 @@ def rungs(
             yield rows, reword([wordings[row][turn] for row in rows], encode)
     for radius in RADII:
         rows = sorted(left)
-        yield rows, embedding_descent(observation.select(torch.tensor(rows)), limit, radius)
+        yield rows, embedding_descent(observation.select(torch.tensor(rows)), target, radius)

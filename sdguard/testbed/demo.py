@@ -41,11 +41,17 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     colour = {"clean": "#2a7f3f", "flagged": "#b8860b", "steered": "#1f6fb2", "withheld": "#b22222"}
     headings = ("unguarded", "guarded", "nearest training picture")
-    figure, axes = plt.subplots(len(rows), 5, figsize=(15, 3.3 * len(rows) + 0.8), width_ratios=[1.15, 1, 1, 1, 1.3], layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
+    figure, axes = plt.subplots(
+        len(rows),
+        5,
+        figsize=(15, 3.3 * len(rows) + 0.8),
+        width_ratios=[1.15, 1, 1, 1, 1.3],
+        layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.08),
+    )
     left, right = min(clean.scores), 1.1 * max(clean.scores[-1], *(row["score"] for row in rows))
     for number, (line, row, trio) in enumerate(zip(axes, rows, pictures, strict=True)):
         report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
