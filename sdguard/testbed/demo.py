@@ -74,7 +74,8 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
         top = line[4].get_ylim()[1]
         line[4].set(ylim=(0, 1.25 * top), xlim=(left, right), yticks=[])
         line[4].text(row["threshold"], 1.22 * top, " threshold", fontsize=9, va="top")
-        line[4].text(row["score"], 1.1 * top, "this prompt ", fontsize=9, va="top", ha="right", color=colour[report.verdict])
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        line[4].text(row["score"], 1.08 * top, "this prompt ", fontsize=9, va="top", ha="right", color=colour[report.verdict], bbox=behind)
         line[4].set_xlabel("score at the first denoiser call", fontsize=10)
         line[4].set_title(f"against {clean.prompts:,} ordinary prompts" if number == 0 else "", fontsize=12)
         line[4].spines[["top", "left", "right"]].set_visible(False)
