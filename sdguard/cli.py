@@ -284,6 +284,7 @@ def calibrate(
     from sdguard.profile import scores_needed
 
     with one_sentence():
+        GuardConfig(false_positive_rate=fpr)  # refuses a rate that cannot be
         state = PartialState()
         pipe = load_pipeline(model).to(state.device)
         chosen = read_prompts(prompts) if prompts else calibration.ordinary_prompts(pipe)

@@ -42,6 +42,15 @@ def encode(pipe: Any, texts: list[str]) -> Tensor:
     return pipe.encode_prompt(texts, pipe._execution_device, 1, False, lora_scale=lora_scale, clip_skip=pipe.clip_skip)[0]
 
 
+def check_guidance(guidance_scale: float) -> None:
+    """Raise `ValueError` for a run without an unconditional branch: its batch holds no rows to compare with."""
+    if guidance_scale <= 1:
+        raise ValueError(
+            f"With guidance_scale={guidance_scale:g} the pipeline runs no unconditional branch, so the guidance norm and the "
+            "look-ahead fall away and the guard refuses the run; use a guidance scale above 1, or sdguard.unguard(pipe)."
+        )
+
+
 class Watcher(Protocol):
     """Something that looks at each denoiser call of a run."""
 
@@ -69,6 +78,7 @@ class DenoiserHook(ModelHook):
         return noise_level(self.pipe.scheduler, timestep)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        check_guidance(self.pipe.guidance_scale)
         sample, timestep = args[0], float(args[1])
         condition = self.redirect(kwargs[self.family.condition])
         output = self.fn_ref.original_forward(*args, **{**kwargs, self.family.condition: condition})

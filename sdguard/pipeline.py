@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from sdguard.calibration import cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.config import GuardConfig
-from sdguard.hook import encode, family_of, watched
+from sdguard.hook import check_guidance, encode, family_of, watched
 from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
@@ -63,7 +63,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline under guard; takes and returns what the pipeline does, and ``output.guard`` has the reports.
 
-        Cost: no denoiser evaluations beyond the pipeline's own unless an image is flagged.
+        Cost: no denoiser evaluations beyond the pipeline's own for an image that stops at the cascade's free signals; the look-ahead's
+        for one that goes on, and the ladder's for one that is flagged.
 
         Raises:
             ValueError: ``guidance_scale`` is 1 or less: without an unconditional branch nothing can be judged.
@@ -74,11 +75,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         call = inspect.signature(pipe.__call__).bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        if given["guidance_scale"] <= 1:
-            raise ValueError(
-                f"With guidance_scale={given['guidance_scale']:g} the pipeline runs no unconditional branch, so the guidance norm and the "
-                "look-ahead fall away and the guard refuses the run; use a guidance scale above 1, or sdguard.unguard(pipe)."
-            )
+        check_guidance(given["guidance_scale"])
         run = GuardedRun(config, self.profile(given), prompts_of(given), lambda texts: encode(pipe, texts))
         try:
             with watched(pipe, run):

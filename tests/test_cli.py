@@ -152,3 +152,18 @@ def test_two_processes_calibrate_to_the_same_profile_as_one(tmp_path: Path) -> N
     assert two.fingerprint == one.fingerprint
     assert two.scores == pytest.approx(one.scores, abs=1e-3)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["calibrate", "--fpr", "0"], "false_positive_rate is 0.0; it must lie between 0 and 1"),
+        (["calibrate", "--guidance", "1", "--steps", "2"], "runs no unconditional branch"),
+        (["explain", "a lion", "--guidance", "1", "--steps", "2"], "runs no unconditional branch"),
+    ],
+)
+def test_every_command_refuses_what_cannot_be_judged(arguments: list[str], says: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert says in " ".join(result.stderr.split())
+    assert not list(tmp_path.rglob("*.json"))
