@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdguard.geometry import HessianProduct, difference_product
+from sdguard.geometry import HessianProduct, branch_product
 from sdguard.lookahead import probe
-from sdguard.observation import Branch, Observation
+from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.words import without
 
 #: text embeddings ``[n, T, E]`` of n texts, by the pipeline's own text encoder.
 Encode = Callable[[list[str]], Tensor]
@@ -44,8 +45,7 @@ def norms_under(observation: Observation, texts: list[str], encode: Encode) -> l
 
 def norms_without(observation: Observation, words: list[str], positions: list[int], encode: Encode) -> list[float]:
     """Guidance norm of a single image when one word of its prompt is left out, for each of ``positions``. Cost: 1 evaluation each."""
-    texts = [" ".join(word for i, word in enumerate(words) if i != left_out) for left_out in positions]
-    return norms_under(observation, texts, encode)
+    return norms_under(observation, [without(words, [left_out]) for left_out in positions], encode)
 
 
 def pull_map(observation: Observation) -> Tensor:
@@ -65,7 +65,6 @@ def curvature_map(observation: Observation, probes: int = 4) -> Tensor:
     """
     signs = [probe(observation.x, draw) for draw in range(probes)]
 
-    def curvature(branch: Branch, eps: Tensor) -> Tensor:
-        return -diagonal(difference_product(observation.score(branch), observation.x, -eps / observation.level.s), signs)
-
-    return (curvature("conditional", observation.eps_c) - curvature("unconditional", observation.eps_u)).sum(dim=1)
+    diagonal_u = diagonal(branch_product(observation, "unconditional"), signs)
+    diagonal_c = diagonal(branch_product(observation, "conditional"), signs)
+    return (diagonal_u - diagonal_c).sum(dim=1)

@@ -151,7 +151,7 @@ def verdict_table(rows: list[dict[str, Any]]) -> Table:
 
     table = Table("prompt", "seed", "verdict", "extra evaluations", "why", title="sdguard", show_lines=True)
     for row in rows:
-        report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
+        report = GuardReport.from_row(row)
         verdict = f"[{COLOURS[report.verdict]}]{report.verdict}[/]"
         table.add_row(escape(report.prompt or ""), str(row["seed"]), verdict, str(report.extra_evaluations), escape(report.reason))
     return table
@@ -281,6 +281,7 @@ def calibrate(
     from rich.progress import Progress
 
     from sdguard import calibration
+    from sdguard.hook import default_size
     from sdguard.profile import scores_needed
 
     with one_sentence():
@@ -298,7 +299,7 @@ def calibrate(
                 f"A false-positive rate of {fpr:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored."
             )
         usual = default_setting(model, steps, guidance)
-        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        size = default_size(pipe)
         setting = {
             "steps": usual["num_inference_steps"],
             "guidance_scale": usual["guidance_scale"],

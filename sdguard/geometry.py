@@ -11,14 +11,14 @@ for sharpness, Feiszli 2017 (1705.09303) for volume. ``J = (I + s**2 H) / a``, t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdguard.observation import NoiseLevel
+from sdguard.observation import NoiseLevel, Observation
 
 #: ``x -> grad log p_t(x)``, ``[B, ...] -> [B, ...]``.
 Score = Callable[[Tensor], Tensor]
@@ -71,6 +71,12 @@ def difference_product(score: Score, x: Tensor, known: Tensor | None = None, ste
         return (score(x + h * v) - score(x - h * v)) / (2 * h) if known is None else (score(x + h * v) - known) / h
 
     return product
+
+
+def branch_product(observation: Observation, branch: Literal["conditional", "unconditional"]) -> HessianProduct:
+    """``v -> H v`` of one branch at the observation's own point, by one-sided differences. Cost: 1 evaluation a product."""
+    eps = observation.eps_c if branch == "conditional" else observation.eps_u
+    return difference_product(observation.score(branch), observation.x, known=-eps / observation.level.s)
 
 
 class Estimate(NamedTuple):

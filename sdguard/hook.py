@@ -36,6 +36,11 @@ def family_of(pipe: Any) -> Family:
     return FAMILIES[name]
 
 
+def default_size(pipe: Any) -> int:
+    """Height and width in pixels of what a pipeline makes when it is not told."""
+    return int(getattr(pipe, family_of(pipe).denoiser).config.sample_size * pipe.vae_scale_factor)
+
+
 def encode(pipe: Any, texts: list[str]) -> Tensor:
     """Text embeddings ``[n, T, E]`` of n texts, as a running call of ``pipe`` encodes its own prompts."""
     lora_scale = (pipe.cross_attention_kwargs or {}).get("scale")

@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 def grid(observation: Observation, steps: int = LOOK_AHEAD_STEPS) -> list[float]:
     """The look-ahead's timesteps, from the observation's own down."""
-    return torch.linspace(observation.timestep, 0, steps + 1)[:-1].round().tolist()
+    return [observation.timestep, *torch.linspace(observation.timestep, 0, steps + 1)[1:-1].round().tolist()]
 
 
 def trajectory(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Iterator[Step]:
@@ -42,8 +42,7 @@ def trajectory(observation: Observation, noise: Tensor | None = None, steps: int
     x, predictions = (observation.x, (observation.eps_c, observation.eps_u)) if noise is None else (noise, None)
     for timestep, following in zip(timesteps, [*map(observation.level_at, timesteps[1:]), CLEAN], strict=True):
         eps_c, eps_u = predictions or observation.replay(x, timestep)
-        level = observation.level if timestep == observation.timestep else observation.level_at(timestep)
-        step = Step(x, timestep, level, observation.guided(eps_c, eps_u), following)
+        step = Step(x, timestep, observation.level_at(timestep), observation.guided(eps_c, eps_u), following)
         yield step
         x, predictions = step.taken(), None
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from sdguard.calibration import cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.config import GuardConfig
-from sdguard.hook import check_guidance, encode, family_of, watched
+from sdguard.hook import check_guidance, default_size, encode, family_of, watched
 from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
@@ -92,7 +92,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def profile(self, given: dict[str, Any]) -> Profile:
         """The profile of a run with these arguments: given, known, or calibrated now."""
         pipe, config = self.__wrapped__, self._self_config
-        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        size = default_size(pipe)
         steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name)), given["num_inference_steps"])
         setting = {
             "steps": steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Verdict = Literal["clean", "flagged", "steered", "withheld"]
@@ -63,6 +63,11 @@ class GuardReport:
     def to_json(self) -> str:
         """The report as a JSON object."""
         return json.dumps(asdict(self))
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> GuardReport:
+        """The report in a row that holds its fields and others beside."""
+        return cls(**{field.name: row[field.name] for field in fields(cls) if field.name in row})
 
     @classmethod
     def from_json(cls, text: str) -> GuardReport:

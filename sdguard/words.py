@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def bare(word: str) -> str:
@@ -15,3 +15,8 @@ def bare(word: str) -> str:
 def document_frequency(prompts: Iterable[str]) -> dict[str, int]:
     """How many of ``prompts`` hold each word."""
     return dict(Counter(word for prompt in prompts for word in {bare(word) for word in prompt.split()} if word))
+
+
+def without(words: Sequence[str], dropped: Sequence[int]) -> str:
+    """The text of ``words`` without those at the positions ``dropped``."""
+    return " ".join(word for i, word in enumerate(words) if i not in dropped)

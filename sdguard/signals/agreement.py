@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sdguard.geometry import dot, norm
 from sdguard.lookahead import LOOK_AHEAD_STEPS, independent_noise, look_ahead
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
@@ -23,4 +24,4 @@ AGREEMENT = Signal("agreement", agreement, cost=4 * LOOK_AHEAD_STEPS - 2)
 def correlation(one: Tensor, other: Tensor) -> Tensor:
     """Pearson correlation of each pair of images, every channel centred on its own mean over space, ``[B]``."""
     one, other = (z - z.mean(dim=(-2, -1), keepdim=True) for z in (one, other))
-    return (one * other).flatten(1).sum(1) / (one.flatten(1).norm(dim=1) * other.flatten(1).norm(dim=1)).clamp_min(1e-12)
+    return dot(one, other) / (norm(one) * norm(other)).clamp_min(1e-12)

@@ -1,5 +1,7 @@
 """Bottleneck spread: how widely the features in the middle of the U-Net vary."""
 
+import math
+
 from torch import Tensor
 
 from sdguard.capture import captured
@@ -25,5 +27,5 @@ def bottleneck_spread(observation: Observation) -> Tensor:
 
 
 #: steps of the look-ahead, the first free, up to half of the noise range.
-STEPS = sum(1 for fraction in range(LOOK_AHEAD_STEPS) if fraction / LOOK_AHEAD_STEPS < 0.5)
+STEPS = math.ceil(LOOK_AHEAD_STEPS / 2)
 BOTTLENECK_SPREAD = Signal("bottleneck_spread", bottleneck_spread, cost=2 * STEPS + 1)

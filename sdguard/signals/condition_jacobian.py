@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sdguard.geometry import norm
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -17,7 +18,7 @@ def condition_jacobian(observation: Observation) -> Tensor:
     """
     nearer = observation.condition - STEP * (observation.condition - observation.null_condition)
     observation.spend(1)
-    return (observation.eps_c - observation.denoise(observation.x, observation.timestep, nearer)).flatten(1).norm(dim=1) / STEP
+    return norm(observation.eps_c - observation.denoise(observation.x, observation.timestep, nearer)) / STEP
 
 
 CONDITION_JACOBIAN = Signal("condition_jacobian", condition_jacobian, cost=1)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sdguard.geometry import norm
 from sdguard.observation import Observation, denoised
 from sdguard.signals.signal import Signal
 
@@ -13,7 +14,7 @@ def denoised_norm(observation: Observation) -> Tensor:
     low noise every sample has the norm of its own picture.
     """
     eps = observation.guided(observation.eps_c, observation.eps_u)
-    return denoised(observation.x, eps, observation.level).flatten(1).norm(dim=1)
+    return norm(denoised(observation.x, eps, observation.level))
 
 
 DENOISED_NORM = Signal("denoised_norm", denoised_norm, cost=0)

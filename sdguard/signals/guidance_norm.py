@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sdguard.geometry import norm
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -13,7 +14,7 @@ def guidance_norm(observation: Observation) -> Tensor:
     and not over the batch, and in noise-prediction space whatever the network predicts. Cost: none, the run pays for both
     branches anyway. Blind to templates whose free background dilutes the norm, and without a prompt.
     """
-    return observation.difference.flatten(1).norm(dim=1)
+    return norm(observation.difference)
 
 
 GUIDANCE_NORM = Signal("guidance_norm", guidance_norm, cost=0)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sdguard.geometry import difference_product, flipd, trace
+from sdguard.geometry import branch_product, difference_product, flipd, trace
 from sdguard.lookahead import LOOK_AHEAD_STEPS, look_ahead, probe
 from sdguard.observation import Branch, Observation
 from sdguard.signals.signal import Signal
@@ -60,11 +60,10 @@ def lid_noisy(observation: Observation) -> Tensor:
     is and not how many directions it is free in. Cost: 2 evaluations.
     """
 
-    def kept(branch: Branch, eps: Tensor) -> Tensor:
-        product = difference_product(observation.score(branch), observation.x, -eps / observation.level.s)
-        return observation.level.s**2 * trace(product, [probe(observation.x)]).value
-
-    return kept("unconditional", observation.eps_u) - kept("conditional", observation.eps_c)
+    signs = [probe(observation.x)]
+    trace_u = trace(branch_product(observation, "unconditional"), signs).value
+    trace_c = trace(branch_product(observation, "conditional"), signs).value
+    return observation.level.s**2 * (trace_u - trace_c)
 
 
 AHEAD = 2 * (LOOK_AHEAD_STEPS - 1)

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from sdguard.geometry import difference_product, log_volume, norm
+from sdguard.geometry import branch_product, log_volume, norm
 from sdguard.lookahead import LOOK_AHEAD_STEPS, look_ahead, probe
-from sdguard.observation import Branch, Observation
+from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
 ITERATIONS, STEP = 3, 0.02
@@ -18,11 +18,10 @@ def output_density(observation: Observation) -> Tensor:
     Cost: 6 evaluations. Blind to what happens after the first step.
     """
 
-    def volume(branch: Branch, eps: Tensor) -> Tensor:
-        product = difference_product(observation.score(branch), observation.x, -eps / observation.level.s)
-        return log_volume(product, [probe(observation.x)], observation.level, ITERATIONS).value
-
-    return volume("unconditional", observation.eps_u) - volume("conditional", observation.eps_c)
+    signs = [probe(observation.x)]
+    volume_u = log_volume(branch_product(observation, "unconditional"), signs, observation.level, ITERATIONS).value
+    volume_c = log_volume(branch_product(observation, "conditional"), signs, observation.level, ITERATIONS).value
+    return volume_u - volume_c
 
 
 def output_density_ahead(observation: Observation) -> Tensor:

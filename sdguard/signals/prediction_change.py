@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sdguard.lookahead import Step, grid
+from sdguard.lookahead import grid, trajectory
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -12,10 +12,7 @@ def prediction_change(observation: Observation) -> Tensor:
 
     Cost: 1 evaluation. Blind where both steps are equally sure of one picture.
     """
-    following = grid(observation)[1]
-    eps = observation.guided(observation.eps_c, observation.eps_u)
-    level = observation.level_at(following)
-    x = Step(observation.x, observation.timestep, observation.level, eps, level).taken()
+    x, following = next(trajectory(observation)).taken(), grid(observation)[1]
     observation.spend(1)
     return (observation.denoise(x, following, observation.condition) - observation.eps_c).flatten(1).square().sum(dim=1)
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from sdguard.geometry import difference_product, extreme_eigenvalues, norm
+from sdguard.geometry import branch_product, difference_product, extreme_eigenvalues, norm
 from sdguard.lookahead import probe
-from sdguard.observation import Branch, Observation
+from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
 ITERATIONS = 4
@@ -28,11 +28,10 @@ def curvature(observation: Observation) -> Tensor:
     et al. 2024 (2412.04140) define sharpness, against its baseline. Cost: 8 evaluations.
     """
 
-    def lowest(branch: Branch, eps: Tensor) -> Tensor:
-        product = difference_product(observation.score(branch), observation.x, -eps / observation.level.s)
-        return extreme_eigenvalues(product, probe(observation.x), ITERATIONS)[0]
-
-    return lowest("unconditional", observation.eps_u) - lowest("conditional", observation.eps_c)
+    start = probe(observation.x)
+    lowest_u, _ = extreme_eigenvalues(branch_product(observation, "unconditional"), start, ITERATIONS)
+    lowest_c, _ = extreme_eigenvalues(branch_product(observation, "conditional"), start, ITERATIONS)
+    return lowest_u - lowest_c
 
 
 SHARPNESS = Signal("sharpness", sharpness, cost=2)

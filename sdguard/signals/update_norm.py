@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from sdguard.lookahead import Step, grid
+from sdguard.geometry import norm
+from sdguard.lookahead import trajectory
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -13,10 +14,7 @@ def update_norm(observation: Observation) -> Tensor:
     After 2605.22050, which takes the run's own step; the DDIM step of the look-ahead is known before any step is taken and is the
     same whatever the scheduler. Cost: none. Blind where the picture is near the mean of all pictures.
     """
-    following = observation.level_at(grid(observation)[1])
-    eps = observation.guided(observation.eps_c, observation.eps_u)
-    step = Step(observation.x, observation.timestep, observation.level, eps, following)
-    return (step.taken() - observation.x).flatten(1).norm(dim=1)
+    return norm(next(trajectory(observation)).taken() - observation.x)
 
 
 UPDATE_NORM = Signal("update_norm", update_norm, cost=0)

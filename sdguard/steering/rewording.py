@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sdguard.attribution import Encode, norms_under, norms_without
 from sdguard.observation import Observation
 from sdguard.steering.correction import Correction
-from sdguard.words import bare
+from sdguard.words import bare, without
 
 #: words of a prompt that are tried without, and how many of them may go together.
 TRIED_WORDS, DROPPED_WORDS = 12, 4
@@ -20,11 +20,6 @@ class Wording:
 
     text: str
     dropped: list[str]
-
-
-def without(words: list[str], dropped: list[int]) -> Wording:
-    """The text of ``words`` without those at the positions ``dropped``."""
-    return Wording(" ".join(word for i, word in enumerate(words) if i not in dropped), [bare(words[i]) for i in dropped])
 
 
 def rewordings(observation: Observation, prompt: str, encode: Encode, frequency: Mapping[str, int], target: float) -> list[Wording]:
@@ -45,7 +40,8 @@ def rewordings(observation: Observation, prompt: str, encode: Encode, frequency:
     rarest = sorted(range(len(words)), key=rarity)[:TRIED_WORDS]
     alone = dict(zip(rarest, norms_without(observation, words, rarest, encode), strict=True))
     order = sorted(rarest, key=lambda i: (rarity(i), alone[i]))
-    shorter = [without(words, order[:count]) for count in range(1, min(DROPPED_WORDS + 1, len(words)))]
+    dropped = [order[:count] for count in range(1, min(DROPPED_WORDS + 1, len(words)))]
+    shorter = [Wording(without(words, positions), [bare(words[i]) for i in positions]) for positions in dropped]
     norms = norms_under(observation, [wording.text for wording in shorter], encode)
     return [wording for wording, norm in zip(shorter, norms, strict=True) if norm <= target]
 

@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from sdguard import testbed
 from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, calibrate
+from sdguard.hook import default_size
 
 
 def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = Path(__file__).parent / "model") -> None:
@@ -18,7 +19,7 @@ def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = 
     rows = pq.read_table(model / "prompts.parquet").to_pylist()
     prompts = [row["text"] for row in rows if row["split"] == "calibration"]
     pipe = testbed.load()
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = default_size(pipe)
     with Progress() as bar:
         task = bar.add_task("calibrating", total=len(prompts))
         profile = calibrate(

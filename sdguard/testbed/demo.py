@@ -54,7 +54,7 @@ def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean
     )
     left, right = min(clean.scores), 1.1 * max(clean.scores[-1], *(row["score"] for row in rows))
     for number, (line, row, trio) in enumerate(zip(axes, rows, pictures, strict=True)):
-        report = GuardReport(**{k: v for k, v in row.items() if k in GuardReport.__dataclass_fields__})
+        report = GuardReport.from_row(row)
         line[0].axis("off")
         line[0].text(0, 1, row["kind"], fontsize=10, color="#777777", va="top")
         line[0].text(0, 0.9, textwrap.fill(f"“{row['prompt']}”", 25), fontsize=13, va="top")
