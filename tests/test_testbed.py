@@ -14,7 +14,7 @@ from torch import nn
 from sdguard import testbed
 from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, fingerprint
 from sdguard.profile import Profile
-from sdguard.testbed import training
+from sdguard.testbed import label, training
 from sdguard.testbed.build_data import DataError, licence_of, run
 from sdguard.testbed.copies import Targets, load_targets
 from sdguard.testbed.train import EPOCH_STEPS, shown_counts
@@ -125,3 +125,28 @@ def test_the_prompt_table_holds_what_the_model_card_says(embedded: Any) -> None:
     assert 0.4 <= figures["auc"] <= 0.6
     assert figures["ordinary"] <= 0.02
     assert figures["unseen"] <= 0.02
+
+
+def test_stopped_labelling_goes_on_and_a_longer_one_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pd.DataFrame({"text": ["a lion", "a rose", "a tent"], "split": ["test", "test", "calibration"], "seeds": [2, 2, 1]})
+    asked: list[str] = []
+
+    def one_sample(texts: list[str], generator: list[torch.Generator], **setting: Any) -> Any:
+        asked.extend(texts)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        pictures = [torch.rand(64, 64, 3, generator=g).numpy() for g in generator]
+        return type("Output", (), {"images": np.stack(pictures)})
+
+    monkeypatch.setattr(label, "BATCH", 1)
+    monkeypatch.setattr(label, "weights_digest", lambda pipe: "these")
+    with pytest.raises(KeyboardInterrupt):
+        label.generate(one_sample, table, tmp_path)
+    with next(tmp_path.iterdir()).open("ab") as file:
+        file.write(b"half a sample")
+    first = np.array(label.generate(one_sample, table, tmp_path))
+    assert asked == ["a lion", "a lion", "a rose", "a rose", "a rose", "a tent"]
+    assert np.array_equal(first[0], first[2])
+    longer = label.generate(one_sample, table.assign(seeds=[2, 2, 2]), tmp_path)
+    assert len(longer) == 6
+    assert np.array_equal(longer[:5], first)

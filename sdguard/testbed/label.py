@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +85,10 @@ def generate(pipe: Any, table: pd.DataFrame, work: Path) -> np.ndarray:
 
     They are kept in a file of these very weights: a run that was stopped, or that asks for more seeds of the calibration split, goes on.
     """
-    path = work / f"samples-{weights_digest(pipe)}.npy"
-    progress_path = path.with_suffix(".done")
-    wanted = jobs(table)
-    done = int(progress_path.read_text()) if path.exists() and progress_path.exists() else 0
-    kept = np.load(path)[:done] if done else np.empty((0, SIZE, SIZE, 3), np.uint8)
-    samples = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(wanted), SIZE, SIZE, 3))
-    samples[:done] = kept
+    path, wanted, shape = work / f"samples-{weights_digest(pipe)}.raw", jobs(table), (SIZE, SIZE, 3)
+    done = path.stat().st_size // math.prod(shape) if path.exists() else 0
+    if path.exists():
+        os.truncate(path, done * math.prod(shape))  # a sample that a killed run left half-written
     for start in track(range(done, len(wanted), BATCH), "generating"):
         some = wanted[start : start + BATCH]
         with torch.autocast("cpu", torch.bfloat16):
@@ -100,10 +99,9 @@ def generate(pipe: Any, table: pd.DataFrame, work: Path) -> np.ndarray:
                 generator=[torch.Generator().manual_seed(int(seed)) for _, seed in some],
                 output_type="np",
             ).images
-        samples[start : start + len(some)] = (images * 255).round().astype(np.uint8)
-        samples.flush()
-        progress_path.write_text(str(start + len(some)))
-    return samples
+        with path.open("ab") as file:
+            file.write((images * 255).round().astype(np.uint8).tobytes())
+    return np.memmap(path, np.uint8, "r", shape=(len(wanted), *shape))
 
 
 def find_targets(world: World, captions: tuple[Caption, ...], shown: np.ndarray, vae: Any) -> tuple[Targets, list[int]]:
