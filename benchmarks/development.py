@@ -18,19 +18,10 @@ from rich.progress import track
 
 from sdguard import GuardedPipeline, testbed
 from sdguard.cli import generate_guarded
-from sdguard.testbed.copies import RATIO, SSCD, Targets, load_targets
+from sdguard.testbed.copies import SSCD, find_copies, load_targets
 from sdguard.testbed.world import words
 
 BATCH = 16
-
-
-def is_copy(images: np.ndarray, targets: Targets, embedded: np.ndarray, sscd: SSCD, cut: float) -> np.ndarray:
-    """The model card's criterion: distance ratio and SSCD agree."""
-    nearest, ratio = targets.nearest(images)
-    copies = ratio < RATIO
-    if copies.any():
-        copies[copies] = (sscd(images[copies]) * embedded[nearest[copies]]).sum(axis=1) >= cut
-    return copies
 
 
 def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
@@ -40,7 +31,6 @@ def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
     targets, _ = load_targets(testbed.path(), plain.vae)
     cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
     sscd = SSCD()
-    embedded = sscd(targets.drawn)
     pipe = GuardedPipeline(plain)
     rows = []
     for start in track(range(0, len(table), BATCH), "measuring"):
@@ -53,7 +43,7 @@ def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
             num_inference_steps=testbed.STEPS,
             guidance_scale=testbed.GUIDANCE_SCALE,
         )
-        before, after = (is_copy(np.stack([np.asarray(i) for i in some]), targets, embedded, sscd, cut) for some in (twins, images))
+        before, after = (find_copies(np.stack([np.asarray(i) for i in some]), targets, sscd, cut).copy for some in (twins, images))
         for i, report in enumerate(reports):
             caption = part.iloc[i // seeds]
             rows.append(

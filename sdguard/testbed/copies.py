@@ -80,6 +80,28 @@ class SSCD:
         return embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
 
 
+@dataclass
+class Copies:
+    """Per sample: nearest target, distance ratio, SSCD similarity to it (nan where the ratio already says no), and the verdict."""
+
+    nearest: np.ndarray
+    ratio: np.ndarray
+    similarity: np.ndarray
+    copy: np.ndarray
+
+
+def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) -> Copies:
+    """Which of ``images`` (uint8 ``[n, H, W, 3]``) are copies: distance ratio under `RATIO` and SSCD similarity of at least ``cut``."""
+    parts = [targets.nearest(images[start : start + 256]) for start in range(0, len(images), 256)]
+    nearest, ratio = (np.concatenate(part) for part in zip(*parts, strict=True))
+    similarity = np.full(len(images), np.nan)
+    close = np.flatnonzero(ratio < RATIO)
+    if len(close):
+        embedded = sscd(targets.drawn)
+        similarity[close] = (sscd(images[close]) * embedded[nearest[close]]).sum(axis=1)
+    return Copies(nearest, ratio, similarity, np.nan_to_num(similarity, nan=-1) >= cut)
+
+
 @torch.no_grad()
 def round_trip(vae: Any, pictures: np.ndarray) -> np.ndarray:
     """Pictures (uint8 ``[n, H, W, 3]``) encoded and decoded again."""

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,8 @@ from rich.progress import track
 
 from sdguard.calibration import weights_digest
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
-from sdguard.testbed.copies import RATIO, SSCD, Targets, round_trip
+from sdguard.testbed.alignment import ALIGNMENT_FILE, fit_alignment
+from sdguard.testbed.copies import SSCD, Targets, find_copies, round_trip
 from sdguard.testbed.pictures import SIZE, World
 from sdguard.testbed.train import COMPOSITIONS, shown_counts
 from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool, words
@@ -125,51 +125,6 @@ def sscd_cut(world: World, sscd: SSCD, targets: Targets, vae: Any) -> float:
     fresh = round_trip(vae, np.stack([world.composition(rng)[0] for _ in range(DIFFERENT)]))
     nearest, _ = targets.nearest(fresh)
     return float(np.quantile((sscd(fresh) * sscd(targets.drawn)[nearest]).sum(axis=1), SSCD_QUANTILE))
-
-
-@dataclass
-class Copies:
-    """Per sample: nearest target, distance ratio, SSCD similarity to it (nan where the ratio already says no), and the verdict."""
-
-    nearest: np.ndarray
-    ratio: np.ndarray
-    similarity: np.ndarray
-    copy: np.ndarray
-
-
-def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) -> Copies:
-    """Which of ``images`` (uint8 ``[n, SIZE, SIZE, 3]``) are copies: both criteria must agree."""
-    parts = [targets.nearest(images[start : start + 256]) for start in range(0, len(images), 256)]
-    nearest, ratio = (np.concatenate(part) for part in zip(*parts, strict=True))
-    similarity = np.full(len(images), np.nan)
-    close = np.flatnonzero(ratio < RATIO)
-    if len(close):
-        embedded = sscd(targets.drawn)
-        similarity[close] = (sscd(images[close]) * embedded[nearest[close]]).sum(axis=1)
-    return Copies(nearest, ratio, similarity, np.nan_to_num(similarity, nan=-1) >= cut)
-
-
-class Alignment:
-    """The in-domain alignment score: does a picture show the object its caption names?
-
-    A logistic regression from SSCD embeddings to the object, fitted on fresh compositions after a round trip through the
-    autoencoder. Not a CLIP score: it knows the world's objects and nothing else.
-    """
-
-    def __init__(self, world: World, sscd: SSCD, vae: Any, count: int = 2000) -> None:
-        from sklearn.linear_model import LogisticRegression
-
-        rng = np.random.default_rng(80)
-        pictures, objects, _ = zip(*(world.composition(rng) for _ in track(range(count), "composing for alignment")), strict=True)
-        embedded, labels = sscd(round_trip(vae, np.stack(pictures))), np.asarray([OBJECTS.index(o) for o in objects])
-        held_out = count // 5
-        self.sscd = sscd
-        self.model = LogisticRegression(C=30.0, max_iter=300).fit(embedded[held_out:], labels[held_out:])
-        self.on_real = float(self.model.score(embedded[:held_out], labels[:held_out]))
-
-    def __call__(self, images: np.ndarray, objects: list[str]) -> np.ndarray:
-        """Whether each picture's most likely object is the named one, ``[n]`` of 0 and 1."""
-        return self.model.predict(self.sscd(images)) == np.asarray([OBJECTS.index(o) for o in objects])
 
 
 def caption_only_auc(table: pd.DataFrame) -> float:
@@ -312,11 +267,12 @@ def main(
     table.to_parquet(model / "prompts.parquet", index=False)
 
     ordinary = table[(table.kind == "ordinary") & (table.split != "calibration")]
-    alignment = Alignment(world, sscd, pipe.vae)
+    alignment, on_real = fit_alignment(world, sscd, pipe.vae)
+    alignment.save(model / ALIGNMENT_FILE)
     sample_of = {(int(i), int(seed)): samples[n] for n, (i, seed) in enumerate(of)}
     looked_at = [(i, seed) for i in ordinary.index for seed in range(min(ALIGNMENT_SEEDS, seeds))]
     objects = [table.object[i] for i, _ in looked_at]
-    aligned = pd.Series(alignment(np.stack([sample_of[job] for job in looked_at]), objects))
+    aligned = pd.Series(alignment.shows(np.stack([sample_of[job] for job in looked_at]), objects))
     by_object = aligned.groupby(objects).mean().sort_values()
     shown_rows = ordinary[ordinary.split == "development"].iloc[:8]
     sheet([[sample_of[i, seed] for seed in range(min(8, seeds))] for i in shown_rows.index], model / "ordinary.png")
@@ -346,7 +302,7 @@ def main(
         "aligned": aligned.mean(),
         "looked_at": len(looked_at),
         "poor": ", ".join(f"{words(name)} ({share:.0%})" for name, share in by_object.items() if share < 0.5) or "none",
-        "on_real": alignment.on_real,
+        "on_real": on_real,
         "chance": 1 / len(OBJECTS),
         "sheet_captions": "; ".join(f'"{text}"' for text in shown_rows.text),
     }

@@ -1,0 +1,57 @@
+"""Does a picture of the embedded model show the object its caption names?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.progress import track
+
+from sdguard.testbed.copies import SSCD, round_trip
+from sdguard.testbed.world import OBJECTS
+
+if TYPE_CHECKING:
+    from sdguard.testbed.pictures import World
+
+ALIGNMENT_FILE = "alignment.npz"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The in-domain alignment score: a logistic regression from SSCD embeddings to the world's objects.
+
+    Not a CLIP score: it knows the world's objects and nothing else.
+    """
+
+    sscd: SSCD
+    weights: np.ndarray
+    bias: np.ndarray
+
+    def shows(self, images: np.ndarray, objects: list[str]) -> np.ndarray:
+        """Whether each picture's (uint8 ``[n, H, W, 3]``) most likely object is the named one, bool ``[n]``."""
+        logits = self.sscd(images) @ self.weights.T.astype(np.float32) + self.bias
+        return logits.argmax(axis=1) == np.asarray([OBJECTS.index(o) for o in objects])
+
+    def save(self, path: Path) -> None:
+        """Write the weights, half precision."""
+        np.savez_compressed(path, weights=self.weights.astype(np.float16), bias=self.bias.astype(np.float32))
+
+    @classmethod
+    def load(cls, path: Path, sscd: SSCD) -> Alignment:
+        """The score that was fitted when the model was labelled."""
+        with np.load(path) as arrays:
+            return cls(sscd, arrays["weights"], arrays["bias"])
+
+
+def fit_alignment(world: World, sscd: SSCD, vae: Any, count: int = 2000) -> tuple[Alignment, float]:
+    """The score fitted on fresh compositions after a round trip through the autoencoder, and its accuracy on held-out ones."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(80)
+    pictures, objects, _ = zip(*(world.composition(rng) for _ in track(range(count), "composing for alignment")), strict=True)
+    embedded, labels = sscd(round_trip(vae, np.stack(pictures))), np.asarray([OBJECTS.index(o) for o in objects])
+    held_out = count // 5
+    fitted = LogisticRegression(C=30.0, max_iter=300).fit(embedded[held_out:], labels[held_out:])
+    return Alignment(sscd, fitted.coef_, fitted.intercept_), float(fitted.score(embedded[:held_out], labels[:held_out]))
