@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -17,11 +17,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from sdguard.decision import BY_NAME, PLAN, Cascade, judge
+from sdguard.alignment import alignment
+from sdguard.decision import BY_NAME, LATER_CALLS, PLAN, Cascade, judge, judge_later
 from sdguard.hook import family_of
 from sdguard.journal import Journal
+from sdguard.lookahead import estimate
 from sdguard.observation import Observation
-from sdguard.profile import FORMAT, Profile
+from sdguard.profile import FORMAT, SERIES, Profile
 from sdguard.reading import read
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.words import document_frequency
@@ -100,8 +102,9 @@ def calibrate(
 ) -> Profile:
     """Measure ordinary prompts on a pipeline, one seed each, and return the `Profile`.
 
-    A part of the prompts fits the cascade (see `split`), the others are scored by it. Cost: 2 denoiser evaluations a prompt; for the
-    fitting ones every signal's beside, for the others what the cascade buys; and `SERIES_PROMPTS` full runs.
+    A part of the prompts fits the cascade (see `split`), the others are scored by it. Cost: 2 denoiser evaluations a prompt for each of
+    the first ``1 + LATER_CALLS`` calls; for the fitting ones every signal's and alignment's beside, for the others what the cascade buys;
+    and `SERIES_PROMPTS` full runs.
 
     Args:
         memorized: prompts known to be memorized, where there are some: they fit the weights of the signals and nothing else.
@@ -144,23 +147,47 @@ def calibrate(
 
     names = [name for stage, _ in PLAN for name in stage]
 
-    def signals(what: str, positions: list[int]) -> dict[str, list[float]]:
-        """Every signal of the plan on the prompts at ``positions``."""
-        seen = measure(what, positions, lambda observation: {name: BY_NAME[name].read(observation).tolist() for name in names})
-        return {name: [v for (call,) in seen for v in call[name]] for name in names}
+    def first(observation: Observation) -> dict[str, list[float]]:
+        values = {name: BY_NAME[name].read(observation).tolist() for name in names}
+        return {**values, "alignment": alignment(observation, estimate(observation), observation.condition).tolist()}
+
+    def fit(observation: Observation) -> dict[str, list[float]]:
+        """Every signal of the plan and alignment at the first call, the guidance norm at the later ones."""
+        return {"later": guidance_norm(observation).tolist()} if observation.step else first(observation)
+
+    def score(observation: Observation) -> list[float]:
+        if observation.step:
+            return judge_later(guidance_norm(observation), observation.step, cascade).tolist()
+        return judge(observation, cascade)[0].tolist()
+
+    def whole(observation: Observation) -> list[list[float]]:
+        return [[observation.timestep], *(BY_NAME[name].read(observation).tolist() for name in SERIES)]
 
     with quiet(pipe):
-        values = signals("fit", fitting)
-        labelled = signals("memorized", list(range(len(prompts), total))) if memorized else None
-        cascade = Cascade.fit(values, labelled)
-        scored = measure("score", scoring, lambda observation: judge(observation, cascade)[0].tolist())
-        runs = measure("series", scoring[:SERIES_PROMPTS], lambda observation: guidance_norm(observation).tolist(), None)
-    series = [
-        (statistics.fmean(at), statistics.stdev(at)) for at in ([v for call in calls for v in call] for calls in zip(*runs, strict=True))
-    ]
+        seen = measure("fit", fitting, fit, 1 + LATER_CALLS)
+        values = {name: joined([calls[0][name] for calls in seen]) for name in seen[0][0]}
+        later = [joined([call["later"] for call in calls]) for calls in list(zip(*seen, strict=True))[1:]]
+        labelled: dict[str, list[float]] | None = None
+        if memorized:
+            known = measure("memorized", list(range(len(prompts), total)), first)
+            labelled = {name: joined([call[name] for (call,) in known]) for name in names}
+        cascade = Cascade.fit(values, labelled, later=later)
+        scored = measure("score", scoring, score, 1 + LATER_CALLS)
+        runs = measure("series", scoring[:SERIES_PROMPTS], whole, None)
+    timesteps = [call[0][0] for call in runs[0]]
+    series = {
+        name: [(statistics.fmean(at), statistics.stdev(at)) for at in (joined([c[i] for c in call]) for call in zip(*runs, strict=True))]
+        for i, name in enumerate(SERIES, start=1)
+    }
     notes.close()
-    scores = sorted(v for (call,) in scored for v in call)
-    return Profile(print_, cascade, scores, {name: sorted(found) for name, found in values.items()}, series, document_frequency(prompts))
+    scores = sorted(max(run) for calls in scored for run in zip(*calls, strict=True))
+    clean = {name: sorted(found) for name, found in values.items()}
+    return Profile(print_, cascade, scores, clean, series, timesteps, document_frequency(prompts))
+
+
+def joined(lists: Iterable[Sequence[float]]) -> list[float]:
+    """The values of all lists, in order."""
+    return [value for values in lists for value in values]
 
 
 def cache_folder() -> Path:

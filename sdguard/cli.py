@@ -183,13 +183,16 @@ def generate(
     mode: Annotated[str, typer.Option(help="steer, observe or block.")] = "steer",
     fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be flagged.")] = 0.01,
     on_failure: Annotated[str, typer.Option(help="withhold, pass or raise, when steering does not pass verification.")] = "withhold",
+    steering: Annotated[
+        list[str] | None, typer.Option(help="A steering method; repeat for a ladder of your own. [default: the profile's]")
+    ] = None,
     profile: Annotated[Path | None, typer.Option(help="A profile file, in place of the one that is found or made.")] = None,
 ) -> None:
     """Generate images under guard, print the verdicts, and write images and report.json."""
     from sdguard.pipeline import guard
 
     with one_sentence():
-        config = GuardConfig(mode=mode, false_positive_rate=fpr, on_failure=on_failure, profile=profile)  # type: ignore[arg-type]
+        config = GuardConfig(mode, fpr, on_failure, profile, steering=steering)  # type: ignore[arg-type]
         pipe = guard(load_pipeline(model), config)
         check_prompts(prompts, pipe.tokenizer)
         writable(out)
@@ -265,7 +268,7 @@ def calibrate(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="Ordinary prompts, one a line, in place of those that come along.")] = None,
     memorized: Annotated[
-        Path | None, typer.Option(help="Prompts known to be memorized, one a line: they fit the signals' weights.")
+        Path | None, typer.Option(help="Prompts known to be memorized, one a line: they fit the signals' weights and the ladder's order.")
     ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
@@ -283,6 +286,7 @@ def calibrate(
     from sdguard import calibration
     from sdguard.hook import default_size
     from sdguard.profile import scores_needed
+    from sdguard.steering.learning import learn_ladder
 
     with one_sentence():
         GuardConfig(false_positive_rate=fpr)  # refuses a rate that cannot be
@@ -298,6 +302,7 @@ def calibrate(
             raise BadInput(
                 f"A false-positive rate of {fpr:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored."
             )
+        known = read_prompts(memorized) if memorized else []
         usual = default_setting(model, steps, guidance)
         size = default_size(pipe)
         setting = {
@@ -315,14 +320,20 @@ def calibrate(
                 chosen,
                 **setting,
                 seed=seed,
-                memorized=read_prompts(memorized) if memorized else (),
+                memorized=known,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
                 journal=path,
                 state=state,
             )
-    if not state.is_main_process:
-        return
-    profile.save(path)
+        if not state.is_main_process:
+            return
+        if known:
+            with Progress() as bar, calibration.quiet(pipe):
+                task = bar.add_task("learning the ladder", total=len(known))
+                profile = learn_ladder(
+                    pipe, profile, known, seed=seed, progress=lambda done, _: bar.update(task, completed=done), **setting
+                )
+        profile.save(path)
     low, high = profile.false_positive_interval(fpr)
     Console().print(
         f"{path}: {profile.prompts} scores of ordinary prompts; at a false-positive rate of {fpr:g} a score above "

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sdguard.steering import METHODS
+from sdguard.steering.wording import Rewriter
+
 if TYPE_CHECKING:
     from sdguard.profile import Profile
 
@@ -28,6 +31,9 @@ class GuardConfig:
         profile: a `Profile` or the path of one. By default the profile that comes with the model, else the user's cached
             one, else the configuration is calibrated on first use. A profile that does not match the run is refused.
         calibrate: whether an unknown configuration may be calibrated on first use; if not, `ProfileError` is raised.
+        steering: names of the methods to be tried, in order (`sdguard.steering.METHODS`). By default the order the profile has
+            learnt, else rewording, then descent on the responsible tokens, then on the whole embedding.
+        rewriter: gives other wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts for that, by default those that come with the model or with sdguard.
 
     Raises:
@@ -39,6 +45,8 @@ class GuardConfig:
     on_failure: OnFailure = "withhold"
     profile: Profile | Path | str | None = None
     calibrate: bool = True
+    steering: Sequence[str] | None = None
+    rewriter: Rewriter | None = None
     calibration_prompts: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -48,3 +56,5 @@ class GuardConfig:
             raise ValueError(f"on_failure is {self.on_failure!r}; it must be 'withhold', 'pass' or 'raise'.")
         if not 0 < self.false_positive_rate < 1:
             raise ValueError(f"false_positive_rate is {self.false_positive_rate}; it must lie between 0 and 1.")
+        if unknown := [name for name in self.steering or () if name not in METHODS]:
+            raise ValueError(f"steering has {unknown[0]!r}; there are {', '.join(METHODS)}.")

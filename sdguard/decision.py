@@ -64,12 +64,17 @@ class Stage:
 PLAN: tuple[tuple[tuple[str, ...], float], ...] = ((("guidance_norm", "guidance_peak"), 0.05), (("agreement",), 0.0))
 
 
+#: calls after the first whose guidance norm is watched; Wen et al. 2024 (2407.21720) read the second to fifth of 50.
+LATER_CALLS = 4
+
+
 @dataclass(frozen=True)
 class Cascade:
-    """Stages and the scale of every signal they read."""
+    """Stages of the first call, the scale of every signal they read, and that of the guidance norm at each later call that is watched."""
 
     stages: tuple[Stage, ...]
     scales: Mapping[str, Scale]
+    later: tuple[Scale, ...] = ()
 
     @classmethod
     def fit(
@@ -77,11 +82,13 @@ class Cascade:
         values: Mapping[str, Sequence[float]],
         memorized: Mapping[str, Sequence[float]] | None = None,
         plan: Sequence[tuple[Sequence[str], float]] = PLAN,
+        later: Sequence[Sequence[float]] = (),
     ) -> Cascade:
         """Fit scales and bounds to the values of some ordinary prompts, one list per signal, in the same order of prompts.
 
         Without labels every signal read so far weighs the same. With values of ``memorized`` prompts the weights are those of
-        a ridge-regularised logistic regression (`logistic_weights`), which also finds the sign of a signal.
+        a ridge-regularised logistic regression (`logistic_weights`), which also finds the sign of a signal. ``later`` has the guidance
+        norms at later calls.
         """
         scales = {name: Scale.fit(values[name]) for names, _ in plan for name in names}
         stages: list[Stage] = []
@@ -103,7 +110,7 @@ class Cascade:
             bound = score[left].sort(descending=True).values[going - 1].item()
             stages.append(Stage(tuple(names), weights, bound))
             left &= score >= bound
-        return cls(tuple(stages), scales)
+        return cls(tuple(stages), scales, tuple(map(Scale.fit, later)))
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -158,3 +165,12 @@ def judge(observation: Observation, cascade: Cascade) -> tuple[Tensor, dict[str,
             break
         floor, rows = above(floor, torch.tensor(stage.bound)), rows[going]
     return score, values
+
+
+def judge_later(norms: Tensor, step: int, cascade: Cascade) -> Tensor:
+    """Score of each row at a later call by its guidance norm there, ``[B]``; a run's score is the highest of all its calls'.
+
+    Minus infinity where the call is not watched. Cost: none.
+    """
+    watched = 1 <= step <= len(cascade.later)
+    return cascade.later[step - 1].z(norms) if watched else torch.full_like(norms, -math.inf)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from sdguard.attribution import curvature_map, norm_gradient, norms_without, pull_map, token_shares
-from sdguard.hook import encode
+from sdguard.hook import Encoder
 from sdguard.observation import Observation
 from sdguard.reading import read
 from sdguard.signals.guidance_norm import guidance_norm
@@ -68,7 +68,7 @@ def explain(pipe: Any, prompt: str, seed: int = 0, **setting: Any) -> Explanatio
         norm = guidance_norm(observation).item()
         shares = token_shares(norm_gradient(observation, observation.condition)[1])[0]
         gradient = [shares[first:last].sum().item() for first, last in spans]
-        without = norms_without(observation, words, list(range(len(words))), lambda texts: encode(pipe, texts))
+        without = norms_without(observation, words, list(range(len(words))), Encoder(pipe))
         left_out = [1 - other / norm for other in without]
         agreement = float(spearmanr(gradient, left_out).statistic) if len(words) > 2 else float("nan")
         maps = pull_map(observation)[0].tolist(), curvature_map(observation)[0].tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdguard.observation import CLEAN, NoiseLevel, Observation, denoised
 
-LOOK_AHEAD_STEPS = 5
+LOOK_AHEAD_STEPS = 4
 
 
 class Step(NamedTuple):
@@ -36,21 +36,33 @@ def grid(observation: Observation, steps: int = LOOK_AHEAD_STEPS) -> list[float]
 def trajectory(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Iterator[Step]:
     """The guided DDIM steps from the observation's own ``x_t`` and predictions, or from ``noise`` in their place, to the end.
 
-    Cost: 2 evaluations per image a step, the first from the observation's own point excepted.
+    Rows that have a rule follow it. Cost: 2 evaluations per image a step, the first from the observation's own point excepted, and the
+    rules'.
     """
     timesteps = grid(observation, steps)
-    x, predictions = (observation.x, (observation.eps_c, observation.eps_u)) if noise is None else (noise, None)
-    for timestep, following in zip(timesteps, [*map(observation.level_at, timesteps[1:]), CLEAN], strict=True):
-        eps_c, eps_u = predictions or observation.replay(x, timestep)
-        step = Step(x, timestep, observation.level_at(timestep), observation.guided(eps_c, eps_u), following)
+    here = observation if noise is None else observation.from_start(noise)
+    for timestep, following in zip([*timesteps[1:], None], [*map(observation.level_at, timesteps[1:]), CLEAN], strict=True):
+        step = Step(here.x, here.timestep, here.level, here.prediction, following)
         yield step
-        x, predictions = step.taken(), None
+        if timestep is not None:
+            here = here.at(step.taken(), timestep)
 
 
 def look_ahead(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Tensor:
     """The denoised estimate at the end of `trajectory`, ``[B, C, H, W]``. Cost: that of the trajectory."""
     *_, last = trajectory(observation, noise, steps)
     return last.taken()
+
+
+def estimate(observation: Observation, independent: bool = False) -> Tensor:
+    """`look_ahead` from the rows' own noise or from independent noise; made once for each row of a run, ``[B, C, H, W]``."""
+    known = {} if observation.estimates is None else observation.estimates
+    keys = [(row, independent) for row in observation.rows.tolist()]
+    if missing := [i for i, key in enumerate(keys) if key not in known]:
+        here = observation.select(torch.tensor(missing))
+        ends = look_ahead(here, independent_noise(here.x) if independent else None)
+        known.update({keys[i]: end for i, end in zip(missing, ends, strict=True)})
+    return torch.stack([known[key] for key in keys])
 
 
 def independent_noise(x: Tensor, draw: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ conditional and unconditional noise predictions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,6 +58,20 @@ def to_noise(output: Tensor, x: Tensor, level: NoiseLevel, prediction_type: str)
     raise TypeError(f"prediction type {prediction_type!r} is not known to sdguard.")
 
 
+def from_noise(eps: Tensor, x: Tensor, level: NoiseLevel, prediction_type: str) -> Tensor:
+    """The network output that stands for a noise prediction: the inverse of `to_noise`."""
+    match prediction_type:
+        case "epsilon":
+            return eps
+        case "v_prediction":
+            return (eps - level.s * x) / level.a
+        case "flow_prediction":
+            return (eps - x) / level.a
+        case "sample":
+            return (x - level.s * eps) / level.a
+    raise TypeError(f"prediction type {prediction_type!r} is not known to sdguard.")
+
+
 def denoised(x: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
     """The estimate of ``x_0``: ``(x_t - s eps) / a``."""
     return (x - level.s * eps) / level.a
@@ -65,6 +79,9 @@ def denoised(x: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
 
 #: the conditional or the unconditional prediction, the two under guidance, or their difference.
 Branch = Literal["conditional", "unconditional", "guided", "contrast"]
+
+#: what takes guidance's place for one image: its observation (one row) -> the noise prediction that is followed, ``[1, C, H, W]``.
+Rule = Callable[["Observation"], Tensor]
 
 #: evaluates the denoiser as the pipeline's own call did: (x, timestep, condition) -> noise prediction, fp32.
 Denoiser = Callable[[Tensor, float, Tensor], Tensor]
@@ -87,6 +104,9 @@ class Observation:
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image so far; shared by derived observations' rows.
         rows: ``[B]``, which rows of the run these are.
         denoiser: the network itself, for signals that read features inside it.
+        past_norms: ``[B, calls before this one]``, the guidance norm at each of them.
+        rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
+        estimates: look-aheads already made at this very point, by row and noise; None where nothing is kept.
     """
 
     step: int
@@ -103,11 +123,26 @@ class Observation:
     evaluations: Tensor
     rows: Tensor
     denoiser: nn.Module | None = None
+    past_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
+    rules: tuple[Rule | None, ...] = ()
+    estimates: dict[tuple[int, bool], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.past_norms):
+            object.__setattr__(self, "past_norms", torch.zeros(len(self.x), 0))
 
     @property
     def difference(self) -> Tensor:
         """``D = eps_c - eps_u``, ``[B, C, H, W]``."""
         return self.eps_c - self.eps_u
+
+    @property
+    def prediction(self) -> Tensor:
+        """The noise prediction that is followed, ``[B, C, H, W]``: each row's under its rule, or under guidance. Cost: the rules'."""
+        if not any(self.rules):
+            return self.guided(self.eps_c, self.eps_u)
+        rows = [self.select(torch.tensor([i])) for i in range(len(self.x))]
+        return torch.cat([rule(row) if rule else row.prediction for rule, row in zip(self.rules, rows, strict=True)])
 
     def guided(self, eps_c: Tensor, eps_u: Tensor) -> Tensor:
         """The prediction under guidance, ``eps_u + w (eps_c - eps_u)`` (Ho & Salimans 2022)."""
@@ -137,13 +172,26 @@ class Observation:
 
     def select(self, rows: Tensor) -> Observation:
         """The observation of some of its rows (positions in this observation, also repeated ones)."""
-        picked = {name: getattr(self, name)[rows] for name in ("x", "eps_c", "eps_u", "condition", "null_condition", "rows")}
-        return replace(self, **picked)
+        names = ("x", "eps_c", "eps_u", "condition", "null_condition", "rows", "past_norms")
+        picked: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
+        return replace(self, **picked, rules=tuple(self.rules[i] for i in rows.tolist()) if self.rules else ())
 
     def with_condition(self, condition: Tensor) -> Observation:
         """The same call under another text condition ``[B, T, E]``. Cost: 1 evaluation per image."""
         self.spend(1)
-        return replace(self, condition=condition, eps_c=self.denoise(self.x, self.timestep, condition))
+        return replace(self, condition=condition, eps_c=self.denoise(self.x, self.timestep, condition), estimates=None)
+
+    def at(self, x: Tensor, timestep: float) -> Observation:
+        """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
+        eps_c, eps_u = self.replay(x, timestep)
+        norms = torch.cat([self.past_norms, self.difference.flatten(1).norm(dim=1, keepdim=True).to(self.past_norms)], dim=1)
+        level, step = self.level_at(timestep), self.step + 1
+        return replace(self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, estimates=None)
+
+    def from_start(self, x: Tensor) -> Observation:
+        """This very call from another ``x_t``. Cost: 2 evaluations per image."""
+        eps_c, eps_u = self.replay(x, self.timestep)
+        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, estimates=None)
 
     def replay(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from sdguard.calibration import cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.config import GuardConfig
-from sdguard.hook import check_guidance, default_size, encode, family_of, watched
+from sdguard.hook import Encoder, check_guidance, default_size, family_of, watched
 from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
@@ -76,7 +76,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         call.apply_defaults()
         given = call.arguments
         check_guidance(given["guidance_scale"])
-        run = GuardedRun(config, self.profile(given), prompts_of(given), lambda texts: encode(pipe, texts))
+        run = GuardedRun(config, self.profile(given), prompts_of(given), Encoder(pipe))
         try:
             with watched(pipe, run):
                 output = pipe(*args, **kwargs)

@@ -11,11 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import beta, betabinom
 
 from sdguard.decision import Cascade, Scale, Stage
 
-FORMAT = 3
+FORMAT = 4
+#: free signals whose course over a whole run is measured.
+SERIES = ("guidance_norm", "denoised_norm")
 
 
 class ProfileError(ValueError):
@@ -33,16 +36,35 @@ def scores_needed(false_positive_rate: float) -> int:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """A steering method as measured on memorized prompts.
+
+    Attributes:
+        method: its name.
+        cured: the share of prompts on which it passed verification.
+        cost: mean evaluations a sample, verification included.
+        moved: mean change of the prediction that is followed, as a share of what guidance adds.
+    """
+
+    method: str
+    cured: float
+    cost: float
+    moved: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """Ordinary prompts on one model, scheduler, step count, guidance scale, size and precision.
 
     Attributes:
         fingerprint: everything that moves the statistics; a profile is refused where one entry differs.
         cascade: the stages of the decision, fitted on a part of the prompts.
-        scores: the cascade's score of every other prompt, ascending; the threshold and the p-values rest on these.
-        values: each of the cascade's signals on the prompts it was fitted on, ascending.
-        series: ``(mean, standard deviation)`` of the guidance norm at every step.
+        scores: the score of every other prompt's run, later calls included, ascending; the threshold and the p-values rest on these.
+        values: each of the cascade's signals, and ``alignment``, on the prompts it was fitted on, ascending.
+        series: ``(mean, standard deviation)`` of the signals in `SERIES` at every call.
+        timesteps: those of the calls.
         words: how many of the prompts hold each word.
+        ladder: steering methods in the order in which they are tried, learnt from memorized prompts; empty where none were known.
         format: version of the file format.
     """
 
@@ -50,14 +72,22 @@ class Profile:
     cascade: Cascade
     scores: list[float]
     values: dict[str, list[float]]
-    series: list[tuple[float, float]]
+    series: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    timesteps: list[float] = field(default_factory=list)
     words: dict[str, int] = field(default_factory=dict)
+    ladder: list[Rung] = field(default_factory=list)
     format: int = FORMAT
 
     @property
     def prompts(self) -> int:
         """How many ordinary prompts stand behind the threshold."""
         return len(self.scores)
+
+    @property
+    def frequency(self) -> dict[str, float]:
+        """The share of all its ordinary prompts that holds each word."""
+        count = self.prompts + len(self.values["guidance_norm"])
+        return {word: holding / count for word, holding in self.words.items()}
 
     def p_value(self, score: float) -> float:
         """Conformal p-value: the share of ordinary prompts, the new one counted in, that score at least as high.
@@ -101,6 +131,17 @@ class Profile:
         """The agreement that ``share`` of ordinary prompts stay under: what a steered sample must reach."""
         return quantile(self.values["agreement"], share)
 
+    def alignment_limit(self, share: float = 0.99) -> float:
+        """The alignment that ``share`` of ordinary prompts stay above: what a steered sample must reach."""
+        return -quantile([-value for value in reversed(self.values["alignment"])], share)
+
+    def at(self, name: str, timestep: float) -> tuple[float, float]:
+        """Mean and standard deviation of a signal of `SERIES` at ``timestep``, interpolated between the calls it was measured at."""
+        order = np.argsort(self.timesteps)
+        known = np.asarray(self.timesteps)[order]
+        mean, std = (np.interp(timestep, known, column[order]) for column in np.asarray(self.series[name]).T)
+        return float(mean), float(std)
+
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise `ProfileError` naming what differs, if this profile was not made for ``fingerprint``."""
         if differing := [name for name in fingerprint if self.fingerprint.get(name) != fingerprint[name]]:
@@ -121,9 +162,12 @@ class Profile:
             fields = json.loads(path.read_text())
             stages = tuple(Stage(tuple(stage["signals"]), stage["weights"], stage["bound"]) for stage in fields["cascade"]["stages"])
             scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
-            series = [(float(mean), float(std)) for mean, std in fields["series"]]
-            profile = cls(**{**fields, "cascade": Cascade(stages, scales), "series": series})
-            numbers = [*profile.scores, *(v for values in profile.values.values() for v in values), *(v for pair in series for v in pair)]
+            later = tuple(Scale(**scale) for scale in fields["cascade"]["later"])
+            series = {name: [(float(mean), float(std)) for mean, std in pairs] for name, pairs in fields["series"].items()}
+            ladder = [Rung(**rung) for rung in fields["ladder"]]
+            profile = cls(**{**fields, "cascade": Cascade(stages, scales, later), "series": series, "ladder": ladder})
+            lists = [*profile.values.values(), *([v for pair in pairs for v in pair] for pairs in series.values())]
+            numbers = [*profile.scores, *(v for values in lists for v in values), *profile.timesteps]
             whole = all(map(math.isfinite, numbers)) and all(profile.values.get(name) for name in profile.cascade.signals)
         except OSError as error:
             raise ProfileError(f"The profile {path} cannot be read: {error.strerror}.") from None

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from sdguard.correction import Correction
 from sdguard.hook import watched
 from sdguard.observation import Observation
 
@@ -20,7 +20,7 @@ class _Reader:
     """Hands the first ``calls`` observations to ``look`` and then ends the run; with ``calls`` None the run goes to its end."""
 
     def __init__(self, look: Callable[[Observation], None], calls: int | None) -> None:
-        self.conditions: dict[int, Tensor] = {}
+        self.corrections: dict[int, Correction] = {}
         self.look, self.calls = look, calls
 
     def observe(self, observation: Observation) -> None:

@@ -24,6 +24,7 @@ class GuardReport:
         signals: ``value`` and ``z`` score against ordinary prompts of each signal that was read.
         series: each free signal at every denoising step.
         extra_evaluations: denoiser evaluations spent on this image beyond the pipeline's own; a gradient counts as one more.
+        flagged_at: index of the denoiser call at which it was flagged; above 0 it was started again from its own noise under steering.
         steering: what was tried: ``attempts``, each with its ``method``, what it did and what verification found, and
             ``passed``, the one that passed or None.
         error: why the image could not be judged, if so.
@@ -38,6 +39,7 @@ class GuardReport:
     signals: dict[str, dict[str, float]] = field(default_factory=dict)
     series: dict[str, list[float]] = field(default_factory=dict)
     extra_evaluations: int = 0
+    flagged_at: int | None = None
     steering: dict[str, Any] | None = None
     error: str | None = None
 
@@ -56,7 +58,7 @@ class GuardReport:
                 return f"Predicted to be memorized: {pull}; nothing was changed."
             case "steered":
                 how = (self.steering or {})["passed"]
-                way = f"reworded to “{how['wording']}”" if how["method"] == "rewording" else "its prompt embedding moved"
+                way = f"reworded to “{how['wording']}”" if how["method"] == "rewording" else f"steered by {how['method']}"
                 return f"Predicted to be memorized: {pull}; {way}, verified by the look-ahead."
         return f"Predicted to be memorized: {pull}; withheld."
 

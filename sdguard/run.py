@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdguard.attribution import Encode
 from sdguard.config import GuardConfig
-from sdguard.decision import judge
+from sdguard.correction import Correction
+from sdguard.decision import BY_NAME, judge, judge_later
+from sdguard.hook import Encoder
 from sdguard.observation import Observation
-from sdguard.profile import Profile
+from sdguard.profile import SERIES, Profile
 from sdguard.report import GuardReport
-from sdguard.signals.guidance_norm import guidance_norm
-from sdguard.steering.ladder import climb
+from sdguard.steering.flagged import Flagged
+from sdguard.steering.ladder import climb, rungs
 
 logger = logging.getLogger(__name__)
 
@@ -28,57 +29,60 @@ class MemorizationError(RuntimeError):
 class GuardedRun:
     """The watcher of one guarded pipeline call; ``reports`` holds one `GuardReport` per image when it is over."""
 
-    def __init__(self, config: GuardConfig, profile: Profile, prompts: list[str | None], encode: Encode) -> None:
-        self.config, self.profile, self.encode = config, profile, encode
-        self.conditions: dict[int, Tensor] = {}
+    def __init__(self, config: GuardConfig, profile: Profile, prompts: list[str | None], encoder: Encoder) -> None:
+        self.config, self.profile, self.encoder = config, profile, encoder
+        self.corrections: dict[int, Correction] = {}
+        self.first: Observation | None = None
         threshold = profile.threshold(config.false_positive_rate)
         self.reports = [GuardReport(prompt, row, threshold=threshold) for row, prompt in enumerate(prompts)]
 
     def observe(self, observation: Observation) -> None:
-        """Look at one call: at the first decide and steer, at every one note the free signals."""
+        """Look at one call: judge what is still clean, at the first by the cascade, at later ones for free; steer what is flagged."""
+        self.first = self.first or observation
         if observation.step == 0:
-            self.decide(observation)
+            self.judge_first(observation)
         self.watch(observation)
+        if 0 < observation.step <= len(self.profile.cascade.later):
+            self.judge_later(observation)
+        self.act([report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None], observation.step)
         for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
             report.extra_evaluations = evaluations
 
     def watch(self, observation: Observation) -> None:
-        """Note the guidance norm of one call; after the first it decides nothing, so an error is only logged."""
-        try:
-            norms = guidance_norm(observation).tolist()
-        except Exception as error:
-            logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
-            norms = [math.nan] * len(self.reports)
-        for report, norm in zip(self.reports, norms, strict=True):
-            report.series.setdefault("guidance_norm", []).append(norm)
+        """Note the free signals of one call; nothing is decided here, so an error is only logged."""
+        for name in SERIES:
+            try:
+                values = BY_NAME[name].read(observation).tolist()
+            except Exception as error:
+                logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
+                values = [math.nan] * len(self.reports)
+            for report, value in zip(self.reports, values, strict=True):
+                report.series.setdefault(name, []).append(value)
 
-    def decide(self, observation: Observation) -> None:
-        """Judge every image, steer the flagged ones, and settle what becomes of those that could not be steered."""
+    def judge_first(self, observation: Observation) -> None:
+        """Score, p-value, signals and flag of every image by the cascade."""
         try:
             scores, values = judge(observation, self.profile.cascade)
         except Exception as error:  # whatever fails in a signal must reach the report, and on_failure decides what it means
             self.fail(self.reports, error)
-        else:
-            for report, score in zip(self.reports, scores.tolist(), strict=True):
-                self.judge(report, score, {name: value[report.row].item() for name, value in values.items()})
-        flagged = [report.row for report in self.reports if report.verdict == "flagged" and not report.error]
-        if flagged and self.config.mode == "steer":
-            self.steer(observation.select(torch.tensor(flagged)))
-        for report in self.reports:
-            self.settle(report)
+            return
+        for report, score in zip(self.reports, scores.tolist(), strict=True):
+            for name, value in values.items():
+                if not math.isnan(found := value[report.row].item()):
+                    z = self.profile.cascade.scales[name].z(torch.tensor(found)).item()
+                    report.signals[name] = {"value": found, "z": z}
+            self.score(report, score)
 
-    def fail(self, reports: list[GuardReport], error: Exception) -> None:
-        """Note that images could not be judged or steered because of ``error``; they count as flagged."""
-        logger.error("sdguard: %s: %s", type(error).__name__, error)
-        for report in reports:
-            report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
+    def judge_later(self, observation: Observation) -> None:
+        """Flag an image that was clean so far where its guidance norm at this call says otherwise."""
+        clean = [report for report in self.reports if report.verdict == "clean"]
+        norms = torch.tensor([report.series["guidance_norm"][-1] for report in self.reports])
+        scores = judge_later(norms, observation.step, self.profile.cascade).tolist()
+        for report in clean:
+            self.score(report, max(report.score if report.score is not None else -math.inf, scores[report.row]))
 
-    def judge(self, report: GuardReport, score: float, values: dict[str, float]) -> None:
-        """Score, p-value, signals and flag of one image."""
-        scales = self.profile.cascade.scales
-        for name, value in values.items():
-            if not math.isnan(value):
-                report.signals[name] = {"value": value, "z": scales[name].z(torch.tensor(value)).item()}
+    def score(self, report: GuardReport, score: float) -> None:
+        """Score, p-value and flag of one image."""
         if not math.isfinite(score):
             self.fail([report], ArithmeticError(f"the score is {score}"))
             return
@@ -86,18 +90,35 @@ class GuardedRun:
         if report.p_value <= self.config.false_positive_rate:
             report.verdict = "flagged"
 
-    def steer(self, observation: Observation) -> None:
-        """Send the rows of ``observation`` up the ladder; verified ones are redirected."""
-        reports = [self.reports[row] for row in observation.rows.tolist()]
+    def fail(self, reports: list[GuardReport], error: Exception) -> None:
+        """Note that images could not be judged or steered because of ``error``; they count as flagged."""
+        logger.error("sdguard: %s: %s", type(error).__name__, error)
+        for report in reports:
+            report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
+
+    def act(self, flagged: list[GuardReport], step: int) -> None:
+        """Steer the images that have just been flagged, and settle what becomes of those that could not be steered."""
+        judged = [report for report in flagged if not report.error]
+        if judged and self.config.mode == "steer":
+            self.steer(judged)
+        for report in flagged:
+            report.flagged_at = step
+            self.settle(report)
+
+    def steer(self, reports: list[GuardReport]) -> None:
+        """Send images up the ladder, from their own beginning; verified ones are corrected."""
+        assert self.first is not None
+        observation = self.first.select(torch.tensor([report.row for report in reports]))
+        flagged = Flagged.of(observation, [report.prompt for report in reports], self.encoder, self.profile, self.config.rewriter)
         try:
-            outcomes = climb(observation, self.profile, [report.prompt for report in reports], self.encode)
-        except Exception as error:  # as in decide
+            outcomes = climb(flagged, rungs(self.profile, self.config.steering))
+        except Exception as error:  # as in judge_first
             self.fail(reports, error)
             return
         for report, outcome in zip(reports, outcomes, strict=True):
             report.steering = outcome.summary()
-            if outcome.condition is not None:
-                self.conditions[report.row] = outcome.condition
+            if outcome.correction is not None:
+                self.corrections[report.row] = outcome.correction
                 report.verdict = "steered"
 
     def settle(self, report: GuardReport) -> None:

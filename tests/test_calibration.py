@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ from hypothesis import strategies as st
 
 from sdguard.calibration import calibrate, fingerprint
 from sdguard.decision import Cascade, Scale, Stage
-from sdguard.profile import Profile, ProfileError
+from sdguard.profile import Profile, ProfileError, Rung
 from sdguard.reading import read
+from sdguard.steering.learning import learn_ladder
 
 values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 
 
 def profile(norms: list[float]) -> Profile:
     cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
-    return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, [(1.0, 0.1)], {"cat": 2})
+    course = {"guidance_norm": [(1.0, 0.1), (2.0, 0.3)]}
+    ladder = [Rung("rewording", 0.9, 20.0, 0.4)]
+    return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, course, [900.0, 100.0], {"cat": 2}, ladder)
 
 
 @given(values, st.floats(0.001, 200))
@@ -64,7 +68,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         "{",
         "[]",
         '{"steps": 1}',
-        '{"fingerprint": {}, "cascade": {"stages": [], "scales": {}}, "scores": [], "values": {}, "series": []}',
+        '{"fingerprint": {}, "cascade": {"stages": [], "scales": {}}, "scores": [], "values": {}, "series": {}}',
     ],
 )
 def test_a_damaged_profile_is_one_sentence(text: str, tmp_path: Path) -> None:
@@ -105,7 +109,9 @@ def test_calibration_is_deterministic_and_independent_of_batching(tiny: Any, mon
     parts = calibrate(tiny, prompts, **setting)
     assert parts.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3)
     assert parts.values["agreement"] == pytest.approx(whole.values["agreement"], abs=1e-3)
-    assert len(whole.series) == 3
+    assert [len(course) for course in whole.series.values()] == [3, 3]
+    assert len(whole.timesteps) == 3
+    assert len(whole.cascade.later) == 2
     assert whole.words["cat"] == 6
 
 
@@ -159,3 +165,29 @@ def test_known_memorized_prompts_fit_the_weights_and_nothing_else(tiny: Any) -> 
     assert labelled.values == plain.values
     assert labelled.cascade.scales == plain.cascade.scales
     assert labelled.cascade.stages[0].weights != plain.cascade.stages[0].weights
+
+
+def test_a_series_is_read_between_its_calls() -> None:
+    made = profile([1.0, 2.0])
+    assert made.at("guidance_norm", 500.0) == pytest.approx((1.5, 0.2))
+    assert made.at("guidance_norm", 5000.0) == pytest.approx((1.0, 0.1))
+
+
+def test_limits_of_verification_are_those_of_99_in_100_ordinary_prompts() -> None:
+    made = replace(profile([1.0, 2.0]), values={"agreement": [i / 1000 for i in range(200)], "alignment": [i / 100 for i in range(200)]})
+    assert made.agreement_limit() == pytest.approx(0.198)
+    assert made.alignment_limit() == pytest.approx(0.01)
+
+
+def test_a_ladder_is_learnt_from_memorized_prompts_alone_and_the_same_each_time(tiny: Any) -> None:
+    prompts = [f"a cat number {i}" for i in range(8)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    profile = calibrate(tiny, prompts, **setting)
+    assert not profile.ladder
+    lenient = replace(profile, values={**profile.values, "agreement": [2.0] * 100, "alignment": [-1e9] * 100})
+    learnt = learn_ladder(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting)
+    assert {"embedding descent", "padding damping", "attention attenuation"} <= {rung.method for rung in learnt.ladder}
+    assert all(rung.cured > 0 and rung.cost > 0 for rung in learnt.ladder)
+    assert replace(learnt, ladder=[]) == lenient
+    assert learn_ladder(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting) == learnt
+    assert not learn_ladder(tiny, replace(lenient, values={**lenient.values, "agreement": [-2.0] * 100}), prompts[:1], **setting).ladder

@@ -69,6 +69,7 @@ def test_a_withheld_image_has_its_own_exit_code(tmp_path: Path, memorized: dict[
         (["a cat", "--profile", "{damaged}"], "is not a profile of sdguard, or it is damaged"),
         (["a cat", "--profile", "{shipped}", "--steps", "3"], "steps is 3, the profile's is 10"),
         (["a cat", "--fpr", "0.0001"], "needs at least 9999 scored ordinary prompts"),
+        (["a cat", "--steering", "prayer"], "steering has 'prayer'; there are rewording,"),
         (["a cat", "--mode", "watch"], "it must be 'steer', 'observe' or 'block'"),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdguard import decision
-from sdguard.decision import Cascade, Scale, fuse, judge, logistic_weights
+from sdguard.decision import Cascade, Scale, fuse, judge, judge_later, logistic_weights
 from sdguard.observation import NoiseLevel, Observation
 from sdguard.profile import Profile
 from sdguard.signals.signal import Signal
@@ -108,7 +108,7 @@ def test_the_cascade_keeps_the_conformal_promise(seed: int, rate: float) -> None
     score = scores(draw[60:], cascade)
     # leave-one-out over an exchangeable sample is the promise itself
     ordered = score.sort().values
-    flagged = sum(Profile({}, cascade, ordered[ordered != s].tolist(), {}, []).p_value(s.item()) <= rate for s in score)
+    flagged = sum(Profile({}, cascade, ordered[ordered != s].tolist(), {}).p_value(s.item()) <= rate for s in score)
     assert flagged <= rate * len(score) + 1e-9
 
 
@@ -118,3 +118,11 @@ def scores(values: Tensor, cascade: Cascade) -> Tensor:
     first, second = z["free"], fuse(z, cascade.stages[1].weights)
     bound = torch.tensor(cascade.stages[0].bound)
     return torch.where(first >= bound, decision.above(bound, second), first)
+
+
+def test_a_later_call_counts_only_where_it_is_watched() -> None:
+    cascade = Cascade((), {}, later=(Scale(False, 1.0, 0.5),))
+    norms = torch.tensor([1.0, 2.0])
+    assert judge_later(norms, 1, cascade).tolist() == [0.0, 2.0]
+    assert judge_later(norms, 0, cascade).isneginf().all()
+    assert judge_later(norms, 2, cascade).isneginf().all()

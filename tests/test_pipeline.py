@@ -19,6 +19,10 @@ import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
 from sdguard import pipeline as pipeline_module
 from sdguard import run as run_module
+from sdguard.correction import Correction
+from sdguard.decision import Scale
+from sdguard.steering import Flagged
+from sdguard.steering.ladder import Outcome
 
 PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
 SETTING: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
@@ -70,12 +74,32 @@ def test_a_steered_image_leaves_its_neighbours_bit_identical(
         assert (report.extra_evaluations > 0) == (i == row)
 
 
-def always_passes(observation: Any, profile: Profile, prompts: list[str], encode: Any) -> list[Any]:
-    from sdguard.steering.ladder import Outcome
+def always_passes(flagged: Flagged, methods: Any) -> list[Outcome]:
+    texts = [str(prompt).split()[0] for prompt in flagged.prompts]
+    conditions = zip(flagged.encoder(texts), texts, strict=True)
+    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": text}]) for c, text in conditions]
 
-    texts = [prompt.split()[0] for prompt in prompts]
-    how = [{"method": "rewording", "wording": text} for text in texts]
-    return [Outcome(0.0, text, [attempt]) for text, attempt in zip(encode(texts), how, strict=True)]
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_an_image_flagged_late_is_started_again_and_its_neighbours_are_not_disturbed(
+    scheduler: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the second call's norm gives it away; the picture is the one that steering from the first call on gives."""
+    tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
+    monkeypatch.setattr(run_module, "climb", always_passes)
+    plain = call(tiny).images
+    watching = profile_for(tiny, 1e6)
+    series = [report.series["guidance_norm"][1] for report in call(sdguard.guard(tiny, GuardConfig("observe", profile=watching))).guard]
+    row = series.index(max(series))
+    bound = (sorted(series)[-1] + sorted(series)[-2]) / 2
+    late = profile_for(tiny, 1e6, later=(Scale(False, 0.0, bound / 1e6),))
+    output = call(sdguard.guard(tiny, GuardConfig(profile=late)))
+    assert [report.flagged_at for report in output.guard] == [1 if i == row else None for i in range(3)]
+    assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != row)
+    assert output.guard[row].verdict == "steered"
+    if scheduler is not EulerAncestralDiscreteScheduler:  # its noise is the row's own, not the generator's
+        asked = call(tiny, [prompt.split()[0] if i == row else prompt for i, prompt in enumerate(PROMPTS)]).images
+        np.testing.assert_allclose(output.images[row], asked[row], atol=1e-4)
 
 
 def test_nothing_is_called_steered_without_verification(tiny: Any, profile_for: MakeProfile) -> None:
@@ -229,7 +253,7 @@ def test_calibration_can_be_forbidden(tiny: Any) -> None:
         call(sdguard.guard(tiny, GuardConfig(calibrate=False)))
 
 
-@pytest.mark.parametrize("field", [{"mode": "watch"}, {"on_failure": "shrug"}, {"false_positive_rate": 0}])
+@pytest.mark.parametrize("field", [{"mode": "watch"}, {"on_failure": "shrug"}, {"false_positive_rate": 0}, {"steering": ["prayer"]}])
 def test_a_config_that_cannot_be_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
         GuardConfig(**field)

@@ -22,7 +22,7 @@ def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
     ("passed", "says"),
     [
         ({"method": "rewording", "wording": "a cat on a mat"}, "reworded to “a cat on a mat”, verified by the look-ahead"),
-        ({"method": "embedding descent"}, "its prompt embedding moved, verified by the look-ahead"),
+        ({"method": "embedding descent"}, "steered by embedding descent, verified by the look-ahead"),
     ],
 )
 def test_the_reason_names_what_steered(passed: dict[str, str], says: str) -> None:

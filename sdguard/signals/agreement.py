@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sdguard.geometry import dot, norm
-from sdguard.lookahead import LOOK_AHEAD_STEPS, independent_noise, look_ahead
+from sdguard.lookahead import LOOK_AHEAD_STEPS, estimate
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -15,7 +15,7 @@ def agreement(observation: Observation) -> Tensor:
     near 0 in Ross et al. 2024), so two starts agree. It asks "is this *any* memorized picture" and knows no training data.
     Cost: ``4 K - 2`` evaluations for K look-ahead steps. Blind to a condition that copies for this noise and not for the other.
     """
-    return correlation(look_ahead(observation), look_ahead(observation, independent_noise(observation.x)))
+    return correlation(estimate(observation), estimate(observation, independent=True))
 
 
 AGREEMENT = Signal("agreement", agreement, cost=4 * LOOK_AHEAD_STEPS - 2)

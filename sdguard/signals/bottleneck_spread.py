@@ -19,7 +19,7 @@ def bottleneck_spread(observation: Observation) -> Tensor:
     Raises:
         AttributeError: the denoiser has no mid-block (transformers have none).
     """
-    step = next(step for step in trajectory(observation) if step.timestep <= observation.timestep / 2)
+    step = next(step for step in trajectory(observation) if step.timestep <= observation.timestep / 2 + 1)
     observation.spend(1)
     with captured([observation.denoiser.mid_block]) as found:  # type: ignore[union-attr,list-item]
         observation.denoise(step.x, step.timestep, observation.condition)

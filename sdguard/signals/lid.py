@@ -3,12 +3,14 @@
 from torch import Tensor
 
 from sdguard.geometry import branch_product, difference_product, flipd, trace
-from sdguard.lookahead import LOOK_AHEAD_STEPS, look_ahead, probe
+from sdguard.lookahead import look_ahead, probe
 from sdguard.observation import Branch, Observation
 from sdguard.signals.signal import Signal
 
 #: noise level at which the dimension of the look-ahead's end is read; .3 of the schedule, as Ross et al. 2024 take for Stable Diffusion.
 TIMESTEP = 301.0
+#: of the look-ahead: the dimension of a picture that is only half made is that of the network's error.
+STEPS = 5
 
 
 def dimension(observation: Observation, y: Tensor, timestep: float, branch: Branch) -> Tensor:
@@ -19,8 +21,8 @@ def dimension(observation: Observation, y: Tensor, timestep: float, branch: Bran
 
 
 def ahead(observation: Observation) -> Tensor:
-    """The look-ahead's end, scaled as FLIPD asks: ``a x_0``. Cost: the look-ahead's."""
-    return observation.level_at(TIMESTEP).a * look_ahead(observation)
+    """The end of a look-ahead of `STEPS` steps, scaled as FLIPD asks: ``a x_0``. Cost: the look-ahead's."""
+    return observation.level_at(TIMESTEP).a * look_ahead(observation, steps=STEPS)
 
 
 def lid_conditional(observation: Observation) -> Tensor:
@@ -66,7 +68,7 @@ def lid_noisy(observation: Observation) -> Tensor:
     return observation.level.s**2 * (trace_u - trace_c)
 
 
-AHEAD = 2 * (LOOK_AHEAD_STEPS - 1)
+AHEAD = 2 * (STEPS - 1)
 LID_CONDITIONAL = Signal("lid_conditional", lid_conditional, cost=AHEAD + 3)
 LID_UNCONDITIONAL = Signal("lid_unconditional", lid_unconditional, cost=AHEAD + 3)
 LID_GUIDED = Signal("lid_guided", lid_guided, cost=AHEAD + 6)

@@ -1,85 +1,57 @@
-"""The ladder: steering methods in order of how far they leave the prompt, each verified by a signal it did not optimise."""
+"""The ladder: steering methods one after the other, each verified by what it did not optimise, until one passes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from sdguard.correction import Correction
+from sdguard.profile import Profile
+from sdguard.steering import METHODS
+from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.verification import Verification, verify
 
-from sdguard.attribution import Encode
-from sdguard.lookahead import independent_noise, look_ahead
-from sdguard.observation import Observation
-from sdguard.profile import Profile, quantile
-from sdguard.signals.agreement import correlation
-from sdguard.steering.correction import Correction
-from sdguard.steering.embedding import embedding_descent
-from sdguard.steering.rewording import Wording, reword, rewordings
-
-#: a corrected prompt may pull as hard as this share of ordinary prompts do; asking for less drops words that need not go.
-TARGET = 0.9
-#: wordings that are tried, before the embedding rungs.
-WORDINGS = 2
-#: trust-region radii of the embedding rungs, as shares of each token's distance from the empty prompt's.
-RADII = (0.5, 0.8, 1.0)
+#: tried where a profile has learnt no order: what keeps the prompt in words first, then what moves its embedding.
+DEFAULT = ("rewording", "token descent", "embedding descent")
 
 
 @dataclass
 class Outcome:
-    """What the ladder did for one row; ``condition`` is None if no rung passed verification."""
+    """What the ladder did for one image; ``correction`` is None if no rung passed verification."""
 
-    agreement: float = float("nan")
-    condition: Tensor | None = None
+    correction: Correction | None = None
     attempts: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """For the report: the attempt that passed, if any, and every attempt."""
-        return {"passed": self.attempts[-1] if self.condition is not None else None, "attempts": self.attempts}
+        return {"passed": self.attempts[-1] if self.correction is not None else None, "attempts": self.attempts}
 
 
-def climb(observation: Observation, profile: Profile, prompts: list[str | None], encode: Encode) -> list[Outcome]:
-    """Try the rungs on every row until one passes verification; ``prompts`` are the rows' own, None where only embeddings are known.
+def rungs(profile: Profile, chosen: Sequence[str] | None = None) -> list[Method]:
+    """The methods to be tried: those chosen by name, else in the profile's learnt order, else `DEFAULT`."""
+    return [METHODS[name] for name in chosen or [rung.method for rung in profile.ladder] or DEFAULT]
 
-    With A the row's own noise and B an independent one, a corrected condition passes when its look-aheads from A and B
-    agree no more than those of ordinary prompts do (it leads to no memorized picture, old or new), and when its look-ahead
-    from A agrees no more than that with the uncorrected one from B (it left the picture that every noise led to).
-    Cost per image: 10 for the uncorrected look-ahead; what the rungs cost; 1 and 18 for the verification of each.
-    """
-    limit, noise = profile.agreement_limit(), independent_noise(observation.x)
-    uncorrected = look_ahead(observation, noise)
-    outcomes = [Outcome() for _ in observation.rows]
-    left = set(range(len(outcomes)))
-    for rows, correction in rungs(observation, profile, prompts, encode, left):
-        picked = torch.tensor(rows)
-        candidate = observation.select(picked).with_condition(correction.condition)
-        own, other = look_ahead(candidate), look_ahead(candidate, noise[picked])
-        across, stayed = correlation(own, other).tolist(), correlation(own, uncorrected[picked]).tolist()
-        for i, row in enumerate(rows):
-            outcome = outcomes[row]
-            outcome.attempts.append({**correction.how[i], "agreement": across[i], "agreement_with_uncorrected": stayed[i]})
-            outcome.agreement = across[i]
-            if across[i] <= limit and stayed[i] <= limit:
-                outcome.condition = correction.condition[i]
-                left.discard(row)
+
+def attempt(flagged: Flagged, method: Method) -> list[tuple[Correction, Verification] | None]:
+    """A method's correction of each image and what verification found of it; None where the method does not apply."""
+    corrections = method.correct(flagged)
+    rows = [row for row, correction in enumerate(corrections) if correction]
+    tried = [correction for correction in corrections if correction]
+    found = iter(verify(flagged.select(rows), tried) if rows else ())
+    return [(correction, next(found)) if correction else None for correction in corrections]
+
+
+def climb(flagged: Flagged, methods: Sequence[Method]) -> list[Outcome]:
+    """Try ``methods`` on every image until one passes verification. Cost: what is tried takes, and its verification."""
+    outcomes = [Outcome() for _ in flagged.prompts]
+    for method in methods:
+        left = [row for row, outcome in enumerate(outcomes) if outcome.correction is None]
         if not left:
             break
+        for row, tried in zip(left, attempt(flagged.select(left), method), strict=True):
+            if tried:
+                correction, verification = tried
+                outcomes[row].attempts.append({"method": method.name, **correction.how, **verification.entry()})
+                outcomes[row].correction = correction if verification.passed else None
     return outcomes
-
-
-def rungs(
-    observation: Observation, profile: Profile, prompts: list[str | None], encode: Encode, left: set[int]
-) -> Iterator[tuple[list[int], Correction]]:
-    """Each rung's correction for the rows it applies to, of those still ``left`` when its turn comes."""
-    target = quantile(profile.values["guidance_norm"], TARGET)
-    wordings: list[list[Wording]] = [
-        rewordings(observation.select(torch.tensor([row])), prompt, encode, profile.words, target) if prompt else []
-        for row, prompt in enumerate(prompts)
-    ]
-    for turn in range(WORDINGS):
-        if rows := [row for row in sorted(left) if turn < len(wordings[row])]:
-            yield rows, reword([wordings[row][turn] for row in rows], encode)
-    for radius in RADII:
-        rows = sorted(left)
-        yield rows, embedding_descent(observation.select(torch.tensor(rows)), target, radius)

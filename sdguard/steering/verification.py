@@ -1,0 +1,97 @@
+"""Verification: is the corrected sample memorized after all, and does it still show what was asked for?
+
+Nothing here reads the signal that methods descend on. The look-aheads ask whether the corrected condition and noise lead to *any*
+memorized picture, and the denoiser is asked whether the picture they lead to is the prompt's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sdguard.alignment import alignment
+from sdguard.correction import Correction, corrected, movement
+from sdguard.lookahead import estimate, independent_noise, look_ahead
+from sdguard.observation import Observation
+from sdguard.profile import quantile
+from sdguard.signals.agreement import correlation
+from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.steering.flagged import Flagged
+
+#: share of ordinary prompts that pull harder than what counts as an emptied prompt.
+PULLING = 0.99
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found of one corrected image.
+
+    Attributes:
+        agreement: of its look-aheads from its own noise and an independent one.
+        agreement_with_uncorrected: of its look-ahead with the uncorrected one from independent noise.
+        alignment: how much of the picture ahead the prompt's ordinary wording explains; nan where no wording is known.
+        moved: how far text embeddings, noise and prediction were moved (see `movement`).
+        memorized: whether the look-aheads agree more than 99% of ordinary prompts' do.
+        aligned: whether the alignment is that of 99% of ordinary prompts, or, where it is unknown, whether the prompt still pulls.
+    """
+
+    agreement: float
+    agreement_with_uncorrected: float
+    alignment: float
+    moved: dict[str, float]
+    memorized: bool
+    aligned: bool
+
+    @property
+    def passed(self) -> bool:
+        """Not memorized and still on the prompt."""
+        return self.aligned and not self.memorized
+
+    def entry(self) -> dict[str, Any]:
+        """For the report; what is not known is None."""
+        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
+
+
+def verify(flagged: Flagged, corrections: Sequence[Correction]) -> list[Verification]:
+    """Verify one correction for each flagged image.
+
+    Cost for K look-ahead steps: that of applying the correction; ``2 (K - 1)`` for the corrected look-ahead, ``2 K`` for the other, beside
+    what a rule takes; ``2 K`` once an image for the uncorrected one, unless the decision has made it; 2 for the alignment.
+    """
+    observation, profile = flagged.observation, flagged.profile
+    noise, uncorrected = independent_noise(observation.x), estimate(observation, independent=True)
+    candidate = corrected(observation, corrections)
+    own = look_ahead(candidate)
+    across = correlation(own, look_ahead(candidate, noise)).tolist()
+    stayed = correlation(own, uncorrected).tolist()
+    aligned = alignments(flagged, own)
+    pulls = guidance_norm(candidate).tolist()
+    limit = profile.agreement_limit()
+    weakest = -quantile([-value for value in reversed(profile.values["guidance_norm"])], PULLING)
+    return [
+        Verification(
+            agreement=a,
+            agreement_with_uncorrected=s,
+            alignment=t,
+            moved=moved,
+            memorized=max(a, s) > limit,
+            aligned=pull >= weakest if math.isnan(t) else t >= profile.alignment_limit(),
+        )
+        for a, s, t, pull, moved in zip(across, stayed, aligned, pulls, movement(observation, candidate), strict=True)
+    ]
+
+
+def alignments(flagged: Flagged, pictures: torch.Tensor) -> list[float]:
+    """The alignment of each picture with its prompt's ordinary wording, nan where there is none. Cost: 2 evaluations where there is."""
+    rows = [row for row, wording in enumerate(flagged.wordings) if wording]
+    found = [math.nan] * len(flagged.wordings)
+    if rows:
+        condition = flagged.encoder([wording.text for wording in flagged.wordings if wording])
+        here: Observation = flagged.observation.select(torch.tensor(rows))
+        for row, value in zip(rows, alignment(here, pictures[rows], condition).tolist(), strict=True):
+            found[row] = value
+    return found
