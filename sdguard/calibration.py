@@ -7,8 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -62,17 +61,6 @@ def weights_digest(pipe: Any) -> str:
         if values:
             digest.update(torch.cat(values).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """Within the block the pipeline shows no progress bar of its own."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -163,17 +151,16 @@ def calibrate(
     def whole(observation: Observation) -> list[list[float]]:
         return [[observation.timestep], *(BY_NAME[name].read(observation).tolist() for name in SERIES)]
 
-    with quiet(pipe):
-        seen = measure("fit", fitting, fit, 1 + LATER_CALLS)
-        values = {name: joined([calls[0][name] for calls in seen]) for name in seen[0][0]}
-        later = [joined([call["later"] for call in calls]) for calls in list(zip(*seen, strict=True))[1:]]
-        labelled: dict[str, list[float]] | None = None
-        if memorized:
-            known = measure("memorized", list(range(len(prompts), total)), first)
-            labelled = {name: joined([call[name] for (call,) in known]) for name in names}
-        cascade = Cascade.fit(values, labelled, later=later)
-        scored = measure("score", scoring, score, 1 + LATER_CALLS)
-        runs = measure("series", scoring[:SERIES_PROMPTS], whole, None)
+    seen = measure("fit", fitting, fit, 1 + LATER_CALLS)
+    values = {name: joined([calls[0][name] for calls in seen]) for name in seen[0][0]}
+    later = [joined([call["later"] for call in calls]) for calls in list(zip(*seen, strict=True))[1:]]
+    labelled: dict[str, list[float]] | None = None
+    if memorized:
+        known = measure("memorized", list(range(len(prompts), total)), first)
+        labelled = {name: joined([call[name] for (call,) in known]) for name in names}
+    cascade = Cascade.fit(values, labelled, later=later)
+    scored = measure("score", scoring, score, 1 + LATER_CALLS)
+    runs = measure("series", scoring[:SERIES_PROMPTS], whole, None)
     timesteps = [call[0][0] for call in runs[0]]
     series = {
         name: [(statistics.fmean(at), statistics.stdev(at)) for at in (joined([c[i] for c in call]) for call in zip(*runs, strict=True))]

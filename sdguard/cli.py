@@ -328,7 +328,7 @@ def calibrate(
         if not state.is_main_process:
             return
         if known:
-            with Progress() as bar, calibration.quiet(pipe):
+            with Progress() as bar:
                 task = bar.add_task("learning the ladder", total=len(known))
                 profile = learn_ladder(
                     pipe, profile, known, seed=seed, progress=lambda done, _: bar.update(task, completed=done), **setting

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,17 @@ class _Reader:
             raise _Enough
 
 
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Within the block the pipeline shows no progress bar of its own."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
 def read(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], look: Callable[[Observation], None], calls: int | None = 1, **setting: Any
 ) -> None:
@@ -38,7 +50,7 @@ def read(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
-        with watched(pipe, _Reader(look, calls)):
+        with quiet(pipe), watched(pipe, _Reader(look, calls)):
             pipe(list(prompts), generator=generators, output_type="latent", **setting)
     except _Enough:
         pass
