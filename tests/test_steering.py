@@ -437,7 +437,7 @@ def test_rungs_are_those_chosen_else_learnt_else_the_default() -> None:
 
 def test_the_cheapest_cure_comes_first_and_of_equals_the_one_that_moves_least() -> None:
     dear, cheap = Rung("dear", 1.0, 100.0, 0.1), Rung("cheap", 0.5, 20.0, 0.9)
-    gentle, useless = Rung("gentle", 1.0, 41.0, 0.2), Rung("useless", 0.0, 1.0, 0.0)
+    gentle, useless = Rung("gentle", 1.0, 40.3, 0.2), Rung("useless", 0.0, 1.0, 0.0)
     assert [rung.method for rung in ordered([dear, cheap, useless, gentle])] == ["gentle", "cheap", "dear"]
 
 

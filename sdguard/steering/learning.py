@@ -16,18 +16,16 @@ from sdguard.steering import METHODS
 from sdguard.steering.flagged import Flagged
 from sdguard.steering.ladder import attempt
 
-#: methods whose expected costs lie in the same interval of this many evaluations count as equally dear.
-ABOUT_THE_SAME = 10
 BATCH = 8
 
 
 def ordered(rungs: Sequence[Rung]) -> list[Rung]:
-    """Least expected cost of a cure first, of about the same cost the one that moves the prediction least; what cures nothing is left out.
+    """Least expected cost of a cure first, of equal cost the one that moves the prediction least; what cures nothing is left out.
 
     For independent tries that stop at the first success, the order by cost over probability has the least expected cost.
     """
     curing = [rung for rung in rungs if rung.cured]
-    return sorted(curing, key=lambda rung: (rung.cost / rung.cured // ABOUT_THE_SAME, rung.moved))
+    return sorted(curing, key=lambda rung: (round(rung.cost / rung.cured), rung.moved))
 
 
 def learn_ladder(
