@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +27,11 @@ from sklearn.pipeline import make_pipeline
 
 from sdguard import Profile, testbed
 from sdguard.calibration import PROFILE_FILE
-from sdguard.decision import judge
+from sdguard.decision import judge, judge_later
 from sdguard.observation import Observation
 from sdguard.reading import read
 from sdguard.signals import SIGNALS, Signal
+from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.testbed.world import ordinary_captions
 
 BATCH = 16
@@ -40,11 +42,17 @@ SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale
 
 
 def measure(pipe: Any, captions: pd.DataFrame, profile: Profile, signals: tuple[Signal, ...]) -> pd.DataFrame:
-    """``captions`` with every signal's value and seconds, the cascade's score, p-value, evaluations and seconds, and whether the sample
-    is a copy."""
+    """``captions`` with every signal's value and seconds, the cascade's score, evaluations and seconds at the first call, and the p-value
+    of the run, the later calls that are watched included."""
     parts: list[dict[str, Any]] = []
 
     def look(observation: Observation) -> None:
+        if observation.step:
+            later = judge_later(guidance_norm(observation), observation.step, profile.cascade).tolist()
+            parts[-1]["run"] = [max(pair) for pair in zip(parts[-1]["run"], later, strict=True)]
+            parts[-1]["p_value"] = [profile.p_value(s) for s in parts[-1]["run"]]
+            return
+
         def timed(read: Callable[[], Any]) -> tuple[Any, float]:
             started = time.perf_counter()
             return read(), (time.perf_counter() - started) / len(observation.x)
@@ -54,15 +62,16 @@ def measure(pipe: Any, captions: pd.DataFrame, profile: Profile, signals: tuple[
             value, found[f"{signal.name}_seconds"] = timed(partial(signal.read, observation))
             found[signal.name] = value.tolist()
         before = observation.evaluations.clone()
-        (score, _), found["cascade_seconds"] = timed(lambda: judge(observation, profile.cascade))
-        found["cascade"] = score.tolist()
+        fresh = replace(observation, estimates={})  # the cascade buys its own look-aheads, whatever a signal has made before
+        (score, _), found["cascade_seconds"] = timed(lambda: judge(fresh, profile.cascade))
+        found["cascade"] = found["run"] = score.tolist()
         found["p_value"] = [profile.p_value(s) for s in score.tolist()]
         found["evaluations"] = (observation.evaluations - before).tolist()
         parts.append(found)
 
     for start in track(range(0, len(captions), BATCH), "measuring"):
         part = captions[start : start + BATCH]
-        read(pipe, part.text.tolist(), part.seed.tolist(), look, **SETTING)
+        read(pipe, part.text.tolist(), part.seed.tolist(), look, 1 + len(profile.cascade.later), **SETTING)
     return pd.concat([captions.reset_index(drop=True), pd.concat(map(pd.DataFrame, parts), ignore_index=True)], axis=1)
 
 

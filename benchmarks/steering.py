@@ -164,10 +164,15 @@ def rate(found: Any) -> dict[str, Any]:
 
 
 def compare(samples: pd.DataFrame, embedded: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """One row a method, gated and always on: copies left, alignment, quality, diversity, cost."""
+    """One row a method, gated and always on: copies left, alignment, quality, diversity, cost.
+
+    What alignment is to be expected is that of never-seen captions of the same make *and object*: objects differ in how well the model
+    draws them and the classifier knows them. ``alignment_comparable`` is of the steered samples whose object such captions have.
+    """
     base = samples[samples.method == NONE].reset_index(drop=True)
     matched, ordinary = (base.kind == "unseen").to_numpy(), (base.kind == "ordinary").to_numpy()
     was_copy, flagged = base["copy"].to_numpy(), base.flagged.to_numpy()
+    expected = base.object.map(base[matched].groupby("object").aligned.mean())
     rows = []
     for name, always in samples[samples.method != NONE].groupby("method", sort=False):
         for gated in (True, False):
@@ -183,6 +188,8 @@ def compare(samples: pd.DataFrame, embedded: dict[str, np.ndarray]) -> list[dict
                     **{f"copies_left_{kind}": rate(left[was_copy & (base.kind == kind)]) for kind in ("verbatim", "template")},
                     "withheld": rate(withheld[was_copy & acts]),
                     "alignment": rate(here.aligned[turned]),
+                    "alignment_comparable": rate(here.aligned[turned & expected.notna().to_numpy()]),
+                    "alignment_expected": float(expected[turned].mean()),
                     "alignment_ordinary": rate(here.aligned[ordinary]),
                     "ordinary_changed": rate(here.changed[ordinary]),
                     "kernel_distance": kernel_distance(shown[turned], embedded[NONE][matched]) if turned.sum() > 1 else float("nan"),
@@ -198,7 +205,7 @@ def compare(samples: pd.DataFrame, embedded: dict[str, np.ndarray]) -> list[dict
 def contact_sheet(targets: Targets, nearest: np.ndarray, before: np.ndarray, after: np.ndarray, path: Path) -> None:
     """Columns of memorized picture, unguarded and steered one."""
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in (targets.pictures[nearest], before, after)])
-    Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.Resampling.BICUBIC).save(path, quality=80)
+    Image.fromarray(grid).save(path, quality=85)
 
 
 def table(rows: list[dict[str, Any]]) -> pd.DataFrame:
