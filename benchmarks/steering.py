@@ -31,7 +31,8 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.calibration import PROFILE_FILE
 from sdguard.correction import Correction, corrected, movement
-from sdguard.hook import Encoder, watched
+from sdguard.families import Encoder
+from sdguard.hook import watched
 from sdguard.observation import Observation
 from sdguard.steering import BASELINES, METHODS, Flagged, Method
 from sdguard.steering.ladder import climb, rungs
@@ -66,6 +67,9 @@ class Always:
         self.moved: list[dict[str, float]] = []
         self.applied: list[bool] = []
         self.evaluations = torch.zeros(0)
+
+    def reads(self, step: int) -> bool:
+        return step == 0
 
     def observe(self, observation: Observation) -> None:
         if observation.step == 0:
@@ -117,7 +121,7 @@ def steered(
         part = samples[start : start + BATCH]
         watcher = Always(partial(correct, part.text.tolist()))
         started = time.perf_counter()
-        with watched(pipe, watcher):
+        with watched(Encoder(pipe), watcher):
             images.append(as_bytes(pictures(pipe, part.text, part.seed).images))
         seconds = (time.perf_counter() - started) / len(part)
         for applied, moved, evaluations in zip(watcher.applied, watcher.moved, watcher.evaluations.tolist(), strict=True):

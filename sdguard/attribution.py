@@ -21,7 +21,7 @@ def norm_gradient(observation: Observation, condition: Tensor) -> tuple[Tensor, 
     """Guidance norm under ``condition`` and its gradient with respect to it: ``[B]``, ``[B, T, E]``. Cost: 2 evaluations."""
     with torch.enable_grad():
         condition = condition.detach().float().requires_grad_()
-        norm = (observation.denoise(observation.x, observation.timestep, condition) - observation.eps_u).flatten(1).norm(dim=1)
+        norm = (observation.conditional(observation.x, observation.timestep, condition) - observation.eps_u).flatten(1).norm(dim=1)
         (gradient,) = torch.autograd.grad(norm.sum(), condition)
     observation.spend(2)
     return norm.detach(), gradient

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from accelerate.utils import gather_object
 
 from sdguard.alignment import alignment
 from sdguard.decision import BY_NAME, LATER_CALLS, PLAN, Cascade, judge, judge_later
-from sdguard.hook import family_of
+from sdguard.families import denoiser_of
 from sdguard.journal import Journal
 from sdguard.lookahead import estimate
 from sdguard.observation import Observation
@@ -33,8 +34,11 @@ BATCH = 8
 FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
 
 
-def fingerprint(pipe: Any, *, steps: int, guidance_scale: float, height: int, width: int) -> dict[str, Any]:
-    """Everything about a run that moves the statistics of ordinary prompts."""
+def fingerprint(
+    pipe: Any, *, steps: int, guidance_scale: float, height: int, width: int, inputs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything about a run that moves the statistics of ordinary prompts; of its other ``inputs`` the numbers, not the pictures."""
+    numbers = {name: value for name, value in (inputs or {}).items() if isinstance(value, (int, float))}
     scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_") and k != "trained_betas"}
     return {
         "pipeline": type(pipe).__name__,
@@ -45,21 +49,27 @@ def fingerprint(pipe: Any, *, steps: int, guidance_scale: float, height: int, wi
         "guidance_scale": float(guidance_scale),
         "height": height,
         "width": width,
-        "dtype": str(getattr(pipe, family_of(pipe).denoiser).dtype),
+        "dtype": str(denoiser_of(pipe).dtype),
+        **numbers,
     }
 
 
 @torch.no_grad()
 def weights_digest(pipe: Any) -> str:
-    """A hash over 16 evenly spaced values of every parameter of denoiser and text encoder: cheap, and moved by any fine-tune."""
+    """A hash over 16 evenly spaced values of every parameter of denoiser and text encoders: cheap, and moved by any fine-tune or LoRA.
+
+    Parameters that are offloaded to where they cannot be read count by their shapes.
+    """
     digest = hashlib.sha256()
-    for module in (getattr(pipe, family_of(pipe).denoiser), pipe.text_encoder):
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "controlnet"))
+    for module in (denoiser_of(pipe), *encoders):
         values = []
         for parameter in module.parameters() if module is not None else ():
             flat = parameter.reshape(-1)
-            values.append(flat[:: max(1, len(flat) // 16)][:16].float())
+            here = flat[:: max(1, len(flat) // 16)][:16]
+            values.append(torch.tensor(parameter.shape).float() if here.is_meta else here.float())
         if values:
-            digest.update(torch.cat(values).cpu().numpy().tobytes())
+            digest.update(torch.cat([v.cpu() for v in values]).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -67,6 +77,12 @@ def split(count: int) -> tuple[list[int], list[int]]:
     """Which of ``count`` prompts fit the cascade (every third, at most `FITTING_PROMPTS`, evenly spaced) and which are scored by it."""
     apart = math.ceil(count / max(2, min(FITTING_PROMPTS, count // 3)))
     return [i for i in range(count) if i % apart == 0], [i for i in range(count) if i % apart]
+
+
+def call_setting(pipe: Any, steps: int, guidance_scale: float, height: int, width: int) -> dict[str, Any]:
+    """The arguments of a pipeline's call that make a configuration; those it does not have are left out."""
+    setting = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    return {name: value for name, value in setting.items() if name in inspect.signature(type(pipe).__call__).parameters}
 
 
 def batched(positions: list[int]) -> list[list[int]]:
@@ -82,6 +98,7 @@ def calibrate(
     guidance_scale: float,
     height: int,
     width: int,
+    inputs: Mapping[str, Any] | None = None,
     seed: int = 0,
     memorized: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -95,18 +112,19 @@ def calibrate(
     and `SERIES_PROMPTS` full runs.
 
     Args:
+        inputs: what else the pipeline's call is given, such as the picture of an image-to-image run; the same for every prompt.
         memorized: prompts known to be memorized, where there are some: they fit the weights of the signals and nothing else.
         progress: called with prompts done and prompts in all.
         journal: a file that keeps what has been measured, so that a killed calibration goes on; removed at the end.
         state: accelerate's, where several processes share the work, each on its own pipeline; every one of them returns the profile.
 
     Raises:
-        ValueError: fewer than 4 prompts, or no unconditional branch to compare with (``guidance_scale <= 1``).
+        ValueError: fewer than 4 prompts.
     """
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
-    setting: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
-    print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width)
+    setting = call_setting(pipe, steps, guidance_scale, height, width) | dict(inputs or {})
+    print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width, inputs=inputs)
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     digest = hashlib.sha256(json.dumps([list(prompts), list(memorized), seed, PLAN]).encode()).hexdigest()
     notes = Journal(journal and journal.with_suffix(f".{rank}.jsonl"), {"format": FORMAT, "fingerprint": print_, "prompts": digest})

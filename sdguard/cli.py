@@ -176,7 +176,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first image of each prompt; the next ones count up.")] = 0,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images per prompt.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, above 1. [default: 2.5 embedded, 7.5 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
     out: Annotated[Path, typer.Option(help="Where images and report.json go.")] = Path("out"),
     compare: Annotated[bool, typer.Option("--compare", help="Add the unguarded twins and a side-by-side sheet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
@@ -223,7 +223,7 @@ def explain(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, above 1. [default: 2.5 embedded, 7.5 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
     out: Annotated[Path, typer.Option(help="Where explain.png and explain.json go.")] = Path("out"),
 ) -> None:
     """Show which words make a prompt pull, and where in the picture: unguarded picture and heat map go to explain.png."""
@@ -273,7 +273,7 @@ def calibrate(
     n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, above 1. [default: 2.5 embedded, 7.5 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels. [default: the model's]")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels. [default: the model's]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next ones count up.")] = 0,
@@ -284,7 +284,7 @@ def calibrate(
     from rich.progress import Progress
 
     from sdguard import calibration
-    from sdguard.hook import default_size
+    from sdguard.families import default_size
     from sdguard.profile import scores_needed
     from sdguard.steering.learning import learn_ladder
 

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from sdguard.attribution import curvature_map, norm_gradient, norms_without, pull_map, token_shares
-from sdguard.hook import Encoder
+from sdguard.families import Encoder
 from sdguard.observation import Observation
 from sdguard.reading import read
 from sdguard.signals.guidance_norm import guidance_norm

@@ -3,78 +3,32 @@
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import recursively_apply
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
 
 from sdguard.correction import Correction, corrected
-from sdguard.observation import NoiseLevel, Observation, from_noise, noise_level, to_noise
-from sdguard.restart import input_scale, own_way, private_copy, splice
+from sdguard.families import TEXT, Encoder, denoiser_of, family_of, packed
+from sdguard.observation import NoiseLevel, Observation, from_noise, noise_level, prediction_type, to_noise
+from sdguard.restart import input_scale, own_way, private_copy, scaled, splice
 
 HOOK = "sdguard"
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the guard needs to know of a pipeline class: its denoiser and the argument that carries the text condition."""
-
-    denoiser: str
-    condition: str
-
-
-#: pipeline class name -> family. The batch is laid out unconditional rows first, as in diffusers.
-FAMILIES = {"StableDiffusionPipeline": Family(denoiser="unet", condition="encoder_hidden_states")}
-
-
-def family_of(pipe: Any) -> Family:
-    """The family of a pipeline; raises `TypeError` for a class sdguard does not know."""
-    name = type(pipe).__name__
-    if name not in FAMILIES:
-        raise TypeError(f"sdguard does not support {name} yet; supported: {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[name]
-
-
-def default_size(pipe: Any) -> int:
-    """Height and width in pixels of what a pipeline makes when it is not told."""
-    return int(getattr(pipe, family_of(pipe).denoiser).config.sample_size * pipe.vae_scale_factor)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """The text encoder of a pipeline, as a running call of the pipeline uses it for its own prompts."""
-
-    pipe: Any
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Text embeddings ``[n, T, E]`` of n texts."""
-        pipe = self.pipe
-        lora_scale = (pipe.cross_attention_kwargs or {}).get("scale")
-        return pipe.encode_prompt(texts, pipe._execution_device, 1, False, lora_scale=lora_scale, clip_skip=pipe.clip_skip)[0]
-
-    def length(self, text: str) -> int:
-        """Tokens of ``text``, begin and end token included, that fit into the text encoder's window."""
-        tokenizer = self.pipe.tokenizer
-        return min(len(tokenizer(text).input_ids), int(tokenizer.model_max_length))
-
-    @property
-    def pads_with_end(self) -> bool:
-        """Whether what lies behind a prompt is filled with copies of the end token."""
-        return bool(self.pipe.tokenizer.pad_token_id == self.pipe.tokenizer.eos_token_id)
-
-
-def check_guidance(guidance_scale: float) -> None:
-    """Raise `ValueError` for a run without an unconditional branch: its batch holds no rows to compare with."""
-    if guidance_scale <= 1:
-        raise ValueError(
-            f"With guidance_scale={guidance_scale:g} the pipeline runs no unconditional branch, so the guidance norm and the "
-            "look-ahead fall away and the guard refuses the run; use a guidance scale above 1, or sdguard.unguard(pipe)."
-        )
+#: the denoiser's arguments that have an entry for each row of its batch, beside the point and the token embeddings.
+PER_ROW = (
+    "added_cond_kwargs", "timestep_cond", "class_labels", "encoder_attention_mask", "down_block_additional_residuals",
+    "mid_block_additional_residual", "down_intrablock_additional_residuals", "pooled_projections", "block_controlnet_hidden_states",
+)  # fmt: skip
 
 
 class Watcher(Protocol):
@@ -82,6 +36,9 @@ class Watcher(Protocol):
 
     #: what is changed of a row's run, by row.
     corrections: dict[int, Correction]
+
+    def reads(self, step: int) -> bool:
+        """Whether a call is to be shown where that costs an evaluation an image: in a run without an unconditional branch."""
 
     def observe(self, observation: Observation) -> None:
         """Look at one call; what it puts into ``corrections`` holds for the whole run of that row, its past calls included."""
@@ -95,14 +52,16 @@ class DenoiserHook(ModelHook):
     its own way up to this call and takes its place in the batch again, in the scheduler's memory too.
     """
 
-    def __init__(self, pipe: Any, family: Family, watcher: Watcher) -> None:
+    def __init__(self, watcher: Watcher, encoder: Encoder) -> None:
         super().__init__()
-        self.pipe, self.family, self.watcher = pipe, family, watcher
+        self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
+        self.family, self.thread = family_of(self.pipe), threading.get_ident()
         self.timesteps: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.entered: set[int] = set()
         self.evaluations = torch.zeros(0, dtype=torch.long)
         self.first: Observation | None = None
+        self.origin: Tensor | None = None  # clean latents that were noised to start from
         self.start: Any = None  # the scheduler before its first step
         self.dtype = torch.float32  # of the pipeline's latents
         self.arguments: dict[str, Any] = {}  # of scheduler.step
@@ -111,46 +70,61 @@ class DenoiserHook(ModelHook):
     def level_at(self, timestep: float) -> NoiseLevel:
         return noise_level(self.pipe.scheduler, timestep)
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        check_guidance(self.pipe.guidance_scale)
-        sample, timestep = args[0], float(args[1])
-        count = len(sample) // 2
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        stranger = threading.get_ident() != self.thread  # another thread's run of a pipeline that shares this denoiser
+        if stranger or kwargs.get("skip_layers"):  # the latter is Stable Diffusion 3's third branch, of no use here
+            return self.fn_ref.original_forward(*args, **kwargs)
+        kwargs = dict(zip((self.family.sample, "timestep"), args, strict=False)) | kwargs
+        sample, time = kwargs[self.family.sample], torch.as_tensor(kwargs["timestep"]).flatten()[0].cpu()
+        branches = 2 if self.pipe.do_classifier_free_guidance else 1
+        count, timestep = len(sample) // branches, float(time)
         if not self.timesteps:
             self.start, self.dtype = private_copy(self.pipe.scheduler), sample.dtype
             self.evaluations = torch.zeros(count, dtype=torch.long)
-        self.timesteps.append(torch.as_tensor(args[1]).cpu())
-        condition = self.redirect(kwargs[self.family.condition])
-        output = self.fn_ref.original_forward(*args, **{**kwargs, self.family.condition: condition})
-        prediction = output[0]
+        self.timesteps.append(time)
+        condition = self.condition(kwargs)
+        redirected = self.redirect(condition)
+        output = self.fn_ref.original_forward(**(kwargs if redirected is condition else self.told(kwargs, redirected)))
+        rules = any(correction.rule for correction in self.watcher.corrections.values())
+        if branches == 1 and not rules and not self.watcher.reads(len(self.timesteps) - 1):
+            return output
+        prediction, channels = output[0], module.config.out_channels
 
-        def predict(x: Tensor, t: float, text: Tensor) -> Tensor:
-            """The network's own output, whatever it predicts."""
+        def denoise(x: Tensor, t: float, text: Tensor, places: Tensor) -> Tensor:
+            places = (places % len(sample)).to(sample.device)
+            others = {name: recursively_apply(lambda rows: rows[places], kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None}
+            point = torch.cat([x.to(sample), sample[places, channels:]], dim=1)
             at = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
-            changed = {**kwargs, self.family.condition: text.to(condition.dtype), "return_dict": False}
-            return self.fn_ref.original_forward(x.to(sample.dtype), at, *args[2:], **changed)[0]
+            told = self.told({**kwargs, **others}, text.to(condition.dtype))
+            changed = {**told, self.family.sample: point, "timestep": at, "return_dict": False}
+            return self.to_noise(self.fn_ref.original_forward(**changed)[0], x, t)
 
-        def denoise(x: Tensor, t: float, text: Tensor) -> Tensor:
-            return self.to_noise(predict(x, t, text), x, t)
-
-        null_condition, text_condition = condition.chunk(2)
-        eps_u, eps_c = self.to_noise(prediction, sample, timestep).chunk(2)
+        x, rows = sample[:count, :channels].float(), torch.arange(count)
+        if branches == 2:
+            null_condition, text_condition = redirected.chunk(2)
+            eps_u, eps_c = self.to_noise(prediction, sample[:, :channels], timestep).chunk(2)
+        else:
+            null_condition, text_condition = self.encoder.both([""])[1].expand_as(redirected), redirected
+            eps_c, eps_u = self.to_noise(prediction, x, timestep), denoise(x, timestep, null_condition, rows)
+            self.evaluations += 1
         observation = Observation(
             step=len(self.timesteps) - 1,
             timestep=timestep,
             level=self.level_at(timestep),
-            x=sample[:count].float(),
+            x=x,
             eps_c=eps_c,
             eps_u=eps_u,
             condition=text_condition,
             null_condition=null_condition,
-            guidance_scale=float(self.pipe.guidance_scale),
+            guidance_scale=float(self.pipe.guidance_scale) if branches == 2 else 1.0,
             level_at=self.level_at,
             denoise=denoise,
             evaluations=self.evaluations,
-            rows=torch.arange(count),
+            rows=rows,
             denoiser=module,
             past_norms=torch.stack(self.norms, 1) if self.norms else torch.zeros(count, 0),
             estimates={},
+            origin=self.origin,
         )
         self.first = self.first or observation
         self.norms.append(observation.difference.flatten(1).norm(dim=1).cpu())
@@ -160,6 +134,22 @@ class DenoiserHook(ModelHook):
             for row, correction in self.watcher.corrections.items():
                 self.correct(row, correction, observation, prediction)
         return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+
+    def condition(self, kwargs: dict[str, Any]) -> Tensor:
+        """The text condition in a call's arguments, `packed`."""
+        pooled: Any = functools.reduce(lambda found, name: found[name], self.family.pooled, kwargs) if self.family.pooled else None
+        return packed(kwargs[TEXT], pooled)
+
+    def told(self, kwargs: dict[str, Any], condition: Tensor) -> dict[str, Any]:
+        """A call's arguments with another text condition in them."""
+        _, length, width = kwargs[TEXT].shape
+        told = {**kwargs, TEXT: condition[:, :length, :width]}
+        match self.family.pooled:
+            case (name,):
+                told[name] = condition[:, length, : kwargs[name].shape[-1]]
+            case (name, entry):
+                told[name] = {**kwargs[name], entry: condition[:, length, : kwargs[name][entry].shape[-1]]}
+        return told
 
     def correct(self, row: int, correction: Correction, observation: Observation, prediction: Tensor) -> None:
         """Put what one row's correction makes of this call into ``prediction``, in both branches of the pipeline's batch."""
@@ -175,7 +165,10 @@ class DenoiserHook(ModelHook):
         else:
             return
         null, text = self.raw(here)
-        prediction[[row, len(prediction) // 2 + row]] = torch.cat([null, text]).to(prediction)
+        if self.pipe.do_classifier_free_guidance:
+            prediction[[row, len(prediction) // 2 + row]] = torch.cat([null, text]).to(prediction)
+        else:
+            prediction[row] = text[0].to(prediction)
 
     def enter(self, row: int, correction: Correction, here: Observation) -> Observation:
         """One row at this call under its correction; if it starts elsewhere or late, after going its own way from the start."""
@@ -194,20 +187,22 @@ class DenoiserHook(ModelHook):
         latents, scheduler = own_way(self.start, latents, self.timesteps, follow, self.arguments)
         self.arriving[row] = latents, scheduler
         if here.step:
-            seen = seen.at(scheduler.scale_model_input(latents, self.timesteps[-1]).float(), here.timestep)
+            seen = seen.at(scaled(scheduler, latents, self.timesteps[-1]).float(), here.timestep)
         return seen
 
     def raw(self, here: Observation) -> tuple[Tensor, Tensor]:
         """The network outputs, unconditional and conditional, with which the pipeline's guidance gives the prediction that is followed."""
         outputs = here.eps_u, here.eps_c if not any(here.rules) else here.eps_u + (here.prediction - here.eps_u) / here.guidance_scale
-        kind = self.prediction_type
+        kind = prediction_type(self.pipe.scheduler)
         null, text = (from_noise(eps, here.x, here.level, kind) for eps in outputs)
         return null, text
 
     def guide(self, null: Tensor, text: Tensor) -> Tensor:
         """What the pipeline makes of the two branches' outputs (Ho & Salimans 2022; rescaled as in Lin et al. 2023 where it is told to)."""
-        guided = null + self.pipe.guidance_scale * (text - null)
-        return rescale_noise_cfg(guided, text, self.pipe.guidance_rescale) if self.pipe.guidance_rescale > 0 else guided
+        if not self.pipe.do_classifier_free_guidance:
+            return text
+        guided, rescale = null + self.pipe.guidance_scale * (text - null), getattr(self.pipe, "guidance_rescale", 0.0)
+        return rescale_noise_cfg(guided, text, rescale) if rescale > 0 else guided
 
     def redirect(self, condition: Tensor) -> Tensor:
         """The batch's conditions with those of corrected rows in place."""
@@ -216,15 +211,11 @@ class DenoiserHook(ModelHook):
             return condition
         condition = condition.clone()
         for row, text in changed.items():
-            condition[len(condition) // 2 + row] = text
+            condition[len(condition) - len(self.evaluations) + row] = text
         return condition
 
-    @property
-    def prediction_type(self) -> str:
-        return str(getattr(self.pipe.scheduler.config, "prediction_type", "epsilon"))
-
     def to_noise(self, prediction: Tensor, x: Tensor, timestep: float) -> Tensor:
-        return to_noise(prediction.float(), x.float(), self.level_at(timestep), self.prediction_type)
+        return to_noise(prediction.float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))
 
     def step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``scheduler.step`` that lets arriving rows take their places in the batch first."""
@@ -242,22 +233,57 @@ class DenoiserHook(ModelHook):
 
         return step
 
+    def noising(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """``scheduler.add_noise`` and its like, whose clean latents are the run's origin where it happens before the first call."""
+
+        @functools.wraps(original)
+        def noising(clean: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not self.timesteps:
+                self.origin = clean.float()
+            return original(clean, *args, **kwargs)
+
+        return noising
+
+    @property
+    def seams(self) -> dict[str, Callable[[Any], Any]]:
+        """What stands around the scheduler's methods while the run lasts."""
+        return {"step": self.step, "add_noise": self.noising, "scale_noise": self.noising}
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def lock_of(module: nn.Module) -> threading.RLock:
+    """The lock under which a denoiser is watched."""
+    return _locks.setdefault(module, threading.RLock())
+
 
 @contextmanager
-def watched(pipe: Any, watcher: Watcher) -> Iterator[None]:
-    """Within the block, ``watcher`` sees every call of the pipeline's denoiser; afterwards module and scheduler are as they were."""
-    family = family_of(pipe)
-    module: nn.Module = getattr(pipe, family.denoiser)
+def watched(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
+    """Within the block, ``watcher`` sees every call of the denoiser of the encoder's pipeline; afterwards all is as it was.
+
+    Of several threads that share a denoiser one is watched at a time, the others wait.
+    """
+    with lock_of(denoiser_of(encoder.pipe)):
+        yield from seams_of(encoder, watcher)
+
+
+def seams_of(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
+    """Put the seams in place, give way, and take them away."""
+    pipe = encoder.pipe
+    module: nn.Module = denoiser_of(pipe)
     names = ("forward", "_diffusers_hook")
     before = {name: vars(module)[name] for name in names if name in vars(module)}
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    hook, scheduler = DenoiserHook(pipe, family, watcher), pipe.scheduler
+    hook, scheduler = DenoiserHook(watcher, encoder), pipe.scheduler
     registry.register_hook(hook, HOOK)
-    scheduler.step = hook.step(scheduler.step)
+    seams = {name: wrap(getattr(scheduler, name)) for name, wrap in hook.seams.items() if hasattr(scheduler, name)}
+    vars(scheduler).update(seams)
     try:
         yield
     finally:
-        vars(scheduler).pop("step", None)
+        for name in seams:
+            vars(scheduler).pop(name, None)
         registry.remove_hook(HOOK, recurse=False)
         for name in names:  # the registry leaves itself and a bound forward behind on a module that had neither
             vars(module).pop(name, None)

@@ -60,9 +60,15 @@ def estimate(observation: Observation, independent: bool = False) -> Tensor:
     keys = [(row, independent) for row in observation.rows.tolist()]
     if missing := [i for i, key in enumerate(keys) if key not in known]:
         here = observation.select(torch.tensor(missing))
-        ends = look_ahead(here, independent_noise(here.x) if independent else None)
+        ends = look_ahead(here, independent_start(here) if independent else None)
         known.update({keys[i]: end for i, end in zip(missing, ends, strict=True)})
     return torch.stack([known[key] for key in keys])
+
+
+def independent_start(observation: Observation, draw: int = 0) -> Tensor:
+    """Where each row could have started from independent noise: that noise, or its own origin under that noise."""
+    noise, level = independent_noise(observation.x, draw), observation.level
+    return noise if observation.origin is None else level.a * observation.origin + level.s * noise
 
 
 def independent_noise(x: Tensor, draw: int = 0) -> Tensor:

@@ -21,19 +21,41 @@ class NoiseLevel(NamedTuple):
     s: float
 
 
+#: share of signal that a noise level counts with at least. Where there is none (flow matching's first step, zero terminal SNR), a noise
+#: prediction is the point itself whatever the network says; with a trace of signal it holds what the network says, to fp32's precision.
+LEAST_SIGNAL = 1e-3
+
 #: no noise at all.
 CLEAN = NoiseLevel(1.0, 0.0)
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of flow matching, ``x_t = (1 - sigma) x_0 + sigma eps``."""
+    return prediction_type(scheduler) == "flow_prediction"
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What the network predicts under a scheduler; those made for flow matching alone have no word for it."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow_prediction"
+    return str(getattr(scheduler.config, "prediction_type", "epsilon"))
+
+
 def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
-    """The noise level a variance-preserving scheduler gives ``timestep``; log-SNR is interpolated between whole timesteps.
+    """The noise level a scheduler gives ``timestep``; log-SNR is interpolated between whole timesteps.
+
+    Flow-matching schedulers count ``timestep`` in thousandths of their sigma, and have ``a = 1 - sigma``, ``s = sigma``.
 
     Raises:
-        TypeError: the scheduler has no ``alphas_cumprod`` (flow matching, for one).
+        TypeError: the scheduler has neither ``alphas_cumprod`` nor flow-matching sigmas.
     """
+    if is_flow(scheduler):
+        sigma = min(timestep / scheduler.config.num_train_timesteps, 1 - LEAST_SIGNAL)
+        return NoiseLevel(1 - sigma, sigma)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"{type(scheduler).__name__} has no alphas_cumprod, so its noise levels are unknown to sdguard.")
     alphas = scheduler.alphas_cumprod.double().cpu()
+    alphas = alphas.clamp_min(LEAST_SIGNAL**2)
     log_snr = torch.log(alphas) - torch.log1p(-alphas)
     low = min(int(timestep), len(alphas) - 1)
     high = min(low + 1, len(alphas) - 1)
@@ -83,8 +105,9 @@ Branch = Literal["conditional", "unconditional", "guided", "contrast"]
 #: what takes guidance's place for one image: its observation (one row) -> the noise prediction that is followed, ``[1, C, H, W]``.
 Rule = Callable[["Observation"], Tensor]
 
-#: evaluates the denoiser as the pipeline's own call did: (x, timestep, condition) -> noise prediction, fp32.
-Denoiser = Callable[[Tensor, float, Tensor], Tensor]
+#: evaluates the denoiser as the pipeline's own call did: (x, timestep, condition, places) -> noise prediction, fp32. ``places`` are the
+#: rows of the pipeline's own batch, unconditional ones first, whose other arguments (size ids, ControlNet residuals, masks) hold.
+Denoiser = Callable[[Tensor, float, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,7 +120,8 @@ class Observation:
         level: its noise level ``(a, s)``.
         x: ``x_t`` in the variance-preserving convention, ``[B, C, H, W]``, fp32.
         eps_c, eps_u: conditional and unconditional noise predictions, ``[B, C, H, W]``, fp32.
-        condition, null_condition: text embeddings of the two branches, ``[B, T, E]``.
+        condition, null_condition: text embeddings of the two branches, ``[B, T, E]``; where a model has a pooled embedding, it is the last
+            row, filled up with zeros.
         guidance_scale: the run's guidance scale.
         level_at: the noise level of any timestep of this scheduler.
         denoise: evaluates the captured call again.
@@ -106,6 +130,7 @@ class Observation:
         denoiser: the network itself, for signals that read features inside it.
         past_norms: ``[B, calls before this one]``, the guidance norm at each of them.
         rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
+        origin: ``[B, C, H, W]``, the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
         estimates: look-aheads already made at this very point, by row and noise; None where nothing is kept.
     """
 
@@ -126,6 +151,7 @@ class Observation:
     past_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
     rules: tuple[Rule | None, ...] = ()
     estimates: dict[tuple[int, bool], Tensor] | None = None
+    origin: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.past_norms):
@@ -160,7 +186,7 @@ class Observation:
         def score(x: Tensor) -> Tensor:
             if branch in ("conditional", "unconditional"):
                 self.spend(1)
-                return -self.denoise(x, t, self.condition if branch == "conditional" else self.null_condition) / s
+                return -(self.conditional(x, t) if branch == "conditional" else self.unconditional(x, t)) / s
             eps_c, eps_u = self.replay(x, t)
             return -(self.guided(eps_c, eps_u) if branch == "guided" else eps_c - eps_u) / s
 
@@ -174,12 +200,26 @@ class Observation:
         """The observation of some of its rows (positions in this observation, also repeated ones)."""
         names = ("x", "eps_c", "eps_u", "condition", "null_condition", "rows", "past_norms")
         picked: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
+        picked["origin"] = None if self.origin is None else self.origin[rows]
         return replace(self, **picked, rules=tuple(self.rules[i] for i in rows.tolist()) if self.rules else ())
+
+    def conditional(self, x: Tensor, timestep: float, condition: Tensor | None = None) -> Tensor:
+        """The conditional noise prediction of the rows elsewhere, unbooked; under their own text condition or another."""
+        return self.denoise(x, timestep, self.condition if condition is None else condition, self.run_rows + self.rows)
+
+    def unconditional(self, x: Tensor, timestep: float) -> Tensor:
+        """The unconditional noise prediction of the rows elsewhere, unbooked."""
+        return self.denoise(x, timestep, self.null_condition, self.rows)
+
+    @property
+    def run_rows(self) -> int:
+        """How many images the run has."""
+        return len(self.evaluations)
 
     def with_condition(self, condition: Tensor) -> Observation:
         """The same call under another text condition ``[B, T, E]``. Cost: 1 evaluation per image."""
         self.spend(1)
-        return replace(self, condition=condition, eps_c=self.denoise(self.x, self.timestep, condition), estimates=None)
+        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), estimates=None)
 
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
@@ -197,5 +237,6 @@ class Observation:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""
         self.spend(2)
         both = torch.cat([self.null_condition, self.condition])
-        eps_u, eps_c = self.denoise(torch.cat([x, x]), timestep, both).chunk(2)
+        places = torch.cat([self.rows, self.run_rows + self.rows])
+        eps_u, eps_c = self.denoise(torch.cat([x, x]), timestep, both, places).chunk(2)
         return eps_c, eps_u

@@ -13,12 +13,19 @@ from diffusers import DiffusionPipeline
 
 from sdguard.calibration import cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.config import GuardConfig
-from sdguard.hook import Encoder, check_guidance, default_size, family_of, watched
+from sdguard.families import Encoder, blends, default_size, family_of
+from sdguard.hook import watched
 from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
 
 logger = logging.getLogger(__name__)
+
+#: arguments of a call, beside its setting, that move the statistics of ordinary prompts.
+INPUTS = (
+    "max_sequence_length",
+    "image", "mask_image", "control_image", "strength", "controlnet_conditioning_scale", "ip_adapter_image", "ip_adapter_image_embeds",
+)  # fmt: skip
 
 
 class GuardedPipeline(wrapt.ObjectProxy):
@@ -67,18 +74,17 @@ class GuardedPipeline(wrapt.ObjectProxy):
         for one that goes on, and the ladder's for one that is flagged.
 
         Raises:
-            ValueError: ``guidance_scale`` is 1 or less: without an unconditional branch nothing can be judged.
             ProfileError: the profile given does not match the run, or calibration is forbidden and none is known.
             MemorizationError: with ``on_failure="raise"``.
         """
         pipe, config = self.__wrapped__, self._self_config
-        call = inspect.signature(pipe.__call__).bind(*args, **kwargs)
+        call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        check_guidance(given["guidance_scale"])
-        run = GuardedRun(config, self.profile(given), prompts_of(given), Encoder(pipe))
+        encoder = Encoder.of(pipe, given)
+        run = GuardedRun(config, self.profile(given), prompts_of(given), encoder, restartable=not blends(pipe))
         try:
-            with watched(pipe, run):
+            with watched(encoder, run):
                 output = pipe(*args, **kwargs)
         finally:
             self._self_reports = run.reports
@@ -92,14 +98,10 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def profile(self, given: dict[str, Any]) -> Profile:
         """The profile of a run with these arguments: given, known, or calibrated now."""
         pipe, config = self.__wrapped__, self._self_config
-        size = default_size(pipe)
+        height, width = size_of(pipe, given)
         steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name)), given["num_inference_steps"])
-        setting = {
-            "steps": steps,
-            "guidance_scale": given["guidance_scale"],
-            "height": given["height"] or size,
-            "width": given["width"] or size,
-        }
+        inputs = {name: given[name] for name in INPUTS if given.get(name) is not None}
+        setting = {"steps": steps, "guidance_scale": given["guidance_scale"], "height": height, "width": width, "inputs": inputs}
         print_ = fingerprint(pipe, **setting)
         if config.profile is not None:
             profile = config.profile if isinstance(config.profile, Profile) else Profile.load(Path(config.profile))
@@ -118,6 +120,17 @@ class GuardedPipeline(wrapt.ObjectProxy):
         made.save(path)
         logger.warning("sdguard: calibrated in %.0f seconds; the profile is %s", time.monotonic() - started, path)
         return made
+
+
+def size_of(pipe: Any, given: dict[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels of what a call makes."""
+    height, width = given.get("height"), given.get("width")
+    if not (height and width) and given.get("image") is not None and not blends(pipe):
+        image = given["image"][0] if isinstance(given["image"], list) else given["image"]
+        default = pipe.image_processor.get_default_height_width(image)
+    else:
+        default = (default_size(pipe), default_size(pipe))
+    return int(height or default[0]), int(width or default[1])
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:

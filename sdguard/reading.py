@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from sdguard.correction import Correction
+from sdguard.families import Encoder
 from sdguard.hook import watched
 from sdguard.observation import Observation
 
@@ -23,6 +26,9 @@ class _Reader:
     def __init__(self, look: Callable[[Observation], None], calls: int | None) -> None:
         self.corrections: dict[int, Correction] = {}
         self.look, self.calls = look, calls
+
+    def reads(self, step: int) -> bool:
+        return True
 
     def observe(self, observation: Observation) -> None:
         self.look(observation)
@@ -41,16 +47,27 @@ def quiet(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
+def for_each(count: int, value: Any) -> Any:
+    """A picture for each of ``count`` prompts, where ``value`` is a single one; everything else as it is."""
+    if isinstance(value, Image.Image):
+        return [value] * count
+    if isinstance(value, Tensor) and value.ndim >= 3 and len(value) == 1:
+        return value.expand(count, *value.shape[1:])
+    return value
+
+
 def read(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], look: Callable[[Observation], None], calls: int | None = 1, **setting: Any
 ) -> None:
     """Show ``look`` the first ``calls`` denoiser calls (all of them with None) of one run of ``prompts``, one seed each.
 
-    ``setting`` goes to the pipeline. No picture is decoded. Cost: 2 denoiser evaluations a prompt and call.
+    ``setting`` goes to the pipeline, a single picture in it as one for each prompt. No picture is decoded. Cost: 2 denoiser evaluations
+    a prompt and call.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
-        with quiet(pipe), watched(pipe, _Reader(look, calls)):
-            pipe(list(prompts), generator=generators, output_type="latent", **setting)
+        with quiet(pipe), watched(Encoder.of(pipe, setting), _Reader(look, calls)):
+            inputs = {name: for_each(len(prompts), value) for name, value in setting.items()}
+            pipe(list(prompts), generator=generators, output_type="latent", **inputs)
     except _Enough:
         pass

@@ -15,13 +15,19 @@ from torch import Tensor
 def private_copy(scheduler: Any) -> Any:
     """A copy of a scheduler with a memory of its own, free of whatever has been hung on the instance in place of ``step``."""
     twin = copy.deepcopy(scheduler)
-    vars(twin).pop("step", None)
+    for name in ("step", "add_noise", "scale_noise"):
+        vars(twin).pop(name, None)
     return twin
+
+
+def scaled(scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
+    """The denoiser's input for latents ``x``; schedulers of flow matching scale nothing."""
+    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
 def input_scale(scheduler: Any, timestep: Tensor) -> float:
     """The factor between a scheduler's latents and the denoiser's input at ``timestep``."""
-    return float(private_copy(scheduler).scale_model_input(torch.ones(1), timestep))
+    return float(scaled(private_copy(scheduler), torch.ones(1), timestep))
 
 
 def own_way(
@@ -40,7 +46,7 @@ def own_way(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for call, timestep in enumerate(timesteps[:-1]):
-            output = follow(call, scheduler.scale_model_input(x, timestep), timestep)
+            output = follow(call, scaled(scheduler, x, timestep), timestep)
             x = scheduler.step(output, timestep, x, **{**arguments, "return_dict": False})[0].to(x.dtype)
     return x, scheduler
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdguard.config import GuardConfig
 from sdguard.correction import Correction
 from sdguard.decision import BY_NAME, judge, judge_later
-from sdguard.hook import Encoder
+from sdguard.families import Encoder
 from sdguard.observation import Observation
 from sdguard.profile import SERIES, Profile
 from sdguard.report import GuardReport
@@ -29,12 +29,18 @@ class MemorizationError(RuntimeError):
 class GuardedRun:
     """The watcher of one guarded pipeline call; ``reports`` holds one `GuardReport` per image when it is over."""
 
-    def __init__(self, config: GuardConfig, profile: Profile, prompts: list[str | None], encoder: Encoder) -> None:
-        self.config, self.profile, self.encoder = config, profile, encoder
+    def __init__(
+        self, config: GuardConfig, profile: Profile, prompts: list[str | None], encoder: Encoder, restartable: bool = True
+    ) -> None:
+        self.config, self.profile, self.encoder, self.restartable = config, profile, encoder, restartable
         self.corrections: dict[int, Correction] = {}
         self.first: Observation | None = None
         threshold = profile.threshold(config.false_positive_rate)
         self.reports = [GuardReport(prompt, row, threshold=threshold) for row, prompt in enumerate(prompts)]
+
+    def reads(self, step: int) -> bool:
+        """The calls that are judged."""
+        return step == 0 or (self.restartable and step <= len(self.profile.cascade.later))
 
     def observe(self, observation: Observation) -> None:
         """Look at one call: judge what is still clean, at the first by the cascade, at later ones for free; steer what is flagged."""
@@ -42,7 +48,7 @@ class GuardedRun:
         if observation.step == 0:
             self.judge_first(observation)
         self.watch(observation)
-        if 0 < observation.step <= len(self.profile.cascade.later):
+        if observation.step and self.reads(observation.step):
             self.judge_later(observation)
         self.act([report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None], observation.step)
         for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):

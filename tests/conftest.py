@@ -131,7 +131,7 @@ def observe() -> Callable[..., Observation]:
             "null_condition": null,
             "guidance_scale": 1.0,
             "level_at": level_at,
-            "denoise": lambda y, t, text: eps(y, level_at(t), text),
+            "denoise": lambda y, t, text, places: eps(y, level_at(t), text),
             "evaluations": torch.zeros(len(x), dtype=torch.long),
             "rows": torch.arange(len(x)),
         }

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, ScoreSdeVeScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,5 +46,5 @@ def test_scaled_input_of_a_sigma_scheduler_is_x_t() -> None:
 
 
 def test_a_scheduler_without_alphas_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match="FlowMatchEulerDiscreteScheduler"):
-        noise_level(FlowMatchEulerDiscreteScheduler(), 10)
+    with pytest.raises(TypeError, match="ScoreSdeVeScheduler"):
+        noise_level(ScoreSdeVeScheduler(), 10)

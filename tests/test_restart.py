@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.hook import Encoder, watched
+from sdguard.families import Encoder
+from sdguard.hook import watched
 from sdguard.observation import Observation
 from sdguard.restart import input_scale
 
@@ -35,6 +36,9 @@ class At:
         self.step, self.correct = step, correct
         self.spent: list[int] = []
 
+    def reads(self, step: int) -> bool:
+        return step == self.step
+
     def observe(self, observation: Observation) -> None:
         if observation.step == self.step:
             self.corrections = {ROW: self.correct(observation)}
@@ -46,7 +50,7 @@ def run(pipe: Any, prompts: list[str] = PROMPTS, watcher: At | None = None, **ex
     generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
     if watcher is None:
         return np.asarray(pipe(prompts, generator=generators, **arguments).images)
-    with watched(pipe, watcher):
+    with watched(Encoder(pipe), watcher):
         return np.asarray(pipe(prompts, generator=generators, **arguments).images)
 
 

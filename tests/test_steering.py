@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sdguard.correction import Correction, corrected
 from sdguard.decision import Cascade
+from sdguard.families import Encoder
 from sdguard.geometry import norm
-from sdguard.hook import Encoder
 from sdguard.observation import NoiseLevel, Observation, denoised
 from sdguard.profile import Profile, Rung
 from sdguard.signals.guidance_norm import guidance_norm

@@ -38,7 +38,7 @@ def attention_entropy(observation: Observation) -> Tensor:
         raise ValueError("The denoiser has no cross-attention layers named attn2.")
     observation.spend(1)
     with captured([projection for layer in layers for projection in (layer.to_q, layer.to_k)]) as found:  # type: ignore[misc]
-        observation.denoise(observation.x, observation.timestep, observation.condition)
+        observation.conditional(observation.x, observation.timestep)
     pairs = zip(found[::2], found[1::2], layers, strict=True)
     return torch.stack([entropy(query, key, layer.heads) for query, key, layer in pairs]).mean(dim=0)  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ def bottleneck_spread(observation: Observation) -> Tensor:
     step = next(step for step in trajectory(observation) if step.timestep <= observation.timestep / 2 + 1)
     observation.spend(1)
     with captured([observation.denoiser.mid_block]) as found:  # type: ignore[union-attr,list-item]
-        observation.denoise(step.x, step.timestep, observation.condition)
+        observation.conditional(step.x, step.timestep)
     return found[-1].float().flatten(1).std(dim=1)
 
 

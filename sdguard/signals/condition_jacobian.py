@@ -18,7 +18,7 @@ def condition_jacobian(observation: Observation) -> Tensor:
     """
     nearer = observation.condition - STEP * (observation.condition - observation.null_condition)
     observation.spend(1)
-    return norm(observation.eps_c - observation.denoise(observation.x, observation.timestep, nearer)) / STEP
+    return norm(observation.eps_c - observation.conditional(observation.x, observation.timestep, nearer)) / STEP
 
 
 CONDITION_JACOBIAN = Signal("condition_jacobian", condition_jacobian, cost=1)

@@ -14,7 +14,7 @@ def prediction_change(observation: Observation) -> Tensor:
     """
     x, following = next(trajectory(observation)).taken(), grid(observation)[1]
     observation.spend(1)
-    return (observation.denoise(x, following, observation.condition) - observation.eps_c).flatten(1).square().sum(dim=1)
+    return (observation.conditional(x, following) - observation.eps_c).flatten(1).square().sum(dim=1)
 
 
 PREDICTION_CHANGE = Signal("prediction_change", prediction_change, cost=1)

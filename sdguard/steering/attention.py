@@ -55,7 +55,7 @@ def attenuated_prediction(observation: Observation) -> Tensor:
     """The conditional noise prediction under attenuated attention, ``[B, C, H, W]``. Cost: 1 evaluation."""
     observation.spend(1)
     with attenuated(observation.denoiser):
-        return observation.denoise(observation.x, observation.timestep, observation.condition)
+        return observation.conditional(observation.x, observation.timestep)
 
 
 def attenuation_rule(observation: Observation) -> Tensor:

@@ -39,8 +39,8 @@ def lid_gradient(observation: Observation, condition: Tensor, step: float = 4e-3
     h = step * norm(observation.x).view(-1, 1, 1, 1) / norm(v).view(-1, 1, 1, 1)
     with torch.enable_grad():
         condition = condition.detach().float().requires_grad_()
-        eps = observation.denoise(observation.x, observation.timestep, condition)
-        ahead = observation.denoise(observation.x + h * v, observation.timestep, condition)
+        eps = observation.conditional(observation.x, observation.timestep, condition)
+        ahead = observation.conditional(observation.x + h * v, observation.timestep, condition)
         lost = observation.level.s * dot(v, (ahead - eps) / h)
         (gradient,) = torch.autograd.grad(lost.sum(), condition)
     observation.spend(4)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sdguard.correction import Correction
-from sdguard.hook import Encoder
+from sdguard.families import Encoder
 from sdguard.observation import Observation
 from sdguard.profile import Profile, quantile
 from sdguard.steering.wording import Rewriter, Wording, candidates, first_ordinary

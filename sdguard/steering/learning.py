@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdguard.hook import Encoder
+from sdguard.families import Encoder
 from sdguard.lookahead import estimate
 from sdguard.observation import Observation
 from sdguard.profile import Profile, Rung

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdguard.correction import Correction
 from sdguard.geometry import norm, spread
-from sdguard.lookahead import independent_noise
+from sdguard.lookahead import independent_start
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.flagged import Flagged, Method
@@ -63,7 +63,7 @@ def sail(flagged: Flagged) -> list[Correction | None]:
     norm is in the ordinary range. Cost: 4 evaluations for each of `FRESH` noises, 10 for each of at most `DESCENT_STEPS` steps.
     """
     observation = flagged.observation
-    fresh = [independent_noise(observation.x, 10 + draw) for draw in range(FRESH)]
+    fresh = [independent_start(observation, 10 + draw) for draw in range(FRESH)]
     flatness = torch.stack([sharpness(observation, noise) for noise in fresh])
     best = flatness.argmin(dim=0)
     x = on_shell(torch.stack(fresh)[best, torch.arange(len(best))])

@@ -15,7 +15,7 @@ import torch
 
 from sdguard.alignment import alignment
 from sdguard.correction import Correction, corrected, movement
-from sdguard.lookahead import estimate, independent_noise, look_ahead
+from sdguard.lookahead import estimate, independent_start, look_ahead
 from sdguard.observation import Observation
 from sdguard.profile import quantile
 from sdguard.signals.agreement import correlation
@@ -63,7 +63,7 @@ def verify(flagged: Flagged, corrections: Sequence[Correction]) -> list[Verifica
     what a rule takes; ``2 K`` once an image for the uncorrected one, unless the decision has made it; 2 for the alignment.
     """
     observation, profile = flagged.observation, flagged.profile
-    noise, uncorrected = independent_noise(observation.x), estimate(observation, independent=True)
+    noise, uncorrected = independent_start(observation), estimate(observation, independent=True)
     candidate = corrected(observation, corrections)
     own = look_ahead(candidate)
     across = correlation(own, look_ahead(candidate, noise)).tolist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sdguard.attribution import norms_without
-from sdguard.hook import Encoder
+from sdguard.families import Encoder
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.words import bare, without

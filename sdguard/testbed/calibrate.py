@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from sdguard import testbed
 from sdguard.calibration import PROFILE_FILE, PROMPTS_FILE, calibrate
-from sdguard.hook import default_size
+from sdguard.families import default_size
 from sdguard.steering.learning import learn_ladder
 
 

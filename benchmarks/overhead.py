@@ -1,0 +1,162 @@
+"""What the guard costs: wall time, evaluations and peak memory against the unguarded call, clean, gray and flagged paths apart.
+
+``python -m benchmarks.overhead SHAPE`` for ``embedded`` or a shape in ``benchmarks/shapes`` (``sd15``, ``sdxl``, ``sd3``): models of those
+sizes are built from their configurations with random weights; nothing is downloaded. Every round calls the unguarded pipeline and each
+path once, in an order of its own, so that a noisy machine is noisy to all; times are the medians of the rounds' ratios. On a CPU,
+memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import pandas as pd
+import torch
+import transformers
+import typer
+from rich.progress import track
+
+import sdguard
+from sdguard import GuardConfig, Profile, testbed
+from sdguard.calibration import fingerprint
+from sdguard.decision import Cascade, Scale, Stage
+
+SHAPES = Path(__file__).parent / "shapes"
+PROMPT = "a zebra in snow"
+PATHS = ("unguarded", "clean", "gray", "flagged")
+
+
+def built(shape: str, dtype: torch.dtype) -> Any:
+    """The embedded model, or a pipeline of a shape with random weights and the embedded model's tokenizer."""
+    if shape == "embedded":
+        return testbed.load()
+    parts = json.loads((SHAPES / f"{shape}.json").read_text())
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(testbed.path() / "tokenizer", model_max_length=77)
+    made: dict[str, Any] = {"vae": diffusers.AutoencoderKL(**parts["vae"]), "tokenizer": tokenizer}
+    pooled = "text_encoder_2" in parts
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in parts:
+            config = transformers.CLIPTextConfig(**parts[name], eos_token_id=tokenizer.eos_token_id)
+            projected = name == "text_encoder_2" or "transformer" in parts
+            made[name] = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+    if pooled:
+        made["tokenizer_2"] = tokenizer
+    if "transformer" in parts:
+        made |= {"transformer": diffusers.SD3Transformer2DModel(**parts["transformer"]), "text_encoder_3": None, "tokenizer_3": None}
+    else:
+        made["unet"] = diffusers.UNet2DConditionModel(**parts["unet"])
+    if not pooled:
+        made |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = dict(parts["scheduler"])
+    made["scheduler"] = getattr(diffusers, scheduler.pop("class"))(**scheduler)
+    return getattr(diffusers, parts["pipeline"])(**made).to(dtype)
+
+
+def profile(path: str, print_: dict[str, Any]) -> Profile:
+    """A profile under which every sample takes a path: the free signals stop it, or it buys the look-ahead, or it is flagged as well."""
+    bound = math.inf if path == "clean" else -1e9
+    stages = (
+        Stage(("guidance_norm",), {"guidance_norm": 1.0}, bound),
+        Stage(("agreement",), {"guidance_norm": 0.5, "agreement": 0.5}, None),
+    )
+    scale = Scale(False, 0.0, 1.0)
+    cascade = Cascade(stages, {"guidance_norm": scale, "agreement": scale})
+    scores = [(-2e9 if path == "flagged" else 1e9) + i for i in range(200)]
+    values = {"guidance_norm": [0.0] * 99 + [1e9], "agreement": [2.0] * 100, "alignment": [-1e9] * 100}
+    return Profile(print_, cascade, scores, values)
+
+
+def caller(pipe: Any, path: str, setting: dict[str, Any]) -> Callable[[], list[int]]:
+    """Runs one image along a path; gives the extra evaluations of each image."""
+    call = {"num_inference_steps": setting["steps"], **{name: setting[name] for name in ("guidance_scale", "height", "width")}}
+    extra = {"max_sequence_length": 77} if "3" in type(pipe).__name__ else {}
+    config = GuardConfig(
+        profile=profile(path, fingerprint(pipe, **setting, inputs=extra)), on_failure="pass", steering=["rewording", "padding damping"]
+    )
+    target = pipe if path == "unguarded" else sdguard.guard(pipe, config)
+
+    def run() -> list[int]:
+        output = target(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **call, **extra)
+        return [report.extra_evaluations for report in getattr(output, "guard", [])]
+
+    return run
+
+
+def peak(shape: str, path: str, options: list[str]) -> int:
+    """Peak memory in bytes of a process that takes one path once; on a GPU, of the GPU."""
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.overhead", shape, "--alone", path, *options], check=True, capture_output=True, text=True
+    )
+    return int(found.stdout.split()[-1])
+
+
+def main(
+    shape: Annotated[str, typer.Argument(help="embedded, sd15, sdxl or sd3.")],
+    size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels. [default: 64 embedded, 128 else on a CPU, the model's on a GPU]")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds of all paths.")] = 9,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    alone: Annotated[str | None, typer.Option(help="Take this path once and print the peak memory in bytes.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path(__file__).parent / "results",
+) -> None:
+    """Measure the guard's overhead on a shape."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = built(shape, getattr(torch, dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or sdguard.families.default_size(pipe)
+    setting = {"steps": steps, "guidance_scale": testbed.GUIDANCE_SCALE if shape == "embedded" else 7.5, "height": side, "width": side}
+    if alone:
+        caller(pipe, alone, setting)()
+        typer.echo(torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    calls = {path: caller(pipe, path, setting) for path in PATHS}
+    evaluations = {path: call() for path, call in calls.items()}  # also warms everything up
+    seconds: dict[str, list[float]] = {path: [] for path in PATHS}
+    shuffle = random.Random(0)
+    for _ in track(range(rounds), shape):
+        for path in shuffle.sample(PATHS, len(PATHS)):
+            started = time.perf_counter()
+            calls[path]()
+            seconds[path].append(time.perf_counter() - started)
+    options = ["--size", str(side), "--steps", str(steps), "--dtype", dtype]
+    memory = {path: peak(shape, path, options) for path in PATHS}
+    rows = [
+        {
+            "path": path,
+            "seconds": statistics.median(seconds[path]),
+            "ratio": statistics.median(here / base for here, base in zip(seconds[path], seconds["unguarded"], strict=True)),
+            "extra evaluations": sum(evaluations[path]),
+            "peak gigabytes": memory[path] / 2**30,
+            "memory ratio": memory[path] / memory["unguarded"],
+        }
+        for path in PATHS
+    ]
+    about = {
+        "shape": shape,
+        "pipeline": type(pipe).__name__,
+        **setting,
+        "rounds": rounds,
+        "dtype": dtype,
+        "device": device,
+        "torch": torch.__version__,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"overhead-{shape}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
