@@ -76,24 +76,21 @@ SD = Family(
     encode_clip,
     classes=(
         "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-        "StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
     ),
 )  # fmt: skip
 SDXL = Family(
     encode_two_clips,
     pooled=("added_cond_kwargs", "text_embeds"),
-    classes=(
-        "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
-        "StableDiffusionXLControlNetPipeline",
-    ),
-)  # fmt: skip
+    classes=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+)
 SD3 = Family(
     encode_three,
     denoiser="transformer",
     sample="hidden_states",
     pooled=("pooled_projections",),
     scale="joint_attention_kwargs",
-    classes=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    classes=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
 )
 
 #: pipeline class name -> family. The batch is laid out unconditional rows first, as in diffusers.
