@@ -37,8 +37,8 @@ FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
 def fingerprint(
     pipe: Any, *, steps: int, guidance_scale: float, height: int, width: int, inputs: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Everything about a run that moves the statistics of ordinary prompts; of its other ``inputs`` the numbers, not the pictures."""
-    numbers = {name: value for name, value in (inputs or {}).items() if isinstance(value, (int, float))}
+    """Everything about a run that moves the statistics of ordinary prompts; of its other ``inputs`` numbers and texts, not the pictures."""
+    plain = {name: value for name, value in (inputs or {}).items() if isinstance(value, (int, float, str))}
     scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_") and k != "trained_betas"}
     return {
         "pipeline": type(pipe).__name__,
@@ -50,7 +50,7 @@ def fingerprint(
         "height": height,
         "width": width,
         "dtype": str(denoiser_of(pipe).dtype),
-        **numbers,
+        **plain,
     }
 
 

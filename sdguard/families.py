@@ -52,6 +52,37 @@ def encode_three(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[
     return text, pooled, null, null_pooled
 
 
+def encode_clip_and_t5(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """A T5 and a CLIP's pooled embedding: Flux, whose unconditional prompt is the empty one. The texts go to both encoders."""
+    text, pooled, _ = pipe.encode_prompt(prompt=[*texts, ""], prompt_2=None, device=pipe._execution_device, **options)
+    count = len(texts)
+    return text[:count], pooled[:count], text[count:].expand(count, -1, -1), pooled[count:].expand(count, -1)
+
+
+def classifier_free(pipe: Any, given: dict[str, Any]) -> float:
+    """Guidance in one call of the denoiser, unconditional rows first."""
+    return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+
+
+def true_guidance(pipe: Any, given: dict[str, Any]) -> float:
+    """Guidance beside a distilled one, where there is a negative prompt."""
+    names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    negative = given.get("negative_prompt") is not None or all(given.get(name) is not None for name in names)
+    return max(1.0, float(given.get("true_cfg_scale", 1.0))) if negative else 1.0
+
+
+def pictured(sequence: Tensor, rows: int) -> Tensor:
+    """``rows`` rows of patches of 2 x 2 in one sequence, ``[B, h w, 4 C]``, as latents ``[B, C, 2 h, 2 w]``."""
+    patches = sequence.unflatten(1, (rows, -1)).unflatten(-1, (-1, 2, 2))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def in_sequence(latents: Tensor) -> Tensor:
+    """The inverse of `pictured`."""
+    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
 @dataclass(frozen=True)
 class Family:
     """What the guard needs to know of pipeline classes that are alike.
@@ -62,6 +93,11 @@ class Family:
         sample: name of the denoiser's first argument.
         pooled: where among the denoiser's arguments the pooled text embedding is, if there is one.
         scale: the pipeline's attribute that holds what scales LoRA in the text encoder, in its ``scale`` entry.
+        guidance: (pipeline, its call's arguments) -> scale of the guidance that joins two branches; 1 where there is one branch.
+        apart: whether the branches are two calls of the denoiser, the conditional one first, and not one.
+        sequence: whether latents travel as a sequence of patches.
+        blank: whether an empty negative prompt is the same as none.
+        clock: what the denoiser's timestep is multiplied with to be the scheduler's.
     """
 
     encode: Encode
@@ -69,6 +105,11 @@ class Family:
     sample: str = "sample"
     pooled: tuple[str, ...] = ()
     scale: str = "cross_attention_kwargs"
+    guidance: Callable[[Any, dict[str, Any]], float] = classifier_free
+    apart: bool = False
+    sequence: bool = False
+    blank: bool = True
+    clock: int = 1
     classes: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -76,25 +117,46 @@ SD = Family(
     encode_clip,
     classes=(
         "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline", "StableDiffusionControlNetInpaintPipeline",
+        "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline",
     ),
 )  # fmt: skip
 SDXL = Family(
     encode_two_clips,
     pooled=("added_cond_kwargs", "text_embeds"),
-    classes=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
-)
+    blank=False,
+    classes=(
+        "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline",
+    ),
+)  # fmt: skip
 SD3 = Family(
     encode_three,
     denoiser="transformer",
     sample="hidden_states",
     pooled=("pooled_projections",),
     scale="joint_attention_kwargs",
-    classes=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+    classes=(
+        "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+    ),
+)  # fmt: skip
+FLUX = Family(
+    encode_clip_and_t5,
+    denoiser="transformer",
+    sample="hidden_states",
+    pooled=("pooled_projections",),
+    scale="joint_attention_kwargs",
+    guidance=true_guidance,
+    apart=True,
+    sequence=True,
+    blank=False,
+    clock=1000,
+    classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
 )
 
-#: pipeline class name -> family. The batch is laid out unconditional rows first, as in diffusers.
-FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3) for name in family.classes}
+#: pipeline class name -> family.
+FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3, FLUX) for name in family.classes}
 
 
 def family_of(pipe: Any) -> Family:
@@ -112,7 +174,13 @@ def denoiser_of(pipe: Any) -> Any:
 
 def default_size(pipe: Any) -> int:
     """Height and width in pixels of what a pipeline makes when it is not told."""
-    return int(denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor)
+    side = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
+    return int(side * pipe.vae_scale_factor)
+
+
+def sized_by_picture(pipe: Any) -> bool:
+    """Whether a pipeline that is given a picture and no size makes one as large."""
+    return family_of(pipe).denoiser == "unet" and (not blends(pipe) or "ControlNet" in type(pipe).__name__)
 
 
 def blends(pipe: Any) -> bool:
@@ -134,22 +202,18 @@ class Encoder:
 
     Attributes:
         pipe: the pipeline.
-        options: further arguments of its ``encode_prompt``.
+        given: the arguments of its call.
     """
 
     pipe: Any
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, pipe: Any, given: dict[str, Any]) -> Encoder:
-        """The encoder as a call with the arguments ``given`` uses it."""
-        return cls(pipe, {name: given[name] for name in ENCODING if name in given})
+    given: dict[str, Any] = field(default_factory=dict)
 
     def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""
         family = family_of(self.pipe)
         scale = (getattr(self.pipe, family.scale, None) or {}).get("scale")
-        text, pooled, null, null_pooled = family.encode(self.pipe, texts, {"lora_scale": scale, **self.options})
+        options = {name: self.given[name] for name in ENCODING if name in self.given}
+        text, pooled, null, null_pooled = family.encode(self.pipe, texts, {"lora_scale": scale, **options})
         return packed(text, pooled), packed(null, null_pooled)
 
     def __call__(self, texts: list[str]) -> Tensor:

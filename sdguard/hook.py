@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor, nn
 
 from sdguard.correction import Correction, corrected
-from sdguard.families import TEXT, Encoder, denoiser_of, family_of, packed
+from sdguard.families import TEXT, Encoder, denoiser_of, family_of, in_sequence, packed, pictured
 from sdguard.observation import NoiseLevel, Observation, from_noise, noise_level, prediction_type, to_noise
 from sdguard.restart import input_scale, own_way, private_copy, scaled, splice
 
@@ -28,7 +28,22 @@ HOOK = "sdguard"
 PER_ROW = (
     "added_cond_kwargs", "timestep_cond", "class_labels", "encoder_attention_mask", "down_block_additional_residuals",
     "mid_block_additional_residual", "down_intrablock_additional_residuals", "pooled_projections", "block_controlnet_hidden_states",
+    "guidance", "controlnet_block_samples", "controlnet_single_block_samples", "joint_attention_kwargs",
 )  # fmt: skip
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Per-row arguments of two calls as those of one with the rows of both."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, dict):
+        return {name: joined(entry, second[name]) for name, entry in first.items()}
+    return type(first)(map(joined, first, second)) if isinstance(first, (list, tuple)) else first
+
+
+def rewrapped(output: Any, prediction: Tensor) -> Any:
+    """A denoiser's output with another prediction in it."""
+    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
 
 
 class Watcher(Protocol):
@@ -66,46 +81,83 @@ class DenoiserHook(ModelHook):
         self.dtype = torch.float32  # of the pipeline's latents
         self.arguments: dict[str, Any] = {}  # of scheduler.step
         self.arriving: dict[int, tuple[Tensor, Any]] = {}  # rows that enter the batch at the step under way
+        self.patch_rows = 0  # where latents travel as a sequence
+        self.text: tuple[dict[str, Any], Tensor] | None = None  # the conditional half of the step under way, where it is a call of its own
 
     def level_at(self, timestep: float) -> NoiseLevel:
         return noise_level(self.pipe.scheduler, timestep)
+
+    @property
+    def guidance(self) -> float:
+        """The scale with which the pipeline joins its two branches at the call under way; 1 where it has one branch."""
+        return self.family.guidance(self.pipe, self.encoder.given)
+
+    @functools.cached_property
+    def null_condition(self) -> Tensor:
+        """The pipeline's own unconditional prompt, ``[1, T (+ 1), E]``, for runs that do not encode it."""
+        return self.encoder.both([""])[1]
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         stranger = threading.get_ident() != self.thread  # another thread's run of a pipeline that shares this denoiser
         if stranger or kwargs.get("skip_layers"):  # the latter is Stable Diffusion 3's third branch, of no use here
             return self.fn_ref.original_forward(*args, **kwargs)
         kwargs = dict(zip((self.family.sample, "timestep"), args, strict=False)) | kwargs
+        if self.text is not None:  # the unconditional half of a step whose branches are two calls
+            (text_kwargs, text_output), self.text = self.text, None
+            output = self.fn_ref.original_forward(**kwargs)
+            rows = {name: joined(kwargs[name], text_kwargs[name]) for name in (self.family.sample, TEXT, *PER_ROW) if name in kwargs}
+            prediction = self.look(module, kwargs | rows, torch.cat([output[0], text_output]))
+            return rewrapped(output, self.told_apart(prediction, output[0], text_output))
+        apart = self.family.apart and self.guidance > 1
+        self.begin(kwargs, len(kwargs[self.family.sample]) // (1 if apart or self.guidance == 1 else 2))
+        condition = self.condition(kwargs)
+        redirected = self.redirect(condition)
+        if redirected is not condition:
+            kwargs = self.told(kwargs, redirected)
+        output = self.fn_ref.original_forward(**kwargs)
+        if apart:
+            self.text = recursively_apply(lambda entry: entry, kwargs), output[0]
+            return output
+        rules = any(correction.rule for correction in self.watcher.corrections.values())
+        if self.guidance == 1 and not rules and not self.watcher.reads(len(self.timesteps) - 1):
+            return output
+        return rewrapped(output, self.look(module, kwargs, output[0]))
+
+    def begin(self, kwargs: dict[str, Any], count: int) -> None:
+        """Note that a step of ``count`` images begins."""
         sample, time = kwargs[self.family.sample], torch.as_tensor(kwargs["timestep"]).flatten()[0].cpu()
-        branches = 2 if self.pipe.do_classifier_free_guidance else 1
-        count, timestep = len(sample) // branches, float(time)
         if not self.timesteps:
             self.start, self.dtype = private_copy(self.pipe.scheduler), sample.dtype
             self.evaluations = torch.zeros(count, dtype=torch.long)
-        self.timesteps.append(time)
-        condition = self.condition(kwargs)
-        redirected = self.redirect(condition)
-        output = self.fn_ref.original_forward(**(kwargs if redirected is condition else self.told(kwargs, redirected)))
-        rules = any(correction.rule for correction in self.watcher.corrections.values())
-        if branches == 1 and not rules and not self.watcher.reads(len(self.timesteps) - 1):
-            return output
-        prediction, channels = output[0], module.config.out_channels
+            self.patch_rows = int(kwargs["img_ids"][..., 1].max()) + 1 if self.family.sequence else 0
+        self.timesteps.append(time * self.family.clock)
+
+    def look(self, module: Any, kwargs: dict[str, Any], prediction: Tensor) -> Tensor:
+        """Show one step to the watcher; ``prediction``, unconditional rows first where there are any, as its corrections want it.
+
+        ``kwargs`` are the denoiser's arguments that gave it. Returns ``prediction`` itself where no row is corrected.
+        """
+        sample, condition, count = kwargs[self.family.sample], self.condition(kwargs), len(self.evaluations)
+        guided, timestep = len(sample) > count, float(self.timesteps[-1])
+        seen = self.seen(sample)
+        channels = self.seen(prediction).shape[1]
 
         def denoise(x: Tensor, t: float, text: Tensor, places: Tensor) -> Tensor:
             places = (places % len(sample)).to(sample.device)
             others = {name: recursively_apply(lambda rows: rows[places], kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None}
-            point = torch.cat([x.to(sample), sample[places, channels:]], dim=1)
-            at = torch.full((len(x),), t, device=x.device, dtype=torch.float32)
+            point = self.sent(torch.cat([x.to(sample), seen[places, channels:]], dim=1))
+            at = torch.full((len(x),), t / self.family.clock, device=x.device, dtype=torch.float32)
             told = self.told({**kwargs, **others}, text.to(condition.dtype))
             changed = {**told, self.family.sample: point, "timestep": at, "return_dict": False}
-            return self.to_noise(self.fn_ref.original_forward(**changed)[0], x, t)
+            return self.to_noise(self.seen(self.fn_ref.original_forward(**changed)[0]), x, t)
 
-        x, rows = sample[:count, :channels].float(), torch.arange(count)
-        if branches == 2:
-            null_condition, text_condition = redirected.chunk(2)
-            eps_u, eps_c = self.to_noise(prediction, sample[:, :channels], timestep).chunk(2)
+        x, rows = seen[:count, :channels].float(), torch.arange(count)
+        if guided:
+            null_condition, text_condition = condition.chunk(2)
+            eps_u, eps_c = self.to_noise(self.seen(prediction), seen[:, :channels], timestep).chunk(2)
         else:
-            null_condition, text_condition = self.encoder.both([""])[1].expand_as(redirected), redirected
-            eps_c, eps_u = self.to_noise(prediction, x, timestep), denoise(x, timestep, null_condition, rows)
+            null_condition, text_condition = self.null_condition.expand_as(condition), condition
+            eps_c, eps_u = self.to_noise(self.seen(prediction), x, timestep), denoise(x, timestep, null_condition, rows)
             self.evaluations += 1
         observation = Observation(
             step=len(self.timesteps) - 1,
@@ -116,7 +168,7 @@ class DenoiserHook(ModelHook):
             eps_u=eps_u,
             condition=text_condition,
             null_condition=null_condition,
-            guidance_scale=float(self.pipe.guidance_scale) if branches == 2 else 1.0,
+            guidance_scale=self.guidance,
             level_at=self.level_at,
             denoise=denoise,
             evaluations=self.evaluations,
@@ -129,11 +181,29 @@ class DenoiserHook(ModelHook):
         self.first = self.first or observation
         self.norms.append(observation.difference.flatten(1).norm(dim=1).cpu())
         self.watcher.observe(observation)
-        if self.watcher.corrections:
-            prediction = prediction.clone()
-            for row, correction in self.watcher.corrections.items():
-                self.correct(row, correction, observation, prediction)
-        return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+        for row, correction in self.watcher.corrections.items():
+            if (branches := self.correct(row, correction, observation)) is not None:
+                prediction = prediction.clone()
+                prediction[row::count] = self.sent(branches).to(prediction)
+        return prediction
+
+    def told_apart(self, wanted: Tensor, null: Tensor, text: Tensor) -> Tensor:
+        """The unconditional output with which guidance makes of ``text``, which the pipeline has already, what it makes of ``wanted``.
+
+        Rows that are wanted as they were come back as they were, to the bit.
+        """
+        wanted_null, wanted_text = wanted.chunk(2)
+        moved = (wanted_text != text).flatten(1).any(dim=1) | (wanted_null != null).flatten(1).any(dim=1)
+        solved = (self.guidance * text.float() - self.guide(wanted_null.float(), wanted_text.float())) / (self.guidance - 1)
+        return torch.where(moved.reshape(-1, *[1] * (null.ndim - 1)), solved.to(null), null)
+
+    def seen(self, sample: Tensor) -> Tensor:
+        """The denoiser's sample or output as latents ``[B, C, H, W]``."""
+        return pictured(sample, self.patch_rows) if self.family.sequence else sample
+
+    def sent(self, latents: Tensor) -> Tensor:
+        """Latents as the denoiser takes them: the inverse of `seen`."""
+        return in_sequence(latents) if self.family.sequence else latents
 
     def condition(self, kwargs: dict[str, Any]) -> Tensor:
         """The text condition in a call's arguments, `packed`."""
@@ -151,8 +221,8 @@ class DenoiserHook(ModelHook):
                 told[name] = {**kwargs[name], entry: condition[:, length, : kwargs[name][entry].shape[-1]]}
         return told
 
-    def correct(self, row: int, correction: Correction, observation: Observation, prediction: Tensor) -> None:
-        """Put what one row's correction makes of this call into ``prediction``, in both branches of the pipeline's batch."""
+    def correct(self, row: int, correction: Correction, observation: Observation) -> Tensor | None:
+        """The outputs of one row's branches at this call under its correction, ``[branches, C, H, W]``; None where the pipeline's stand."""
         here = observation.select(torch.tensor([row]))
         if row not in self.entered:
             self.entered.add(row)
@@ -163,12 +233,9 @@ class DenoiserHook(ModelHook):
         elif correction.rule:
             here = replace(here, rules=(correction.rule,))
         else:
-            return
+            return None
         null, text = self.raw(here)
-        if self.pipe.do_classifier_free_guidance:
-            prediction[[row, len(prediction) // 2 + row]] = torch.cat([null, text]).to(prediction)
-        else:
-            prediction[row] = text[0].to(prediction)
+        return torch.cat([null, text]) if self.guidance > 1 else text
 
     def enter(self, row: int, correction: Correction, here: Observation) -> Observation:
         """One row at this call under its correction; if it starts elsewhere or late, after going its own way from the start."""
@@ -180,14 +247,14 @@ class DenoiserHook(ModelHook):
         def follow(call: int, x: Tensor, timestep: Tensor) -> Tensor:
             nonlocal seen
             if call:
-                seen = seen.at(x.float(), float(timestep))
-            return self.guide(*self.raw(seen)).to(x.dtype)
+                seen = seen.at(self.seen(x.float()), float(timestep))
+            return self.sent(self.guide(*self.raw(seen))).to(x.dtype)
 
-        latents = (seen.x / input_scale(self.start, self.timesteps[0])).to(self.dtype)
+        latents = self.sent(seen.x / input_scale(self.start, self.timesteps[0])).to(self.dtype)
         latents, scheduler = own_way(self.start, latents, self.timesteps, follow, self.arguments)
         self.arriving[row] = latents, scheduler
         if here.step:
-            seen = seen.at(scaled(scheduler, latents, self.timesteps[-1]).float(), here.timestep)
+            seen = seen.at(self.seen(scaled(scheduler, latents, self.timesteps[-1]).float()), here.timestep)
         return seen
 
     def raw(self, here: Observation) -> tuple[Tensor, Tensor]:
@@ -199,9 +266,9 @@ class DenoiserHook(ModelHook):
 
     def guide(self, null: Tensor, text: Tensor) -> Tensor:
         """What the pipeline makes of the two branches' outputs (Ho & Salimans 2022; rescaled as in Lin et al. 2023 where it is told to)."""
-        if not self.pipe.do_classifier_free_guidance:
+        if self.guidance == 1:
             return text
-        guided, rescale = null + self.pipe.guidance_scale * (text - null), getattr(self.pipe, "guidance_rescale", 0.0)
+        guided, rescale = null + self.guidance * (text - null), getattr(self.pipe, "guidance_rescale", 0.0)
         return rescale_noise_cfg(guided, text, rescale) if rescale > 0 else guided
 
     def redirect(self, condition: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from sdguard.calibration import cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
 from sdguard.config import GuardConfig
-from sdguard.families import Encoder, blends, default_size, family_of
+from sdguard.families import Encoder, blends, default_size, family_of, sized_by_picture
 from sdguard.hook import watched
 from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 #: arguments of a call, beside its setting, that move the statistics of ordinary prompts.
 INPUTS = (
-    "max_sequence_length",
+    "max_sequence_length", "negative_prompt", "true_cfg_scale",
     "image", "mask_image", "control_image", "strength", "controlnet_conditioning_scale", "ip_adapter_image", "ip_adapter_image_embeds",
 )  # fmt: skip
 
@@ -81,7 +81,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        encoder = Encoder.of(pipe, given)
+        encoder = Encoder(pipe, given)
         run = GuardedRun(config, self.profile(given), prompts_of(given), encoder, restartable=not blends(pipe))
         try:
             with watched(encoder, run):
@@ -100,6 +100,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         pipe, config = self.__wrapped__, self._self_config
         height, width = size_of(pipe, given)
         steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name)), given["num_inference_steps"])
+        given = {**given, "negative_prompt": negative_prompt_of(pipe, given)}
         inputs = {name: given[name] for name in INPUTS if given.get(name) is not None}
         setting = {"steps": steps, "guidance_scale": given["guidance_scale"], "height": height, "width": width, "inputs": inputs}
         print_ = fingerprint(pipe, **setting)
@@ -125,12 +126,22 @@ class GuardedPipeline(wrapt.ObjectProxy):
 def size_of(pipe: Any, given: dict[str, Any]) -> tuple[int, int]:
     """Height and width in pixels of what a call makes."""
     height, width = given.get("height"), given.get("width")
-    if not (height and width) and given.get("image") is not None and not blends(pipe):
+    if not (height and width) and given.get("image") is not None and sized_by_picture(pipe):
         image = given["image"][0] if isinstance(given["image"], list) else given["image"]
         default = pipe.image_processor.get_default_height_width(image)
     else:
         default = (default_size(pipe), default_size(pipe))
     return int(height or default[0]), int(width or default[1])
+
+
+def negative_prompt_of(pipe: Any, given: dict[str, Any]) -> str | None:
+    """The negative prompt of a call; raises `ValueError` where its images have different ones, which no one profile fits."""
+    negative = given.get("negative_prompt")
+    different = {negative} if negative is None or isinstance(negative, str) else set(negative)
+    if len(different) > 1:
+        raise ValueError(f"A guarded call takes one negative prompt for all its images; this one has {len(different)}.")
+    (only,) = different
+    return None if only == "" and family_of(pipe).blank else only
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:

@@ -144,8 +144,9 @@ class Profile:
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise `ProfileError` naming what differs, if this profile was not made for ``fingerprint``."""
-        if differing := [name for name in fingerprint if self.fingerprint.get(name) != fingerprint[name]]:
-            what = "; ".join(f"{name} is {fingerprint[name]!r}, the profile's is {self.fingerprint.get(name)!r}" for name in differing)
+        names = dict.fromkeys([*fingerprint, *self.fingerprint])
+        if differing := [name for name in names if self.fingerprint.get(name) != fingerprint.get(name)]:
+            what = "; ".join(f"{name} is {fingerprint.get(name)!r}, the profile's is {self.fingerprint.get(name)!r}" for name in differing)
             raise ProfileError(f"The profile does not match this run: {what}.")
 
     def save(self, path: Path) -> None:

@@ -48,8 +48,8 @@ def quiet(pipe: Any) -> Iterator[None]:
 
 
 def for_each(count: int, value: Any) -> Any:
-    """A picture for each of ``count`` prompts, where ``value`` is a single one; everything else as it is."""
-    if isinstance(value, Image.Image):
+    """A picture or a text for each of ``count`` prompts, where ``value`` is a single one; everything else as it is."""
+    if isinstance(value, (Image.Image, str)):
         return [value] * count
     if isinstance(value, Tensor) and value.ndim >= 3 and len(value) == 1:
         return value.expand(count, *value.shape[1:])
@@ -61,12 +61,12 @@ def read(
 ) -> None:
     """Show ``look`` the first ``calls`` denoiser calls (all of them with None) of one run of ``prompts``, one seed each.
 
-    ``setting`` goes to the pipeline, a single picture in it as one for each prompt. No picture is decoded. Cost: 2 denoiser evaluations
+    ``setting`` goes to the pipeline, a single picture or text in it as one for each prompt. No picture is decoded. Cost: 2 denoiser evaluations
     a prompt and call.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
-        with quiet(pipe), watched(Encoder.of(pipe, setting), _Reader(look, calls)):
+        with quiet(pipe), watched(Encoder(pipe, setting), _Reader(look, calls)):
             inputs = {name: for_each(len(prompts), value) for name, value in setting.items()}
             pipe(list(prompts), generator=generators, output_type="latent", **inputs)
     except _Enough:

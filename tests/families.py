@@ -12,10 +12,14 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    LCMScheduler,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 SIZE = 16
 
@@ -64,13 +68,13 @@ def scheduler(**extra: Any) -> DDIMScheduler:
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, **extra)
 
 
-def sd(name: str, tokenizer: Any, in_channels: int = 4, **extra: Any) -> Any:
+def sd(name: str, tokenizer: Any, in_channels: int = 4, embeds_guidance: int | None = None, **extra: Any) -> Any:
     return getattr(diffusers, name)(
         vae=vae(),
         text_encoder=CLIPTextModel(text_config(tokenizer)),
         tokenizer=tokenizer,
-        unet=unet(in_channels),
-        scheduler=scheduler(),
+        unet=unet(in_channels, time_cond_proj_dim=embeds_guidance),
+        scheduler=LCMScheduler.from_config(scheduler().config) if embeds_guidance else scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -78,61 +82,102 @@ def sd(name: str, tokenizer: Any, in_channels: int = 4, **extra: Any) -> Any:
     )
 
 
+#: SDXL's added conditions
+ADDED: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
+
+
 def sdxl(name: str, tokenizer: Any, **extra: Any) -> Any:
-    added: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
     return getattr(diffusers, name)(
         vae=vae(),
         text_encoder=CLIPTextModel(text_config(tokenizer)),
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=unet(cross_attention_dim=32, **added),
+        unet=unet(cross_attention_dim=32, **ADDED),
         scheduler=scheduler(),
         **extra,
     )
 
 
-def sd3(name: str, tokenizer: Any) -> Any:
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        pos_embed_max_size=16,
-    )
+#: the denoiser of `sd3` and its ControlNet
+MMDIT: dict[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 1,
+    "num_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "caption_projection_dim": 32,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "pos_embed_max_size": 16,
+}
+
+#: the denoiser of `flux` and its ControlNet
+FLUX: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": [4, 4, 8],
+    "guidance_embeds": True,
+}
+
+
+def sd3(name: str, tokenizer: Any, channels: int = 4, **extra: Any) -> Any:
+    transformer = SD3Transformer2DModel(in_channels=channels, out_channels=channels, **MMDIT)
     return getattr(diffusers, name)(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(shift_factor=0.06),
+        vae=vae(channels, shift_factor=0.06),
         text_encoder=CLIPTextModelWithProjection(text_config(tokenizer)),
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer)),
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
+        **extra,
     )
+
+
+def flux(name: str, tokenizer: Any, **extra: Any) -> Any:
+    transformer = FluxTransformer2DModel(**FLUX)
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+    return getattr(diffusers, name)(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(shift_factor=0.06),
+        text_encoder=CLIPTextModel(text_config(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=tokenizer,
+        **extra,
+    )
+
+
+def unzeroed(model: Any) -> Any:
+    """A ControlNet that has an effect, which its zero convolutions would keep it from."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
 
 
 def controlnet(cross_attention_dim: int = 16, **extra: Any) -> ControlNetModel:
-    model = ControlNetModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        cross_attention_dim=cross_attention_dim,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        conditioning_embedding_out_channels=(4, 8),
-        **extra,
+    return unzeroed(
+        ControlNetModel(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            cross_attention_dim=cross_attention_dim,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            conditioning_embedding_out_channels=(4, 8),
+            **extra,
+        )
     )
-    for parameter in model.parameters():  # its zero convolutions would make it have no effect
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 def picture() -> torch.Tensor:
@@ -145,38 +190,74 @@ def mask() -> torch.Tensor:
     return whole
 
 
-#: pipeline class -> (how it is made, what its call needs beside prompts)
-PIPELINES: dict[str, tuple[Callable[[Any], Any], Callable[[], dict[str, Any]]]] = {
-    "StableDiffusionPipeline": (lambda t: sd("StableDiffusionPipeline", t), dict),
-    "StableDiffusionImg2ImgPipeline": (lambda t: sd("StableDiffusionImg2ImgPipeline", t), lambda: {"image": picture(), "strength": 0.8}),
-    "StableDiffusionInpaintPipeline": (
-        lambda t: sd("StableDiffusionInpaintPipeline", t, in_channels=9),
-        lambda: {"image": picture(), "mask_image": mask(), "height": SIZE, "width": SIZE},
+SIZED: dict[str, Any] = {"height": SIZE, "width": SIZE}
+SHORT: dict[str, Any] = {"max_sequence_length": 8, **SIZED}
+
+
+def masked() -> dict[str, Any]:
+    return {"image": picture(), "mask_image": mask(), **SIZED}
+
+
+#: pipeline class -> (what makes it, what its call needs beside prompts)
+PIPELINES: dict[str, tuple[Callable[[str, Any], Any], Callable[[], dict[str, Any]]]] = {
+    "StableDiffusionPipeline": (sd, dict),
+    "StableDiffusionImg2ImgPipeline": (sd, lambda: {"image": picture(), "strength": 0.8}),
+    "StableDiffusionInpaintPipeline": (lambda name, t: sd(name, t, in_channels=9), masked),
+    "StableDiffusionControlNetPipeline": (lambda name, t: sd(name, t, controlnet=controlnet()), lambda: {"image": picture()}),
+    "StableDiffusionControlNetImg2ImgPipeline": (
+        lambda name, t: sd(name, t, controlnet=controlnet()),
+        lambda: {"image": picture(), "control_image": picture(), "strength": 0.8},
     ),
-    "StableDiffusionControlNetPipeline": (
-        lambda t: sd("StableDiffusionControlNetPipeline", t, controlnet=controlnet()),
-        lambda: {"image": picture()},
+    "StableDiffusionControlNetInpaintPipeline": (
+        lambda name, t: sd(name, t, controlnet=controlnet()),
+        lambda: {**masked(), "control_image": picture()},
     ),
-    "StableDiffusionXLPipeline": (lambda t: sdxl("StableDiffusionXLPipeline", t), dict),
-    "StableDiffusionXLImg2ImgPipeline": (
-        lambda t: sdxl("StableDiffusionXLImg2ImgPipeline", t),
-        lambda: {"image": picture(), "strength": 0.8},
+    "LatentConsistencyModelPipeline": (lambda name, t: sd(name, t, embeds_guidance=8), dict),
+    "LatentConsistencyModelImg2ImgPipeline": (
+        lambda name, t: sd(name, t, embeds_guidance=8),
+        lambda: {"image": picture(), "strength": 0.8, "original_inference_steps": 40},
     ),
-    "StableDiffusionXLInpaintPipeline": (
-        lambda t: sdxl("StableDiffusionXLInpaintPipeline", t),
-        lambda: {"image": picture(), "mask_image": mask(), "height": SIZE, "width": SIZE, "strength": 0.9},
+    "StableDiffusionXLPipeline": (sdxl, dict),
+    "StableDiffusionXLImg2ImgPipeline": (sdxl, lambda: {"image": picture(), "strength": 0.8}),
+    "StableDiffusionXLInpaintPipeline": (sdxl, lambda: {**masked(), "strength": 0.9}),
+    "StableDiffusionXLControlNetPipeline": (
+        lambda name, t: sdxl(name, t, controlnet=controlnet(32, **ADDED)),
+        lambda: {"image": picture(), **SIZED},
     ),
-    "StableDiffusion3Pipeline": (lambda t: sd3("StableDiffusion3Pipeline", t), lambda: {"max_sequence_length": 8}),
-    "StableDiffusion3Img2ImgPipeline": (
-        lambda t: sd3("StableDiffusion3Img2ImgPipeline", t),
-        lambda: {"image": picture().repeat(3, 1, 1, 1), "strength": 0.8, "max_sequence_length": 8, "height": SIZE, "width": SIZE},
+    "StableDiffusionXLControlNetImg2ImgPipeline": (
+        lambda name, t: sdxl(name, t, controlnet=controlnet(32, **ADDED)),
+        lambda: {"image": picture(), "control_image": picture(), "strength": 0.8},
+    ),
+    "StableDiffusionXLControlNetInpaintPipeline": (
+        lambda name, t: sdxl(name, t, controlnet=controlnet(32, **ADDED)),
+        lambda: {**masked(), "control_image": picture(), "strength": 0.9},
+    ),
+    "StableDiffusion3Pipeline": (sd3, lambda: {"max_sequence_length": 8}),
+    "StableDiffusion3Img2ImgPipeline": (sd3, lambda: {"image": picture().repeat(3, 1, 1, 1), "strength": 0.8, **SHORT}),
+    "StableDiffusion3InpaintPipeline": (
+        lambda name, t: sd3(name, t, channels=16),
+        lambda: {**masked(), "strength": 0.9, **SHORT},
+    ),
+    "StableDiffusion3ControlNetPipeline": (
+        lambda name, t: sd3(name, t, controlnet=unzeroed(SD3ControlNetModel(in_channels=4, out_channels=4, **MMDIT))),
+        lambda: {"control_image": picture(), **SHORT},
+    ),
+    "FluxPipeline": (flux, lambda: SHORT),
+    "FluxImg2ImgPipeline": (flux, lambda: {"image": picture(), "strength": 0.8, **SHORT}),
+    "FluxInpaintPipeline": (flux, lambda: {**masked(), "strength": 0.9, **SHORT}),
+    "FluxControlNetPipeline": (
+        lambda name, t: flux(name, t, controlnet=unzeroed(FluxControlNetModel(**FLUX))),
+        lambda: {"control_image": picture(), **SHORT},
     ),
 }
+
+#: pipelines that have no unconditional branch
+DISTILLED = {name for name in PIPELINES if name.startswith(("Flux", "LatentConsistency"))}
 
 
 def build(name: str, tokenizer: Any) -> Any:
     """A pipeline of a class, the same each time."""
     torch.manual_seed(1)
-    pipe = PIPELINES[name][0](tokenizer)
+    pipe = PIPELINES[name][0](name, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
