@@ -1,4 +1,4 @@
-"""Tiny randomly initialised pipelines of every family, 16 pixels."""
+"""Tiny randomly initialised pipelines of every family, 16 pixels; how they are called, judged and steered in tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+import sdguard
+from sdguard import Profile
+from sdguard.correction import Correction
+from sdguard.decision import Cascade, Scale, Stage
+from sdguard.steering import Flagged
+from sdguard.steering.ladder import Outcome
+
 SIZE = 16
+PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
 
 
 def vae(channels: int = 4, **extra: Any) -> AutoencoderKL:
@@ -261,3 +269,20 @@ def build(name: str, tokenizer: Any) -> Any:
     pipe = PIPELINES[name][0](name, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
+    arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
+    return pipe(prompts, generator=generators, **arguments, **PIPELINES[type(sdguard.unguard(pipe)).__name__][1](), **extra)
+
+
+def profile_for(threshold: float) -> Profile:
+    cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
+    norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
+    return Profile({}, cascade, norms, {"guidance_norm": norms, "agreement": [0.99] * 100, "alignment": [-1e6] * 100})
+
+
+def reworded(flagged: Flagged, methods: Any) -> list[Outcome]:
+    conditions = flagged.encoder([str(prompt).split()[-1] for prompt in flagged.prompts])
+    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": "..."}]) for c in conditions]

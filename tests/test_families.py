@@ -11,22 +11,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import DISTILLED, PIPELINES, build
+from families import DISTILLED, PIPELINES, PROMPTS, build, call, profile_for, reworded
 
 import sdguard
 from sdguard import GuardConfig, Profile
 from sdguard import run as run_module
-from sdguard.correction import Correction
-from sdguard.decision import Cascade, Scale, Stage
 from sdguard.families import Encoder, denoiser_of
 from sdguard.hook import HOOK
 from sdguard.observation import LEAST_SIGNAL, NoiseLevel, Observation, denoised, from_noise, noise_level, to_noise
 from sdguard.reading import read
 from sdguard.restart import private_copy, scaled
-from sdguard.steering import Flagged
-from sdguard.steering.ladder import Outcome
 
-PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
 UNET_SCHEDULERS = [
     "DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
     "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler", "LCMScheduler",
@@ -44,23 +39,6 @@ def pipe(request: pytest.FixtureRequest, embedded: Any) -> Any:
     if scheduler:
         made.scheduler = getattr(diffusers, scheduler).from_config(made.scheduler.config)
     return made
-
-
-def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
-    arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
-    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
-    return pipe(prompts, generator=generators, **arguments, **PIPELINES[type(sdguard.unguard(pipe)).__name__][1](), **extra)
-
-
-def profile_for(threshold: float) -> Profile:
-    cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
-    norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
-    return Profile({}, cascade, norms, {"guidance_norm": norms, "agreement": [0.99] * 100, "alignment": [-1e6] * 100})
-
-
-def reworded(flagged: Flagged, methods: Any) -> list[Outcome]:
-    conditions = flagged.encoder([str(prompt).split()[-1] for prompt in flagged.prompts])
-    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": "..."}]) for c in conditions]
 
 
 @pytest.mark.parametrize("pipe", CASES, indirect=True, ids=str)
