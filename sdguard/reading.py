@@ -61,13 +61,13 @@ def read(
 ) -> None:
     """Show ``look`` the first ``calls`` denoiser calls (all of them with None) of one run of ``prompts``, one seed each.
 
-    ``setting`` goes to the pipeline, a single picture or text in it as one for each prompt. No picture is decoded. Cost: 2 denoiser evaluations
-    a prompt and call.
+    ``setting`` goes to the pipeline, a single picture or text in it as one for each prompt; of an IP-Adapter's there is one an adapter,
+    whatever the number of prompts. No picture is decoded. Cost: 2 denoiser evaluations a prompt and call.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     try:
         with quiet(pipe), watched(Encoder(pipe, setting), _Reader(look, calls)):
-            inputs = {name: for_each(len(prompts), value) for name, value in setting.items()}
+            inputs = {name: value if name.startswith("ip_adapter") else for_each(len(prompts), value) for name, value in setting.items()}
             pipe(list(prompts), generator=generators, output_type="latent", **inputs)
     except _Enough:
         pass
