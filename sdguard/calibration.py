@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import align_module_device, gather_object
+from torch import nn
 
 from sdguard.alignment import alignment
 from sdguard.decision import BY_NAME, LATER_CALLS, PLAN, Cascade, judge, judge_later
@@ -32,13 +33,15 @@ PROFILE_FILE, PROMPTS_FILE = "sdguard/profile.json", "sdguard/ordinary_prompts.t
 BATCH = 8
 #: ordinary prompts that fit the cascade, at most, and whose later steps are measured.
 FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
+#: attributes by which peft's adapters and FreeU change what a module does, its parameters being the same.
+ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "s1", "s2", "b1", "b2")
 
 
 def fingerprint(
     pipe: Any, *, steps: int, guidance_scale: float, height: int, width: int, inputs: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Everything about a run that moves the statistics of ordinary prompts; of its other ``inputs`` numbers and texts, not the pictures."""
-    plain = {name: value for name, value in (inputs or {}).items() if isinstance(value, (int, float, str))}
+    plain = {name: json.loads(json.dumps(value)) for name, value in (inputs or {}).items() if is_plain(value)}
     scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_") and k != "trained_betas"}
     return {
         "pipeline": type(pipe).__name__,
@@ -54,22 +57,41 @@ def fingerprint(
     }
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number or a text, or a list, tuple or dictionary of nothing else."""
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return all(map(is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (int, float, str))
+
+
+def settings_of(module: nn.Module) -> list[Any]:
+    """What moves a module's output beside its parameters: an adapter's scale and whether it is on, FreeU's factors."""
+    names = [*ADAPTER, *(["scale"] if "IPAdapter" in type(module).__name__ else [])]
+    return [[name, vars(module)[name]] for name in names if vars(module).get(name) is not None]
+
+
 @torch.no_grad()
 def weights_digest(pipe: Any) -> str:
-    """A hash over 16 evenly spaced values of every parameter of denoiser and text encoders: cheap, and moved by any fine-tune or LoRA.
+    """A hash over 16 evenly spaced values of every parameter of denoiser and text encoders, and `settings_of` their modules.
 
-    Parameters that are offloaded to where they cannot be read count by their shapes.
+    Cheap, and moved by any fine-tune, LoRA or IP-Adapter and its scale. Accelerate's offloaded parameters are loaded for it, module by
+    module; those that cannot be read even so count by their shapes.
     """
     digest = hashlib.sha256()
     encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "controlnet"))
     for module in (denoiser_of(pipe), *encoders):
-        values = []
-        for parameter in module.parameters() if module is not None else ():
-            flat = parameter.reshape(-1)
-            here = flat[:: max(1, len(flat) // 16)][:16]
-            values.append(torch.tensor(parameter.shape).float() if here.is_meta else here.float())
+        values, settings = [], []
+        for part in module.modules() if module is not None else ():
+            settings += settings_of(part)
+            with align_module_device(part):
+                for parameter in part.parameters(recurse=False):
+                    flat = parameter.reshape(-1)
+                    here = flat[:: max(1, len(flat) // 16)][:16]
+                    values.append(torch.tensor(parameter.shape).float() if here.is_meta else here.float())
         if values:
             digest.update(torch.cat([v.cpu() for v in values]).numpy().tobytes())
+        if settings:
+            digest.update(json.dumps(settings).encode())
     return digest.hexdigest()[:16]
 
 
