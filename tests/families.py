@@ -272,9 +272,10 @@ def build(name: str, tokenizer: Any) -> Any:
 
 
 def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
-    arguments: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
-    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
-    return pipe(prompts, generator=generators, **arguments, **PIPELINES[type(sdguard.unguard(pipe)).__name__][1](), **extra)
+    """A run of four steps, a seed a prompt; ``extra`` goes to the call, in place of what is given here where it names the same."""
+    arguments: dict[str, Any] = {"prompt": prompts, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    seeds = {"generator": [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]}
+    return pipe(**{**arguments, **seeds, **PIPELINES[type(sdguard.unguard(pipe)).__name__][1](), **extra})
 
 
 def profile_for(threshold: float) -> Profile:
