@@ -223,6 +223,8 @@ class Encoder:
     def length(self, text: str) -> int:
         """Tokens of ``text``, begin and end token included, that fit into the text encoder's window."""
         tokenizer = self.pipe.tokenizer
+        if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion's tokens of several vectors
+            text = self.pipe.maybe_convert_prompt(text, tokenizer)
         return min(len(tokenizer(text).input_ids), int(tokenizer.model_max_length))
 
     @property

@@ -72,6 +72,7 @@ class DenoiserHook(ModelHook):
         self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
         self.timesteps: list[Tensor] = []
+        self.guidances: list[float] = []  # a callback may change it in mid-run
         self.norms: list[Tensor] = []
         self.entered: set[int] = set()
         self.evaluations = torch.zeros(0, dtype=torch.long)
@@ -131,6 +132,7 @@ class DenoiserHook(ModelHook):
             self.evaluations = torch.zeros(count, dtype=torch.long)
             self.patch_rows = int(kwargs["img_ids"][..., 1].max()) + 1 if self.family.sequence else 0
         self.timesteps.append(time * self.family.clock)
+        self.guidances.append(self.guidance)
 
     def look(self, module: Any, kwargs: dict[str, Any], prediction: Tensor) -> Tensor:
         """Show one step to the watcher; ``prediction``, unconditional rows first where there are any, as its corrections want it.
@@ -194,7 +196,7 @@ class DenoiserHook(ModelHook):
         """
         wanted_null, wanted_text = wanted.chunk(2)
         moved = (wanted_text != text).flatten(1).any(dim=1) | (wanted_null != null).flatten(1).any(dim=1)
-        solved = (self.guidance * text.float() - self.guide(wanted_null.float(), wanted_text.float())) / (self.guidance - 1)
+        solved = (self.guidance * text.float() - self.guide(wanted_null.float(), wanted_text.float(), self.guidance)) / (self.guidance - 1)
         return torch.where(moved.reshape(-1, *[1] * (null.ndim - 1)), solved.to(null), null)
 
     def seen(self, sample: Tensor) -> Tensor:
@@ -247,14 +249,16 @@ class DenoiserHook(ModelHook):
         def follow(call: int, x: Tensor, timestep: Tensor) -> Tensor:
             nonlocal seen
             if call:
-                seen = seen.at(self.seen(x.float()), float(timestep))
-            return self.sent(self.guide(*self.raw(seen))).to(x.dtype)
+                seen = replace(seen.at(self.seen(x.float()), float(timestep)), guidance_scale=self.guidances[call])
+            return self.sent(self.guide(*self.raw(seen), seen.guidance_scale)).to(x.dtype)
 
         latents = self.sent(seen.x / input_scale(self.start, self.timesteps[0])).to(self.dtype)
         latents, scheduler = own_way(self.start, latents, self.timesteps, follow, self.arguments)
         self.arriving[row] = latents, scheduler
         if here.step:
-            seen = seen.at(self.seen(scaled(scheduler, latents, self.timesteps[-1]).float()), here.timestep)
+            seen = replace(
+                seen.at(self.seen(scaled(scheduler, latents, self.timesteps[-1]).float()), here.timestep), guidance_scale=self.guidance
+            )
         return seen
 
     def raw(self, here: Observation) -> tuple[Tensor, Tensor]:
@@ -264,11 +268,11 @@ class DenoiserHook(ModelHook):
         null, text = (from_noise(eps, here.x, here.level, kind) for eps in outputs)
         return null, text
 
-    def guide(self, null: Tensor, text: Tensor) -> Tensor:
+    def guide(self, null: Tensor, text: Tensor, guidance: float) -> Tensor:
         """What the pipeline makes of the two branches' outputs (Ho & Salimans 2022; rescaled as in Lin et al. 2023 where it is told to)."""
-        if self.guidance == 1:
+        if guidance == 1:
             return text
-        guided, rescale = null + self.guidance * (text - null), getattr(self.pipe, "guidance_rescale", 0.0)
+        guided, rescale = null + guidance * (text - null), getattr(self.pipe, "guidance_rescale", 0.0)
         return rescale_noise_cfg(guided, text, rescale) if rescale > 0 else guided
 
     def redirect(self, condition: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import wrapt
 from diffusers import DiffusionPipeline
 
-from sdguard.calibration import cache_path, calibrate, fingerprint, known_profile, ordinary_prompts
+from sdguard.calibration import cache_path, calibrate, fingerprint, is_plain, known_profile, ordinary_prompts
 from sdguard.config import GuardConfig
 from sdguard.families import Encoder, blends, default_size, family_of, sized_by_picture
 from sdguard.hook import watched
@@ -23,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 #: arguments of a call, beside its setting, that move the statistics of ordinary prompts.
 INPUTS = (
-    "max_sequence_length", "negative_prompt", "true_cfg_scale",
+    "max_sequence_length", "clip_skip", "negative_prompt", "true_cfg_scale", "guidance_rescale", "eta", "timesteps", "sigmas",
+    "cross_attention_kwargs", "joint_attention_kwargs",
+    "original_size", "target_size", "crops_coords_top_left", "negative_original_size", "negative_target_size",
+    "negative_crops_coords_top_left", "aesthetic_score", "negative_aesthetic_score",
     "image", "mask_image", "control_image", "strength", "controlnet_conditioning_scale", "ip_adapter_image", "ip_adapter_image_embeds",
 )  # fmt: skip
 
@@ -67,6 +71,12 @@ class GuardedPipeline(wrapt.ObjectProxy):
         self.__wrapped__.to(*args, **kwargs)
         return self
 
+    def __copy__(self) -> GuardedPipeline:
+        return GuardedPipeline(copy.copy(self.__wrapped__), self._self_config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardedPipeline:
+        return GuardedPipeline(copy.deepcopy(self.__wrapped__, memo), self._self_config)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline under guard; takes and returns what the pipeline does, and ``output.guard`` has the reports.
 
@@ -99,9 +109,11 @@ class GuardedPipeline(wrapt.ObjectProxy):
         """The profile of a run with these arguments: given, known, or calibrated now."""
         pipe, config = self.__wrapped__, self._self_config
         height, width = size_of(pipe, given)
-        steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name)), given["num_inference_steps"])
+        steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name) is not None), given["num_inference_steps"])
         given = {**given, "negative_prompt": negative_prompt_of(pipe, given)}
-        inputs = {name: given[name] for name in INPUTS if given.get(name) is not None}
+        usual = {name: parameter.default for name, parameter in inspect.signature(type(pipe).__call__).parameters.items()}
+        chosen = {name: given[name] for name in INPUTS if given.get(name) is not None}
+        inputs = {name: value for name, value in chosen.items() if not (is_plain(value) and value == usual[name])}
         setting = {"steps": steps, "guidance_scale": given["guidance_scale"], "height": height, "width": width, "inputs": inputs}
         print_ = fingerprint(pipe, **setting)
         if config.profile is not None:

@@ -485,7 +485,6 @@ ARGUMENTS = [
         pytest.param(
             way,
             id=way.name,
-            marks=[pytest.mark.xfail(strict=True, reason="pipeline.INPUTS does not name it")] if way.name != "size" else [],
         )
         for way in ARGUMENTS
     ],
@@ -508,9 +507,6 @@ def test_an_argument_that_moves_what_the_guard_reads_is_in_the_fingerprint(
 
 
 @pytest.mark.usefixtures("given_profile")
-@pytest.mark.xfail(
-    strict=True, reason="DenoiserHook.guide asks the pipeline for guidance as it is now, also for the calls gone through again"
-)
 def test_an_image_flagged_after_guidance_was_cut_off_is_guided_where_its_neighbours_were(
     embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,7 +586,6 @@ def test_what_is_unloaded_leaves_the_first_pictures(embedded: Any) -> None:
     assert all(same(call(guarded), plain))
 
 
-@pytest.mark.xfail(strict=True, reason="Encoder.length asks the tokenizer, which knows nothing of a token's further vectors")
 def test_a_token_of_several_vectors_is_as_long_as_they_are(embedded: Any) -> None:
     pipe = made(by_name["textual inversion"], embedded.tokenizer)
     assert Encoder(pipe).length("a <thing>") == Encoder(pipe).length("a cat") + 1
@@ -739,7 +734,6 @@ def test_a_guarded_pipeline_can_be_let_go(embedded: Any) -> None:
     assert len(output.guard) == 3
 
 
-@pytest.mark.xfail(strict=True, raises=NotImplementedError, reason="wrapt's proxy leaves copying to be defined")
 @pytest.mark.usefixtures("given_profile")
 @pytest.mark.parametrize("made", [copy.copy, copy.deepcopy])
 def test_the_copy_of_a_guarded_pipeline_is_guarded(made: Callable[[Any], Any], embedded: Any) -> None:
