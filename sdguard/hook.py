@@ -46,6 +46,15 @@ def rewrapped(output: Any, prediction: Tensor) -> Any:
     return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
 
 
+#: a call of the denoiser: its arguments, by name, and what it gave.
+Call = tuple[dict[str, Any], Tensor]
+
+
+def kept(kwargs: dict[str, Any], output: Tensor) -> Call:
+    """A call that stays as it is, whatever becomes of the containers among its arguments."""
+    return recursively_apply(lambda entry: entry, kwargs), output
+
+
 class Watcher(Protocol):
     """Something that looks at each denoiser call of a run."""
 
@@ -83,7 +92,7 @@ class DenoiserHook(ModelHook):
         self.arguments: dict[str, Any] = {}  # of scheduler.step
         self.arriving: dict[int, tuple[Tensor, Any]] = {}  # rows that enter the batch at the step under way
         self.patch_rows = 0  # where latents travel as a sequence
-        self.text: tuple[dict[str, Any], Tensor] | None = None  # the conditional half of the step under way, where it is a call of its own
+        self.text: Call | None = None  # the conditional half of the step under way, where it is a call of its own
 
     def level_at(self, timestep: float) -> NoiseLevel:
         return noise_level(self.pipe.scheduler, timestep)
@@ -99,30 +108,36 @@ class DenoiserHook(ModelHook):
         return self.encoder.both([""])[1]
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        stranger = threading.get_ident() != self.thread  # another thread's run of a pipeline that shares this denoiser
-        if stranger or kwargs.get("skip_layers"):  # the latter is Stable Diffusion 3's third branch, of no use here
+        if self.strange(kwargs):
             return self.fn_ref.original_forward(*args, **kwargs)
-        kwargs = dict(zip((self.family.sample, "timestep"), args, strict=False)) | kwargs
+        kwargs = self.named(args, kwargs)
         if self.text is not None:  # the unconditional half of a step whose branches are two calls
-            (text_kwargs, text_output), self.text = self.text, None
+            text, self.text = self.text, None
             output = self.fn_ref.original_forward(**kwargs)
-            rows = {name: joined(kwargs[name], text_kwargs[name]) for name in (self.family.sample, TEXT, *PER_ROW) if name in kwargs}
-            prediction = self.look(module, kwargs | rows, torch.cat([output[0], text_output]))
-            return rewrapped(output, self.told_apart(prediction, output[0], text_output))
-        apart = self.family.apart and self.guidance > 1
+            prediction = self.look_at_both(module, (kwargs, output[0]), text)
+            return rewrapped(output, self.told_apart(prediction, output[0], text[1]))
+        apart = self.family.apart and self.guidance != 1
         self.begin(kwargs, len(kwargs[self.family.sample]) // (1 if apart or self.guidance == 1 else 2))
-        condition = self.condition(kwargs)
-        redirected = self.redirect(condition)
-        if redirected is not condition:
-            kwargs = self.told(kwargs, redirected)
+        kwargs = self.redirect(kwargs)
         output = self.fn_ref.original_forward(**kwargs)
         if apart:
-            self.text = recursively_apply(lambda entry: entry, kwargs), output[0]
+            self.text = kept(kwargs, output[0])
             return output
+        return output if self.idle else rewrapped(output, self.look(module, kwargs, output[0]))
+
+    def strange(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""
+        return threading.get_ident() != self.thread or bool(kwargs.get("skip_layers"))
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by their names."""
+        return dict(zip((self.family.sample, "timestep"), args, strict=False)) | kwargs
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be seen or changed at the call under way: it has one branch, is not read and follows no rule."""
         rules = any(correction.rule for correction in self.watcher.corrections.values())
-        if self.guidance == 1 and not rules and not self.watcher.reads(len(self.timesteps) - 1):
-            return output
-        return rewrapped(output, self.look(module, kwargs, output[0]))
+        return self.guidance == 1 and not rules and not self.watcher.reads(len(self.timesteps) - 1)
 
     def begin(self, kwargs: dict[str, Any], count: int) -> None:
         """Note that a step of ``count`` images begins."""
@@ -133,6 +148,12 @@ class DenoiserHook(ModelHook):
             self.patch_rows = int(kwargs["img_ids"][..., 1].max()) + 1 if self.family.sequence else 0
         self.timesteps.append(time * self.family.clock)
         self.guidances.append(self.guidance)
+
+    def look_at_both(self, module: Any, null: Call, text: Call) -> Tensor:
+        """`look` at a step whose branches are two calls; returns the rows of both, the unconditional ones first."""
+        (kwargs, null_output), (text_kwargs, text_output) = null, text
+        rows = {name: joined(kwargs[name], text_kwargs[name]) for name in (self.family.sample, TEXT, *PER_ROW) if name in kwargs}
+        return self.look(module, kwargs | rows, torch.cat([null_output, text_output]))
 
     def look(self, module: Any, kwargs: dict[str, Any], prediction: Tensor) -> Tensor:
         """Show one step to the watcher; ``prediction``, unconditional rows first where there are any, as its corrections want it.
@@ -237,7 +258,7 @@ class DenoiserHook(ModelHook):
         else:
             return None
         null, text = self.raw(here)
-        return torch.cat([null, text]) if self.guidance > 1 else text
+        return torch.cat([null, text]) if self.guidance != 1 else text
 
     def enter(self, row: int, correction: Correction, here: Observation) -> Observation:
         """One row at this call under its correction; if it starts elsewhere or late, after going its own way from the start."""
@@ -262,8 +283,11 @@ class DenoiserHook(ModelHook):
         return seen
 
     def raw(self, here: Observation) -> tuple[Tensor, Tensor]:
-        """The network outputs, unconditional and conditional, with which the pipeline's guidance gives the prediction that is followed."""
-        outputs = here.eps_u, here.eps_c if not any(here.rules) else here.eps_u + (here.prediction - here.eps_u) / here.guidance_scale
+        """The network outputs, unconditional and conditional, with which the pipeline's guidance gives the prediction that is followed.
+
+        Where a rule stands in guidance's place both are what the rule wants, of which any guidance makes the same.
+        """
+        outputs = (here.prediction,) * 2 if any(here.rules) else (here.eps_u, here.eps_c)
         kind = prediction_type(self.pipe.scheduler)
         null, text = (from_noise(eps, here.x, here.level, kind) for eps in outputs)
         return null, text
@@ -275,15 +299,15 @@ class DenoiserHook(ModelHook):
         guided, rescale = null + guidance * (text - null), getattr(self.pipe, "guidance_rescale", 0.0)
         return rescale_noise_cfg(guided, text, rescale) if rescale > 0 else guided
 
-    def redirect(self, condition: Tensor) -> Tensor:
-        """The batch's conditions with those of corrected rows in place."""
+    def redirect(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments with the conditions of corrected rows in place."""
         changed = {row: c.condition for row, c in self.watcher.corrections.items() if c.condition is not None}
         if not changed:
-            return condition
-        condition = condition.clone()
+            return kwargs
+        condition = self.condition(kwargs).clone()
         for row, text in changed.items():
             condition[len(condition) - len(self.evaluations) + row] = text
-        return condition
+        return self.told(kwargs, condition)
 
     def to_noise(self, prediction: Tensor, x: Tensor, timestep: float) -> Tensor:
         return to_noise(prediction.float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))
@@ -341,20 +365,27 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
 
 def seams_of(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
     """Put the seams in place, give way, and take them away."""
-    pipe = encoder.pipe
-    module: nn.Module = denoiser_of(pipe)
+    hook, scheduler = DenoiserHook(watcher, encoder), encoder.pipe.scheduler
+    with hung(denoiser_of(encoder.pipe), hook):
+        seams = {name: wrap(getattr(scheduler, name)) for name, wrap in hook.seams.items() if hasattr(scheduler, name)}
+        vars(scheduler).update(seams)
+        try:
+            yield
+        finally:
+            for name in seams:
+                vars(scheduler).pop(name, None)
+
+
+@contextmanager
+def hung(module: nn.Module, hook: DenoiserHook) -> Iterator[None]:
+    """Within the block ``hook`` stands around ``module``, which is as it was afterwards."""
     names = ("forward", "_diffusers_hook")
     before = {name: vars(module)[name] for name in names if name in vars(module)}
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    hook, scheduler = DenoiserHook(watcher, encoder), pipe.scheduler
     registry.register_hook(hook, HOOK)
-    seams = {name: wrap(getattr(scheduler, name)) for name, wrap in hook.seams.items() if hasattr(scheduler, name)}
-    vars(scheduler).update(seams)
     try:
         yield
     finally:
-        for name in seams:
-            vars(scheduler).pop(name, None)
         registry.remove_hook(HOOK, recurse=False)
         for name in names:  # the registry leaves itself and a bound forward behind on a module that had neither
             vars(module).pop(name, None)
