@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers import ModularPipeline
 from torch import Tensor, cat
 
 #: the denoiser's argument that carries the token embeddings, in every family.
@@ -59,6 +61,22 @@ def encode_clip_and_t5(pipe: Any, texts: list[str], options: dict[str, Any]) -> 
     return text[:count], pooled[:count], text[count:].expand(count, -1, -1), pooled[count:].expand(count, -1)
 
 
+def encode_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """SDXL as a modular pipeline, whose encoding is its text block's. The texts go to both encoders."""
+    from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
+
+    text, null, pooled, null_pooled = StableDiffusionXLTextEncoderStep.encode_prompt(pipe, texts, **options)
+    return text, pooled, null, null_pooled
+
+
+def encode_three_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Stable Diffusion 3 as a modular pipeline, which has no unconditional prompt of its own: it is the empty one here."""
+    from diffusers.modular_pipelines.stable_diffusion_3.encoders import encode_prompt
+
+    text, null, pooled, null_pooled = encode_prompt(pipe, texts, negative_prompt="", **options)
+    return text, pooled, null, null_pooled
+
+
 def classifier_free(pipe: Any, given: dict[str, Any]) -> float:
     """Guidance in one call of the denoiser, unconditional rows first."""
     return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
@@ -69,6 +87,12 @@ def true_guidance(pipe: Any, given: dict[str, Any]) -> float:
     names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
     negative = given.get("negative_prompt") is not None or all(given.get(name) is not None for name in names)
     return max(1.0, float(given.get("true_cfg_scale", 1.0))) if negative else 1.0
+
+
+def by_guider(pipe: Any, given: dict[str, Any]) -> float:
+    """Guidance by a modular pipeline's guider, at the step that it is at."""
+    guider = pipe.guider
+    return float(guider.guidance_scale + guider.use_original_formulation) if guider._is_cfg_enabled() else 1.0
 
 
 def pictured(sequence: Tensor, rows: int) -> Tensor:
@@ -154,9 +178,14 @@ FLUX = Family(
     clock=1000,
     classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
 )
+MODULAR_SDXL = replace(SDXL, encode=encode_in_blocks, guidance=by_guider, apart=True, classes=("StableDiffusionXLModularPipeline",))
+MODULAR_SD3 = replace(SD3, encode=encode_three_in_blocks, guidance=by_guider, apart=True, classes=("StableDiffusion3ModularPipeline",))
 
 #: pipeline class name -> family.
-FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3, FLUX) for name in family.classes}
+FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3, FLUX, MODULAR_SDXL, MODULAR_SD3) for name in family.classes}
+
+#: what a modular pipeline is told through its guider, and other pipelines, where they can be told, through their call.
+GUIDANCE = ("guidance_scale", "guidance_rescale", "use_original_formulation", "start", "stop", "enabled")
 
 
 def family_of(pipe: Any) -> Family:
@@ -165,6 +194,13 @@ def family_of(pipe: Any) -> Family:
     if name not in FAMILIES:
         raise TypeError(f"sdguard does not support {name} yet; supported: {', '.join(sorted(FAMILIES))}.")
     return FAMILIES[name]
+
+
+def parameters_of(pipe: Any) -> set[str]:
+    """Names of what a run of the pipeline can be told."""
+    if isinstance(pipe, ModularPipeline):
+        return {*pipe.default_call_parameters, *GUIDANCE}
+    return set(inspect.signature(type(pipe).__call__).parameters)
 
 
 def denoiser_of(pipe: Any) -> Any:
