@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
+import logging
 import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,15 +20,18 @@ from accelerate.utils import align_module_device, gather_object
 from torch import nn
 
 from sdguard.alignment import alignment
+from sdguard.config import GuardConfig
 from sdguard.decision import BY_NAME, LATER_CALLS, PLAN, Cascade, judge, judge_later
-from sdguard.families import denoiser_of
+from sdguard.families import denoiser_of, parameters_of
 from sdguard.journal import Journal
 from sdguard.lookahead import estimate
 from sdguard.observation import Observation
-from sdguard.profile import FORMAT, SERIES, Profile
+from sdguard.profile import FORMAT, SERIES, Profile, ProfileError
 from sdguard.reading import read
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.words import document_frequency
+
+logger = logging.getLogger(__name__)
 
 PROFILE_FILE, PROMPTS_FILE = "sdguard/profile.json", "sdguard/ordinary_prompts.txt"
 BATCH = 8
@@ -104,7 +108,7 @@ def split(count: int) -> tuple[list[int], list[int]]:
 def call_setting(pipe: Any, steps: int, guidance_scale: float, height: int, width: int) -> dict[str, Any]:
     """The arguments of a pipeline's call that make a configuration; those it does not have are left out."""
     setting = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
-    return {name: value for name, value in setting.items() if name in inspect.signature(type(pipe).__call__).parameters}
+    return {name: value for name, value in setting.items() if name in parameters_of(pipe)}
 
 
 def batched(positions: list[int]) -> list[list[int]]:
@@ -229,7 +233,7 @@ def cache_path(print_: dict[str, Any]) -> Path:
 
 def model_folder(pipe: Any) -> Path | None:
     """The directory a pipeline was loaded from, if it was one."""
-    source = getattr(pipe.config, "_name_or_path", None)
+    source = getattr(pipe, "_pretrained_model_name_or_path", None) or getattr(pipe.config, "_name_or_path", None)
     return Path(source) if source and Path(source).is_dir() else None
 
 
@@ -242,6 +246,30 @@ def known_profile(pipe: Any, print_: dict[str, Any]) -> Profile | None:
             if profile.fingerprint == print_:
                 return profile
     return None
+
+
+def profile_of(pipe: Any, config: GuardConfig, **setting: Any) -> Profile:
+    """The profile of a configuration (`fingerprint`'s ``setting``): the one ``config`` gives, a known one, or one made now.
+
+    Raises:
+        ProfileError: the profile given is another configuration's, or calibration is forbidden and none is known.
+    """
+    print_ = fingerprint(pipe, **setting)
+    if config.profile is not None:
+        profile = config.profile if isinstance(config.profile, Profile) else Profile.load(Path(config.profile))
+        profile.check(print_)
+        return profile
+    if known := known_profile(pipe, print_):
+        return known
+    if not config.calibrate:
+        raise ProfileError("No profile is known for this configuration, and GuardConfig(calibrate=False) forbids to make one.")
+    prompts = config.calibration_prompts or ordinary_prompts(pipe)
+    logger.warning("sdguard: calibrating this configuration on %d ordinary prompts, once; 'sdguard calibrate' does it ahead", len(prompts))
+    path, started = cache_path(print_), time.monotonic()
+    made = calibrate(pipe, prompts, **setting, journal=path)
+    made.save(path)
+    logger.warning("sdguard: calibrated in %.0f seconds; the profile is %s", time.monotonic() - started, path)
+    return made
 
 
 def ordinary_prompts(pipe: Any) -> list[str]:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
-import time
 from pathlib import Path
 from typing import Any
 
 import wrapt
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
-from sdguard.calibration import cache_path, calibrate, fingerprint, is_plain, known_profile, ordinary_prompts
+from sdguard.calibration import is_plain, profile_of
 from sdguard.config import GuardConfig
 from sdguard.families import Encoder, blends, default_size, family_of, sized_by_picture
 from sdguard.hook import watched
-from sdguard.profile import Profile, ProfileError
+from sdguard.profile import Profile
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
-
-logger = logging.getLogger(__name__)
 
 #: arguments of a call, beside its setting, that move the statistics of ordinary prompts.
 INPUTS = (
@@ -42,10 +38,12 @@ class GuardedPipeline(wrapt.ObjectProxy):
         config: how to guard, by default `GuardConfig()`.
 
     Raises:
-        TypeError: the pipeline's class is not supported; the message names it.
+        TypeError: the pipeline's class is not supported, or it is a modular pipeline; the message names it.
     """
 
     def __init__(self, pipe: Any, config: GuardConfig | None = None) -> None:
+        if isinstance(pipe, ModularPipeline):
+            raise TypeError(f"{type(pipe).__name__} is a modular pipeline: it is guarded by its guider, sdguard.guider.GuardedGuidance.")
         family_of(pipe)
         super().__init__(pipe)
         self._self_config = config or GuardConfig()
@@ -115,24 +113,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         chosen = {name: given[name] for name in INPUTS if given.get(name) is not None}
         inputs = {name: value for name, value in chosen.items() if not (is_plain(value) and value == usual[name])}
         setting = {"steps": steps, "guidance_scale": given["guidance_scale"], "height": height, "width": width, "inputs": inputs}
-        print_ = fingerprint(pipe, **setting)
-        if config.profile is not None:
-            profile = config.profile if isinstance(config.profile, Profile) else Profile.load(Path(config.profile))
-            profile.check(print_)
-            return profile
-        if known := known_profile(pipe, print_):
-            return known
-        if not config.calibrate:
-            raise ProfileError("No profile is known for this configuration, and GuardConfig(calibrate=False) forbids to make one.")
-        prompts = config.calibration_prompts or ordinary_prompts(pipe)
-        logger.warning(
-            "sdguard: calibrating this configuration on %d ordinary prompts, once; 'sdguard calibrate' does it ahead", len(prompts)
-        )
-        path, started = cache_path(print_), time.monotonic()
-        made = calibrate(pipe, prompts, **setting, journal=path)
-        made.save(path)
-        logger.warning("sdguard: calibrated in %.0f seconds; the profile is %s", time.monotonic() - started, path)
-        return made
+        return profile_of(pipe, config, **setting)
 
 
 def size_of(pipe: Any, given: dict[str, Any]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from diffusers import (
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
-from sdguard import pipeline as pipeline_module
+from sdguard import calibration as calibration_module
 from sdguard import run as run_module
 from sdguard.correction import Correction
 from sdguard.decision import Scale
@@ -235,7 +235,7 @@ def test_an_unknown_configuration_is_calibrated_once_and_cached(tiny: Any, monke
         made.append(sdguard.calibrate(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(pipeline_module, "calibrate", counted)
+    monkeypatch.setattr(calibration_module, "calibrate", counted)
     config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a cat {i}" for i in range(8)])
     for _ in range(2):
         assert len(call(sdguard.guard(tiny, config)).guard) == 3
