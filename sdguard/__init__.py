@@ -2,6 +2,7 @@
 
 from sdguard.calibration import calibrate
 from sdguard.config import GuardConfig
+from sdguard.guider import GuardedGuidance
 from sdguard.pipeline import GuardedPipeline, guard, unguard
 from sdguard.profile import Profile, ProfileError
 from sdguard.report import GuardReport
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GuardConfig",
     "GuardReport",
+    "GuardedGuidance",
     "GuardedPipeline",
     "MemorizationError",
     "Profile",

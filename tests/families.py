@@ -287,3 +287,11 @@ def profile_for(threshold: float) -> Profile:
 def reworded(flagged: Flagged, methods: Any) -> list[Outcome]:
     conditions = flagged.encoder([str(prompt).split()[-1] for prompt in flagged.prompts])
     return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": "..."}]) for c in conditions]
+
+
+def modular(name: str, tokenizer: Any) -> Any:
+    """A modular pipeline with the components of the pipeline of the same family."""
+    pipe = getattr(diffusers, name)()
+    whole = build(name.replace("Modular", ""), tokenizer)
+    pipe.update_components(**{part: whole.components[part] for part in pipe.pretrained_component_names if part in whole.components})
+    return pipe

@@ -28,6 +28,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, Profile, ProfileError, testbed
+from sdguard import calibration as calibration_module
 from sdguard import pipeline as pipeline_module
 from sdguard import run as run_module
 from sdguard.calibration import fingerprint
@@ -499,7 +500,7 @@ def test_an_argument_that_moves_what_the_guard_reads_is_in_the_fingerprint(
         prints.append(print_)
         return profile_for(1e6)
 
-    monkeypatch.setattr(pipeline_module, "known_profile", known)
+    monkeypatch.setattr(calibration_module, "known_profile", known)
     guarded = sdguard.guard(made(way, embedded.tokenizer))
     without, within = (call(guarded, **extra).guard[0].series["guidance_norm"] for extra in ({}, way.arguments(guarded)))
     assert without != within
