@@ -16,6 +16,7 @@ from sdguard.correction import Correction
 from sdguard.families import GUIDANCE, Encoder, denoiser_of, family_of
 from sdguard.hook import PER_ROW, Call, DenoiserHook, hung, kept
 from sdguard.observation import Observation
+from sdguard.profile import ProfileError
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun
 
@@ -35,7 +36,6 @@ class GuardedGuidance(ClassifierFreeGuidance):
     prompt has to be in ``inputs``, since it is part of what is calibrated. And what is withheld is not blanked afterwards: its latents are
     set to zero at every step from the one that flagged it on, so that the decoder draws its picture of nothing.
 
-    Where guidance is not the same at every call (``start``, ``stop``, a scheduler of second order), images are judged at the first alone.
     One run at a time: pipelines that share a denoiser or a scheduler are not to run at once.
 
     Cost: as under `GuardedPipeline`; a call without guidance that the guard reads pays one evaluation an image.
@@ -43,7 +43,9 @@ class GuardedGuidance(ClassifierFreeGuidance):
     Args:
         pipe: the modular pipeline whose guider this is to be.
         guard: how to guard, by default `GuardConfig()`.
-        inputs: what else every call of the pipeline is given that moves the statistics: ``negative_prompt``, ``max_sequence_length``.
+        inputs: what else every call of the pipeline is given that moves the statistics: ``negative_prompt``, ``max_sequence_length``,
+            ``timesteps``, ``original_size`` and their like. A run with another negative prompt or other timesteps is refused; the rest is
+            believed.
         guidance: the arguments of `ClassifierFreeGuidance`.
 
     Attributes:
@@ -123,8 +125,9 @@ class GuardedGuidance(ClassifierFreeGuidance):
         height, width = (side * pipe.vae_scale_factor for side in first.x.shape[2:])
         setting = {"steps": self._num_inference_steps, "guidance_scale": self.guidance_scale, "height": height, "width": width}
         profile = profile_of(pipe, self.guard, **setting, inputs=inputs | unusual)
-        steady = self._start == 0 and self._stop == 1 and len(pipe.scheduler.timesteps) == self._num_inference_steps
-        run = GuardedRun(self.guard, profile, prompts, encoder, restartable=steady)
+        if profile.timesteps and profile.timesteps != pipe.scheduler.timesteps.tolist():
+            raise ProfileError("The profile does not match this run: its timesteps are others; custom ones go into the guider's inputs.")
+        run = GuardedRun(self.guard, profile, prompts, encoder)
         self.reports = run.reports
         return run
 
@@ -234,10 +237,9 @@ class Seam(DenoiserHook):
         if reasons := [reason for reason, is_so in found.items() if is_so]:
             raise ValueError(f"GuardedGuidance guards text-to-image runs only; this one {' and '.join(reasons)}.")
 
-    def guide(self, null: Tensor, text: Tensor) -> Tensor:
-        """What the guider itself makes of the two branches' outputs."""
-        guided: Tensor = self.guider.forward(text, null).pred
-        return guided
+    @property
+    def rescale(self) -> float:
+        return float(self.guider.guidance_rescale)
 
     def await_step(self, withheld: list[int]) -> None:
         """Stand around ``scheduler.step`` until it is called, for the rows that arrive and those that are withheld."""

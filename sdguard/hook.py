@@ -102,6 +102,11 @@ class DenoiserHook(ModelHook):
         """The scale with which the pipeline joins its two branches at the call under way; 1 where it has one branch."""
         return self.family.guidance(self.pipe, self.encoder.given)
 
+    @property
+    def rescale(self) -> float:
+        """How far the pipeline draws a guided output back to the spread of the conditional one."""
+        return float(getattr(self.pipe, "guidance_rescale", 0.0))
+
     @functools.cached_property
     def null_condition(self) -> Tensor:
         """The pipeline's own unconditional prompt, ``[1, T (+ 1), E]``, for runs that do not encode it."""
@@ -296,8 +301,8 @@ class DenoiserHook(ModelHook):
         """What the pipeline makes of the two branches' outputs (Ho & Salimans 2022; rescaled as in Lin et al. 2023 where it is told to)."""
         if guidance == 1:
             return text
-        guided, rescale = null + guidance * (text - null), getattr(self.pipe, "guidance_rescale", 0.0)
-        return rescale_noise_cfg(guided, text, rescale) if rescale > 0 else guided
+        guided = null + guidance * (text - null)
+        return rescale_noise_cfg(guided, text, self.rescale) if self.rescale > 0 else guided
 
     def redirect(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments with the conditions of corrected rows in place."""

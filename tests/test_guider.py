@@ -14,7 +14,7 @@ from diffusers import ClassifierFreeGuidance
 from families import ADDED, PROMPTS, SIZED, controlnet, mask, modular, picture, profile_for, reworded, unet
 
 import sdguard
-from sdguard import GuardConfig, GuardReport, MemorizationError, Profile, calibrate
+from sdguard import GuardConfig, GuardReport, MemorizationError, Profile, ProfileError, calibrate
 from sdguard import calibration as calibration_module
 from sdguard import guider as guider_module
 from sdguard import run as run_module
@@ -109,23 +109,38 @@ def test_a_flagged_row_goes_the_way_of_its_new_prompt_and_no_other_row_changes(
     assert np.array_equal(plainly(pipe, guidance=guidance), plain)
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
-def test_a_row_that_is_flagged_late_is_started_again(pipe: Any, scheduler: str, given: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "guidance"),
+    [
+        *(
+            (name, {})
+            for name in ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
+        ),
+        *(("DDIMScheduler", guidance) for guidance in ({"guidance_rescale": 0.7}, {"start": 0.3}, {"stop": 0.6})),
+    ],
+    ids=str,
+)
+def test_a_row_that_is_flagged_late_is_started_again(
+    pipe: Any, scheduler: str, guidance: dict[str, Any], given: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_module, "climb", reworded)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    plain = plainly(pipe)
-    guider = guarded(pipe, profile_for(1e6))
+    plain = plainly(pipe, guidance=guidance)
+
+    def profile(bound: float) -> Profile:
+        """Judges by the third call alone."""
+        made = profile_for(1e6)
+        return replace(made, cascade=replace(made.cascade, later=(Scale(False, 0.0, 1e9), Scale(False, 0.0, bound / 1e6))))
+
+    guider = guarded(pipe, profile(1e9), **guidance)
     call(pipe)
     row, bound = strongest(guider.reports, 2)
-    profile = profile_for(1e6)
-    never = Scale(False, 0.0, 1e9)
-    late = replace(profile, cascade=replace(profile.cascade, later=(never, Scale(False, 0.0, bound / 1e6))))
-    guider = guarded(pipe, late)
+    guider = guarded(pipe, profile(bound), **guidance)
     steered = call(pipe)
     assert [report.flagged_at for report in guider.reports] == [2 if i == row else None for i in range(3)]
     assert [np.array_equal(steered[i], plain[i]) for i in range(3)] == [i != row for i in range(3)]
     if scheduler != "EulerAncestralDiscreteScheduler":  # its noise is the row's own, not the generator's
-        np.testing.assert_allclose(steered[row], plainly(pipe, told(row))[row], atol=1e-4)
+        np.testing.assert_allclose(steered[row], plainly(pipe, told(row), guidance)[row], atol=1e-4)
     assert clear(pipe)
 
 
@@ -337,6 +352,17 @@ def test_runs_with_a_mask_or_a_controlnet_and_parts_of_runs_are_refused(pipe: An
     pipe.update_components(unet=unet(9, 32, **ADDED))
     with pytest.raises(ValueError, match="fills in a mask"):
         call(pipe, image=picture(), mask_image=mask(), strength=1.0)
+
+
+def test_other_timesteps_are_another_configuration(pipe: Any) -> None:
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    guider = guarded(pipe, GuardConfig("observe", false_positive_rate=0.3, calibration_prompts=[f"a cat {i}" for i in range(5)]))
+    chosen: dict[str, Any] = {"timesteps": [900, 500, 300, 100]}
+    with pytest.raises(ProfileError, match="its timesteps are others"):
+        call(pipe, **chosen)
+    pipe.update_components(guider=guider.new(inputs=chosen))
+    call(pipe, **chosen)
+    assert [report.error for report in pipe.guider.reports] == [None] * 3
 
 
 def test_a_guider_belongs_to_one_pipeline(pipe: Any, embedded: Any) -> None:
