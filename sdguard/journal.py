@@ -23,7 +23,9 @@ class Journal:
             self.results = {entry["key"]: entry["result"] for entry in entries[1:]}
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [work, *({"key": key, "result": result} for key, result in self.results.items())]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        partial = path.with_name(f".{path.name}.partial")  # a run killed right now must not lose what earlier ones kept
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        partial.replace(path)
 
     def add(self, key: str, result: Any) -> None:
         """Keep the result of one piece of work."""
