@@ -1,4 +1,4 @@
-"""The command line: ``sdguard generate``, ``explain``, ``calibrate``, ``profiles``.
+"""The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``.
 
 Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
 """
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from sdguard.config import GuardConfig
 
 BAD_INPUT, WITHHELD = 1, 3
 BATCH = 8
+SHOWN = 20
 COLOURS = {"clean": "green", "flagged": "yellow", "steered": "cyan", "withheld": "red"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")
@@ -218,6 +220,101 @@ def generate(
 
 
 @app.command()
+def scan(
+    file: Annotated[Path, typer.Argument(help="Prompts: text, one a line, or CSV, JSON lines, parquet.", metavar="FILE")],
+    column: Annotated[
+        str | None, typer.Option(help="The column that holds the prompts. [default: prompt, caption or text, else the only one of text]")
+    ] = None,
+    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 1,
+    fdr: Annotated[float, typer.Option(help="Share of the discovered prompts that may be ordinary ones.")] = 0.05,
+    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be flagged, as for a guarded run.")] = 0.01,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one denoiser batch.")] = BATCH,
+    out: Annotated[Path, typer.Option(help="Where the ranked table goes: .csv, .jsonl or .parquet.")] = Path("out/scan.csv"),
+    engine: Annotated[str, typer.Option(help="local, or ray for a cluster ($RAY_ADDRESS, else this machine).")] = "local",
+    profile: Annotated[Path | None, typer.Option(help="A profile file, in place of the one that is found or made.")] = None,
+) -> None:
+    """Rank the prompts of a file by memorization p-value without making pictures; a killed scan goes on where it stopped.
+
+    Under 'accelerate launch', processes share the work.
+    """
+    from datetime import timedelta
+
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
+    from rich.progress import Progress
+
+    from sdguard import scanning
+    from sdguard.prompt_files import check_writable, read_prompts, write_table
+
+    with one_sentence():
+        if not 0 < fdr < 1:
+            raise BadInput(f"--fdr is {fdr:g}; it must lie between 0 and 1.")
+        if engine not in ("local", "ray"):
+            raise BadInput(f"--engine is {engine!r}; it must be 'local' or 'ray'.")
+        config = GuardConfig("observe", fpr, "pass", profile)
+        prompts = read_prompts(file, column).to_dict()
+        check_writable(out)
+        state = PartialState(timeout=timedelta(days=7))  # processes wait for the one that calibrates, and for the slowest
+        if engine == "ray" and state.num_processes > 1:
+            raise BadInput("--engine ray shares the work itself: run it without 'accelerate launch'.")
+        pipe = load_pipeline(model).to(state.device)
+        setting = default_setting(model, steps, guidance)
+        found = broadcast_object_list([scanning.profile_of(pipe, config, setting) if state.is_main_process else None])[0]
+        writable(out.parent)
+        options = {"seeds": seeds, "false_positive_rate": fpr, "batch_size": batch_size, "journal": out, **setting}
+        if engine == "ray":
+            from sdguard.ray_engine import scan_with_ray
+
+            batches = scan_with_ray(partial(load_pipeline, model), found, prompts, **options)
+        else:
+            batches = scanning.scan(pipe, found, prompts, state=state, **options)
+        rows: list[dict[str, Any]] = []
+        with Progress(disable=not state.is_main_process, console=Console(stderr=True)) as bar:
+            task = bar.add_task("scanning", total=len(prompts))
+            for batch in batches:
+                rows += batch
+                bar.update(task, completed=min(len(prompts), len(rows) * state.num_processes))
+        rows = gather_object(rows) if state.num_processes > 1 else rows
+        if state.is_main_process:
+            table = scanning.ranked(rows, prompts, fdr)
+            write_table(table, out)
+        state.wait_for_everyone()
+        for path in scanning.journals(out, state.process_index, state.num_processes):
+            path.unlink(missing_ok=True)
+        if not state.is_main_process:
+            return
+    window = pipe.tokenizer.model_max_length
+    cut = sum(len(ids) > window for ids in pipe.tokenizer(list(prompts.values()), truncation=False).input_ids)
+    failed = table[table.error != ""]
+    Console().print(ranking(table))
+    notes = [
+        f"{int(table.discovered.sum())} of {len(table)} prompts discovered at a false discovery rate of {fdr:g}; "
+        f"{table.evaluations.mean():.1f} denoiser evaluations a prompt; {out}",
+        scanning.power_note(found, seeds, int(table.p_value.notna().sum()), fdr),
+        f"{cut} prompts are longer than the {window} tokens that the text encoder reads; the rest of them was not read." if cut else None,
+        f"{len(failed)} prompts could not be judged; the first of them, row {failed.row.iloc[0]}: {failed.error.iloc[0]}"
+        if len(failed)
+        else None,
+    ]
+    for note in filter(None, notes):
+        Console().print(escape(note), highlight=False)
+
+
+def ranking(table: Any) -> Table:
+    """The first rows of a scan's table, for people."""
+    shown = Table("rank", "row", "prompt", "score", "p", "q", title=f"the first {min(SHOWN, len(table))} of {len(table)} prompts")
+    for rank, row in enumerate(table.head(SHOWN).itertuples(), start=1):
+        style = "red" if row.discovered else None
+        shown.add_row(
+            str(rank), str(row.row), escape(row.prompt), f"{row.score:+.2f}", f"{row.p_value:.3g}", f"{row.q_value:.3g}", style=style
+        )
+    return shown
+
+
+@app.command()
 def explain(
     prompt: Annotated[str, typer.Argument(help="The prompt to explain.")],
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
@@ -252,23 +349,12 @@ def explain(
     Console().print(f"rank agreement of the two: {found.agreement:+.2f}; explain.png and explain.json in {out}/")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The non-empty lines of a text file; raises `BadInput` if it cannot be read or has none."""
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"The prompts in {path} cannot be read: {error}.") from None
-    if not lines:
-        raise BadInput(f"{path} holds no prompt.")
-    return lines
-
-
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
-    prompts: Annotated[Path | None, typer.Option(help="Ordinary prompts, one a line, in place of those that come along.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of ordinary prompts, in place of those that come along.")] = None,
     memorized: Annotated[
-        Path | None, typer.Option(help="Prompts known to be memorized, one a line: they fit the signals' weights and the ladder's order.")
+        Path | None, typer.Option(help="File of prompts known to be memorized: they fit the signals' weights and the ladder's order.")
     ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
@@ -286,13 +372,14 @@ def calibrate(
     from sdguard import calibration
     from sdguard.families import default_size
     from sdguard.profile import scores_needed
+    from sdguard.prompt_files import read_prompts
     from sdguard.steering.learning import learn_ladder
 
     with one_sentence():
         GuardConfig(false_positive_rate=fpr)  # refuses a rate that cannot be
         state = PartialState()
         pipe = load_pipeline(model).to(state.device)
-        chosen = read_prompts(prompts) if prompts else calibration.ordinary_prompts(pipe)
+        chosen = read_prompts(prompts).tolist() if prompts else calibration.ordinary_prompts(pipe)
         if n is not None:
             if n > len(chosen):
                 raise BadInput(f"--n asks for {n} prompts, and there are {len(chosen)}.")
@@ -302,7 +389,7 @@ def calibrate(
             raise BadInput(
                 f"A false-positive rate of {fpr:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored."
             )
-        known = read_prompts(memorized) if memorized else []
+        known = read_prompts(memorized).tolist() if memorized else []
         usual = default_setting(model, steps, guidance)
         size = default_size(pipe)
         setting = {

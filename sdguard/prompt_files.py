@@ -48,7 +48,7 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
     ".csv": lambda table, path: table.to_csv(path, index=False),
-    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True),
+    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, double_precision=15),
     ".parquet": lambda table, path: table.to_parquet(path, index=False),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +92,19 @@ def tiny(embedded: Any) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def launch() -> Callable[..., None]:
+    """Runs a command of sdguard in two CPU processes under ``accelerate launch``."""
+
+    def run(*arguments: str) -> None:
+        processes = ["--cpu", "--num_processes", "2", "--num_machines", "1"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *processes, "-m", "sdguard.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
 
 
 @pytest.fixture

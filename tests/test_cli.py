@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,25 +128,12 @@ def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     assert "cannot be read" in " ".join(result.stderr.split())
 
 
-def test_two_processes_calibrate_to_the_same_profile_as_one(tmp_path: Path) -> None:
+def test_two_processes_calibrate_to_the_same_profile_as_one(tmp_path: Path, launch: Callable[..., None]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a lion number {i}" for i in range(24)))
     options = ["calibrate", "--prompts", str(prompts), "--steps", "2", "--fpr", "0.2", "--out"]
     assert CliRunner().invoke(app, [*options, str(tmp_path / "one.json")]).exit_code == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "-m",
-        "sdguard.cli",
-    ]
-    done = subprocess.run([*launch, *options, str(tmp_path / "two.json")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(*options, str(tmp_path / "two.json"))
     one, two = (Profile.load(tmp_path / f"{name}.json") for name in ("one", "two"))
     assert two.fingerprint == one.fingerprint
     assert two.scores == pytest.approx(one.scores, abs=1e-3)
