@@ -262,7 +262,7 @@ def scan(
             raise BadInput("--engine ray shares the work itself: run it without 'accelerate launch'.")
         pipe = load_pipeline(model).to(state.device)
         setting = default_setting(model, steps, guidance)
-        found = broadcast_object_list([scanning.profile_of(pipe, config, setting) if state.is_main_process else None])[0]
+        found = broadcast_object_list([scanning.guarded_profile(pipe, config, setting) if state.is_main_process else None])[0]
         writable(out.parent)
         options = {"seeds": seeds, "false_positive_rate": fpr, "batch_size": batch_size, "journal": out, **setting}
         if engine == "ray":

@@ -14,7 +14,7 @@ import torch
 
 from sdguard.config import GuardConfig
 from sdguard.profile import Profile
-from sdguard.scanning import BATCH, Batch, Row, profile_of, resumed, scan_batch
+from sdguard.scanning import BATCH, Batch, Row, guarded_profile, resumed, scan_batch
 
 
 class Scanner:
@@ -23,7 +23,7 @@ class Scanner:
     def __init__(self, load: Callable[[], Any], profile: Profile, options: dict[str, Any]) -> None:
         self.pipe = load().to("cuda" if torch.cuda.is_available() else "cpu")
         self.profile, self.options = profile, options
-        profile_of(self.pipe, GuardConfig(profile=profile), options["setting"])
+        guarded_profile(self.pipe, GuardConfig(profile=profile), options["setting"])
 
     def __call__(self, batches: dict[str, Any]) -> dict[str, list[str]]:
         return {"rows": [json.dumps(scan_batch(self.pipe, self.profile, json.loads(batch), **self.options)) for batch in batches["batch"]]}

@@ -38,7 +38,7 @@ Batch = Sequence[tuple[int, str]]
 BATCH = 8
 
 
-def profile_of(pipe: Any, config: GuardConfig, setting: Mapping[str, Any]) -> Profile:
+def guarded_profile(pipe: Any, config: GuardConfig, setting: Mapping[str, Any]) -> Profile:
     """The profile that a guarded call of ``pipe`` with ``setting`` goes by: given, known, or calibrated now; raises as that call does."""
     call = inspect.signature(type(pipe).__call__).bind(pipe, **setting)
     call.apply_defaults()
@@ -136,7 +136,7 @@ def scan(
     Raises:
         ProfileError: the profile does not match the pipeline and setting, or is too small for the rate.
     """
-    profile_of(pipe, GuardConfig(profile=profile), setting).allowed(false_positive_rate)
+    guarded_profile(pipe, GuardConfig(profile=profile), setting).allowed(false_positive_rate)
     work = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate, setting=setting)
     yield from resumed(
         lambda batches: map(work, batches),

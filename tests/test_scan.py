@@ -23,7 +23,7 @@ from sdguard import GuardConfig, Profile, scanning, testbed
 from sdguard.cli import app
 from sdguard.profile import ProfileError
 from sdguard.prompt_files import read_table, write_table
-from sdguard.scanning import combined, journals, power_note, profile_of, ranked, scan, scan_batch, seed_of
+from sdguard.scanning import combined, guarded_profile, journals, power_note, ranked, scan, scan_batch, seed_of
 
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 MEMORIZED, ORDINARY = 2, 4
@@ -183,10 +183,10 @@ def test_journals_of_more_processes_are_taken_over(tmp_path: Path) -> None:
 def test_an_unknown_configuration_is_calibrated_once(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     setting: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.5}
     config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a lion number {i}" for i in range(9)])
-    made = profile_of(embedded, config, setting)
+    made = guarded_profile(embedded, config, setting)
     assert made.prompts == 6
     monkeypatch.setattr("sdguard.pipeline.calibrate", None)
-    assert profile_of(embedded, config, setting) == made
+    assert guarded_profile(embedded, config, setting) == made
     with pytest.raises(ProfileError, match="steps is 3, the profile's is 2"):
         next(scan(embedded, made, {0: "a cat"}, num_inference_steps=3, guidance_scale=2.5))
     with pytest.raises(ProfileError, match="needs at least 99 scored ordinary prompts; this profile has 6"):
