@@ -1,17 +1,21 @@
-"""Detection on the embedded model: every signal, the guard's cascade and a caption-only baseline, and what each costs.
+"""Detection: every signal, the guard's decision, published detectors as released and a caption-only baseline, and what each costs.
 
-``python -m benchmarks.detection`` reads each signal at the first denoiser call, before any step is taken, one seed a caption. Positives are
-samples that are copies, negatives samples of captions of the same make that training never showed. It also runs the cascade over ordinary
-captions that neither training's table nor calibration holds, for its realised false-positive rate. Writes
-``benchmarks/results/detection-SPLIT.parquet`` (one row a sample) and ``.json``.
+``python -m benchmarks detection`` measures the embedded model, ``--model NAME --prompts FILE ...`` any other. Two passes over the samples
+are kept as they come (`benchmarks.running.measured`): *first*, everything that can be read at the first denoiser call, for the first
+`PAID_SEEDS` seeds; *runs*, what is free, at every call of whole runs of all seeds, with the guard's decision. Writes
+``results/detection.parquet`` (a row a sample), ``detection.json`` (the tables).
+
+A *sample* is positive when it is a copy, where copies have been labelled; a *prompt* when at least half of its samples are, negative when
+none is, and left out else. A model without labels takes the set's own word for its prompts. Negatives are never pooled over sources.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,165 +23,284 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from rich.progress import track
+from accelerate import PartialState
 from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 
-from sdguard import Profile, testbed
-from sdguard.calibration import PROFILE_FILE
+from benchmarks import prompt_sets
+from benchmarks.published import released
+from benchmarks.running import measured, versions
+from benchmarks.statistics import estimates
+from sdguard import GuardConfig, Profile, testbed
+from sdguard.calibration import weights_digest
+from sdguard.cli import default_setting, load_pipeline
 from sdguard.decision import judge, judge_later
-from sdguard.observation import Observation
+from sdguard.observation import Observation, prediction_type
 from sdguard.reading import read
+from sdguard.scanning import guarded_profile
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.testbed.world import ordinary_captions
 
 BATCH = 16
-RESAMPLES = 1000
-HELD_OUT = 1000
 RATE = 0.01
-SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
+HELD_OUT = 1000
+SEEDS = (1, 4, 16)
+#: seeds of a prompt for which what costs evaluations is measured.
+PAID_SEEDS = 4
+#: calls over which what is read at every call is averaged.
+WINDOWS = {"first": 1, "first five": 5, "all": None}
+GUARD, CAPTION = "guard", "caption_only"
+RESULTS = Path(__file__).parent / "results"
 
 
-def measure(pipe: Any, captions: pd.DataFrame, profile: Profile, signals: tuple[Signal, ...]) -> pd.DataFrame:
-    """``captions`` with every signal's value and seconds, the cascade's score, evaluations and seconds at the first call, and the p-value
-    of the run, the later calls that are watched included."""
-    parts: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class Task:
+    """What is measured on: a pipeline, how it is called, the profile of that, and the samples.
+
+    ``samples`` has a row a prompt and seed, in the schema of `benchmarks.prompt_sets` with ``seed`` and ``positive``.
+    """
+
+    pipe: Any
+    setting: dict[str, Any]
+    profile: Profile
+    samples: pd.DataFrame
+    about: dict[str, Any]
+
+
+def embedded_samples(split: str) -> pd.DataFrame:
+    """The embedded model's captions of a split, all labelled seeds of those that are copied or serve as negatives, one of the others."""
+    table = pd.read_parquet(testbed.path() / "prompts.parquet")
+    table = pd.concat([prompt_sets.embedded_set(), table[["split", "copied_seeds", "copy_rate", "seeds"]]], axis=1)
+    table = table[table.split == split]
+    every = [(i, seed) for i, row in table.iterrows() for seed in range(row.seeds if row.copy_rate or row.kind == "ordinary" else 1)]
+    samples = table.loc[[i for i, _ in every]].reset_index(drop=True).assign(seed=[seed for _, seed in every])
+    samples["positive"] = [seed in copied for seed, copied in zip(samples.seed, samples.copied_seeds, strict=True)]
+    return samples.drop(columns=["split", "copied_seeds", "seeds", "target"])
+
+
+def given_samples(files: Sequence[Path], seeds: int) -> pd.DataFrame:
+    """The prompts of published sets, so many seeds each; a prompt that its set calls memorized counts as copied for every seed."""
+    table = pd.concat([prompt_sets.read_set(path) for path in files], ignore_index=True)
+    table["cluster"] = prompt_sets.near_duplicates(table.prompt.tolist())
+    positive = table.kind != "ordinary"
+    table = table.assign(positive=positive, copy_rate=positive.astype(float)).drop(columns="target")
+    return pd.concat([table.assign(seed=seed) for seed in range(seeds)], ignore_index=True)
+
+
+def at_first_call(task: Task, signals: Sequence[Signal], part: pd.DataFrame) -> pd.DataFrame:
+    """Every signal and the cascade at the first call of a batch of samples, with seconds an image and the cascade's evaluations."""
+    found: dict[str, Any] = {"prompt": part.prompt, "seed": part.seed}
 
     def look(observation: Observation) -> None:
-        if observation.step:
-            later = judge_later(guidance_norm(observation), observation.step, profile.cascade).tolist()
-            parts[-1]["run"] = [max(pair) for pair in zip(parts[-1]["run"], later, strict=True)]
-            parts[-1]["p_value"] = [profile.p_value(s) for s in parts[-1]["run"]]
-            return
-
-        def timed(read: Callable[[], Any]) -> tuple[Any, float]:
+        def timed(name: str, value: Callable[[], Any]) -> Any:
             started = time.perf_counter()
-            return read(), (time.perf_counter() - started) / len(observation.x)
+            result = value()
+            found[f"{name}_seconds"] = (time.perf_counter() - started) / len(observation.x)
+            return result
 
-        found: dict[str, Any] = {}
         for signal in signals:
-            value, found[f"{signal.name}_seconds"] = timed(partial(signal.read, observation))
-            found[signal.name] = value.tolist()
+            found[signal.name] = timed(signal.name, partial(signal.read, observation)).tolist()
         before = observation.evaluations.clone()
         fresh = replace(observation, estimates={})  # the cascade buys its own look-aheads, whatever a signal has made before
-        (score, _), found["cascade_seconds"] = timed(lambda: judge(fresh, profile.cascade))
-        found["cascade"] = found["run"] = score.tolist()
-        found["p_value"] = [profile.p_value(s) for s in score.tolist()]
-        found["evaluations"] = (observation.evaluations - before).tolist()
-        parts.append(found)
+        timed(GUARD, partial(judge, fresh, task.profile.cascade))
+        found["guard_evaluations"] = (observation.evaluations - before).tolist()
 
-    for start in track(range(0, len(captions), BATCH), "measuring"):
-        part = captions[start : start + BATCH]
-        read(pipe, part.text.tolist(), part.seed.tolist(), look, 1 + len(profile.cascade.later), **SETTING)
-    return pd.concat([captions.reset_index(drop=True), pd.concat(map(pd.DataFrame, parts), ignore_index=True)], axis=1)
+    read(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, **task.setting)
+    return pd.DataFrame(found)
 
 
-def true_positive_rate(truth: np.ndarray, score: np.ndarray, false_positive_rate: float = RATE) -> float:
-    """Share of positives above the threshold that at most this share of the negatives exceeds."""
-    negatives = np.sort(score[~truth])
-    return float((score[truth] > negatives[len(negatives) - 1 - int(false_positive_rate * len(negatives))]).mean())
+def over_runs(task: Task, signals: Sequence[Signal], part: pd.DataFrame, calls: int | None = None) -> pd.DataFrame:
+    """Free signals at every call of the runs of a batch, the run's score, p-value and what its decision cost, and seconds an image."""
+    series: dict[str, list[list[float]]] = {signal.name: [] for signal in signals}
+    scores: list[list[float]] = []
+    timesteps: list[float] = []
+    cost: list[int] = []
+
+    def look(observation: Observation) -> None:
+        if not observation.step:
+            scores.append(judge(observation, task.profile.cascade)[0].tolist())
+            cost[:] = observation.evaluations.tolist()
+        else:
+            scores.append(judge_later(guidance_norm(observation), observation.step, task.profile.cascade).tolist())
+        timesteps.append(observation.timestep)
+        for signal in signals:
+            series[signal.name].append(signal.read(observation).tolist())
+
+    started = time.perf_counter()
+    read(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, calls, **task.setting)
+    score = np.max(scores, axis=0)
+    return pd.DataFrame(
+        {
+            "prompt": part.prompt,
+            "seed": part.seed,
+            GUARD: score,
+            "p_value": [task.profile.p_value(s) for s in score],
+            "decision": cost,
+            "run_seconds": (time.perf_counter() - started) / len(part),
+            "timesteps": [timesteps] * len(part),
+            **{f"{name}_series": [list(row) for row in zip(*values, strict=True)] for name, values in series.items()},
+        }
+    )
 
 
-def resamples(groups: np.ndarray, truth: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """Row indices of bootstrap draws of whole caption clusters, those that hold both classes."""
-    rng = np.random.default_rng(seed)
-    clusters = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    draws = [np.concatenate([clusters[i] for i in rng.integers(len(clusters), size=len(clusters))]) for _ in range(RESAMPLES)]
-    return [draw for draw in draws if 0 < truth[draw].sum() < len(draw)]
+def caption_only(prompts: pd.DataFrame) -> np.ndarray:
+    """How memorized each prompt looks to a character-3-gram naive Bayes classifier that sees no model, ``[n]``.
+
+    ``prompts`` has a row a prompt, with ``positive``. Five folds, clusters kept together, lower-cased, both classes
+    as likely in every fold.
+    """
+    folds = GroupKFold(min(5, prompts.cluster.nunique()))
+    classifier = make_pipeline(CountVectorizer(analyzer="char", ngram_range=(3, 3)), MultinomialNB(fit_prior=False))
+    return cross_val_predict(classifier, prompts.prompt, prompts.positive, groups=prompts.cluster, cv=folds, method="predict_proba")[:, 1]
 
 
-def interval(
-    statistic: Callable[[np.ndarray, np.ndarray], float], truth: np.ndarray, score: np.ndarray, draws: list[np.ndarray]
-) -> list[float]:
-    """The 95% bootstrap interval of ``statistic(truth, score)``."""
-    return [float(v) for v in np.quantile([statistic(truth[draw], score[draw]) for draw in draws], [0.025, 0.975])]
+def values_of(samples: pd.DataFrame, name: str, window: str) -> np.ndarray | None:
+    """A detector's value of each sample over a window of calls; None where it was not read there."""
+    if f"{name}_series" in samples:
+        return np.array([np.mean(series[: WINDOWS[window]]) for series in samples[f"{name}_series"]])
+    return samples[name].to_numpy(float) if window == "first" and name in samples else None
+
+
+def prompt_level(samples: pd.DataFrame, value: np.ndarray, seeds: int) -> tuple[pd.DataFrame, np.ndarray] | None:
+    """The prompts whose first ``seeds`` seeds were all measured, and the mean of ``value`` over those."""
+    here = samples.assign(value=value)[samples.seed < seeds].dropna(subset="value")
+    grouped = here.groupby("prompt", sort=False)
+    prompts = grouped.first()[grouped.size() == seeds]
+    return (prompts, grouped.value.mean()[prompts.index].to_numpy()) if len(prompts) else None
 
 
 def compare(samples: pd.DataFrame, costs: dict[str, float]) -> list[dict[str, Any]]:
-    """One row a score and kind of target: AUC and true-positive rate at 1% false positives, with intervals, cost and milliseconds."""
-    negatives = samples[(samples.kind == "unseen") & ~samples["copy"]]
+    """One row a level, detector, window, seed count, kind of positives and source of negatives: AUC, TPR at `RATE`, cost, seconds."""
     rows = []
-    for kind in ("verbatim", "template"):
-        both = pd.concat([samples[(samples.kind == kind) & samples["copy"]], negatives])
-        truth = both["copy"].to_numpy()
-        draws = resamples(both.group.to_numpy(), truth)
-        for name, cost in costs.items():
-            score = both[name].to_numpy()
+    levels: list[tuple[str, int]] = [("sample", 1), *(("prompt", n) for n in SEEDS if n <= samples.seed.max() + 1)]
+    for (name, cost), window, (level, seeds) in itertools.product(costs.items(), WINDOWS, levels):
+        value = values_of(samples, name, window)
+        if value is None:
+            continue
+        if level == "sample":
+            units, score, positive, negative = samples, value, samples.positive, samples.kind.eq("ordinary") & ~samples.positive
+        else:
+            found = prompt_level(samples, value, seeds)
+            if found is None:
+                continue
+            units, score = found
+            positive, negative = units.copy_rate >= 0.5, units.kind.eq("ordinary") & (units.copy_rate == 0)
+        known = np.isfinite(score)
+        for kind, source in itertools.product(units.kind[positive].unique(), units.source[negative].unique()):
+            taken = known & ((positive & (units.kind == kind)) | (negative & (units.source == source))).to_numpy()
+            truth = positive.to_numpy()[taken]
+            if not 0 < truth.sum() < len(truth):
+                continue
+            area, rate = estimates(truth, score[taken], units.cluster.to_numpy()[taken], RATE)
             seconds = samples.get(f"{name}_seconds")
             rows.append(
                 {
+                    "level": level,
+                    "seeds": seeds,
+                    "steps": window,
                     "kind": kind,
-                    "score": name,
-                    "auc": float(roc_auc_score(truth, score)),
-                    "auc_interval": interval(roc_auc_score, truth, score, draws),
-                    "tpr": true_positive_rate(truth, score),
-                    "tpr_interval": interval(true_positive_rate, truth, score, draws),
-                    "cost": cost,
-                    "milliseconds": None if seconds is None else float(1000 * seconds.mean()),
-                    "copies": int(truth.sum()),
-                    "negatives": len(negatives),
+                    "negatives": source,
+                    "detector": name,
+                    **{f"auc{end}": v for end, v in zip(("", "_low", "_high"), area, strict=True)},
+                    **{f"tpr{end}": v for end, v in zip(("", "_low", "_high"), rate, strict=True)},
+                    "evaluations": cost * seeds,
+                    "milliseconds": None if seconds is None or window != "first" else float(1000 * seconds.mean() * seeds),
+                    "positives": int(truth.sum()),
+                    "of": int((~truth).sum()),
                 }
             )
     return rows
 
 
-def caption_only(known: pd.DataFrame, texts: pd.Series) -> np.ndarray:
-    """How memorized captions look to a character-3-gram naive Bayes classifier that learnt from another split and sees no model."""
-    chosen = known[(known.kind == "unseen") | (known.copy_rate >= 0.5)]
-    classifier = make_pipeline(CountVectorizer(analyzer="char", ngram_range=(3, 3)), MultinomialNB())
-    return classifier.fit(chosen.text, chosen.kind != "unseen").predict_proba(texts)[:, 1]
-
-
-def held_out(table: pd.DataFrame, seed: int = 90) -> pd.DataFrame:
-    """Ordinary captions that the prompt table does not hold."""
+def held_out(seed: int = 90) -> pd.DataFrame:
+    """Ordinary captions that neither training's table nor calibration holds."""
+    table = pd.read_parquet(testbed.path() / "prompts.parquet")
     left = sorted({text for text, _, _ in ordinary_captions()} - set(table.text))
     chosen = np.random.default_rng(seed).choice(left, size=min(HELD_OUT, len(left)), replace=False)
-    return pd.DataFrame(
-        {"text": chosen, "kind": "ordinary, held out", "repetitions": 0, "seed": 1000 + np.arange(len(chosen)), "copy": False}
-    )
+    return pd.DataFrame({"prompt": chosen, "seed": 1000 + np.arange(len(chosen))})
+
+
+def guard_figures(task: Task, samples: pd.DataFrame, ordinary: pd.DataFrame | None) -> dict[str, Any]:
+    """What the decision does at its own threshold: flagged shares and cost, and its promise beside what was realised."""
+    figures: dict[str, Any] = {"calibration scores": task.profile.prompts, "promised false-positive rate": RATE}
+    if ordinary is not None:
+        figures |= {
+            "interval of the realised rate, long run": task.profile.false_positive_interval(RATE),
+            "interval of the realised rate, among the held-out captions": task.profile.false_positive_interval(RATE, of=len(ordinary)),
+            "realised on held-out ordinary captions": float((ordinary.p_value <= RATE).mean()),
+            "held-out ordinary captions": len(ordinary),
+            "held-out ordinary captions that cost nothing": float((ordinary.decision == 0).mean()),
+            "mean evaluations of a held-out ordinary caption": float(ordinary.decision.mean()),
+        }
+    flagged = samples.p_value <= RATE
+    for kind, here in samples[samples.positive].groupby("kind"):
+        figures[f"copies flagged, {kind}"] = float(flagged[here.index].mean())
+        figures[f"copies, {kind}"] = len(here)
+    for source, here in samples[samples.kind.eq("ordinary") & ~samples.positive].groupby("source"):
+        figures[f"flagged of {source}"] = float(flagged[here.index].mean())
+        figures[f"samples of {source}"] = len(here)
+    return figures
+
+
+def measure(task: Task, work: Path) -> tuple[pd.DataFrame, dict[str, float]]:
+    """The samples with everything that was measured of them, and what each detector costs in evaluations an image."""
+    free = [signal for signal in SIGNALS if not signal.cost]
+    published = released(prediction_type(task.pipe.scheduler))
+    every = (*SIGNALS, *published)
+    keys, columns = ["prompt", "seed"], ["prompt", "seed"]
+    free += [signal for signal in published if not signal.cost]
+    runs = measured("runs", task.samples[columns], partial(over_runs, task, free), work, task.about, BATCH)
+    paid = task.samples[(task.samples.seed < PAID_SEEDS) & ((task.samples.copy_rate > 0) | task.samples.kind.eq("ordinary"))]
+    paid = paid[(paid.seed == 0) | (paid.source != "ordinary caption")]
+    first = measured("first", paid[columns].reset_index(drop=True), partial(at_first_call, task, every), work, task.about, BATCH)
+    first = first.drop(columns=list(task.about))
+    samples = task.samples.merge(runs, on=keys).merge(first, on=keys, how="left")
+    prompts = samples.groupby("prompt", sort=False).first().reset_index()
+    prompts["positive"] = prompts.copy_rate >= 0.5
+    chosen = prompts[prompts.positive | (prompts.kind.eq("ordinary") & (prompts.copy_rate == 0) & (prompts.source != "ordinary caption"))]
+    samples[CAPTION] = samples.prompt.map(dict(zip(chosen.prompt, caption_only(chosen), strict=True)))
+    decision = float(samples.decision.mean())
+    return samples, {GUARD: decision, **{signal.name: float(signal.cost) for signal in every}, CAPTION: 0.0}
 
 
 def main(
-    split: Annotated[str, typer.Option(help="development or test.")] = "development",
-    out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(__file__).parent / "results",
+    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    prompts: Annotated[list[Path] | None, typer.Option(help="Published prompt sets, memorized and ordinary ones.")] = None,
+    split: Annotated[str, typer.Option(help="Of the embedded model: development or test.")] = "test",
+    seeds: Annotated[int, typer.Option(help="Seeds a prompt, where prompts are given.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
+    work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
 ) -> None:
-    """Measure every signal and the cascade on a split and report."""
-    table = pd.read_parquet(testbed.path() / "prompts.parquet")
-    table["copy"] = [0 in seeds for seeds in table.copied_seeds]
-    profile = Profile.load(testbed.path() / PROFILE_FILE)
-    pipe = testbed.load()
+    """Measure every detector on a model; under 'accelerate launch', processes share the work."""
+    state = PartialState()
+    if (model == "embedded") == bool(prompts):
+        raise typer.BadParameter("the embedded model brings its prompts; any other needs them", param_hint="--prompts")
+    pipe = load_pipeline(model).to(state.device)
     pipe.set_progress_bar_config(disable=True)
-    captions = table.loc[table.split == split, ["text", "kind", "repetitions", "group", "copy"]].assign(seed=0)
-    samples = measure(pipe, captions, profile, SIGNALS)
-    samples["caption_only"] = caption_only(table[table.split == ("test" if split == "development" else "development")], samples.text)
-    ordinary = measure(pipe, held_out(table), profile, ())
-    unseen = samples[(samples.kind == "unseen") & ~samples["copy"]]
-    figures = {
-        "calibration scores": profile.prompts,
-        "promised false-positive rate": RATE,
-        "interval of the realised rate, long run": profile.false_positive_interval(RATE),
-        "interval of the realised rate, among the held-out captions": profile.false_positive_interval(RATE, of=len(ordinary)),
-        "realised on held-out ordinary captions": float((ordinary.p_value <= RATE).mean()),
-        "held-out ordinary captions": len(ordinary),
-        "realised on never-seen specific captions": float((unseen.p_value <= RATE).mean()),
-        "never-seen specific captions": len(unseen),
-        "held-out ordinary captions that cost nothing": float((ordinary.evaluations == 0).mean()),
-        "mean evaluations of a held-out ordinary caption": float(ordinary.evaluations.mean()),
-        "copies flagged, verbatim": float((samples[samples["copy"] & (samples.kind == "verbatim")].p_value <= RATE).mean()),
-        "copies flagged, template": float((samples[samples["copy"] & (samples.kind == "template")].p_value <= RATE).mean()),
-    }
-    costs = {**{signal.name: float(signal.cost) for signal in SIGNALS}, "cascade": float(samples.evaluations.mean()), "caption_only": 0.0}
-    rows = compare(samples, costs)
+    setting = default_setting(model, steps, guidance)
+    samples = given_samples(prompts, seeds) if prompts else embedded_samples(split)
+    about = {"model": model, "weights": weights_digest(pipe), **setting, **versions()}
+    with state.main_process_first():
+        profile = guarded_profile(pipe, GuardConfig(), setting)
+    task = Task(pipe, setting, profile, samples, about)
+    found, costs = measure(task, work)
+    ordinary = None
+    if not prompts:
+        calls = 1 + len(profile.cascade.later)
+        ordinary = measured("held-out", held_out(), partial(over_runs, task, [], calls=calls), work, about, BATCH)
+    if not state.is_main_process:
+        return
+    rows, figures = compare(found, costs), guard_figures(task, found, ordinary)
+    name = "detection" if not prompts else f"detection-{Path(model).name}"
     out.mkdir(parents=True, exist_ok=True)
-    pd.concat([samples, ordinary]).to_parquet(out / f"detection-{split}.parquet", index=False)
-    (out / f"detection-{split}.json").write_text(json.dumps({"figures": figures, "rows": rows}, indent=1))
-    typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-    for name, value in figures.items():
-        typer.echo(f"{name}: {value}")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    found.to_parquet(out / f"{name}.parquet", index=False)
+    (out / f"{name}.json").write_text(json.dumps({"about": about, "figures": figures, "rows": rows}, indent=1))
+    shown = pd.DataFrame([row for row in rows if row["level"] == "sample" and row["steps"] == "first"])
+    typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    for key, value in figures.items():
+        typer.echo(f"{key}: {value}")

@@ -1,6 +1,6 @@
 """The guard on the embedded model's development split: what it flags, and what is still a copy after steering.
 
-``python -m benchmarks.development`` writes ``benchmarks/results/development.json`` and prints the table of the README.
+``python -m benchmarks development`` writes ``benchmarks/results/development.json`` and prints the table of the README.
 """
 
 from __future__ import annotations
@@ -120,7 +120,3 @@ def main(
     typer.echo(summary.to_string(index=False))
     for name, value in figures.items():
         typer.echo(f"{name}: {value:.4g}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """The README's table of what is supported, from the results of the tests.
 
-``python -m benchmarks.matrix`` runs ``tests/test_families.py`` and puts between the README's markers, for each pipeline and scheduler,
+``python -m benchmarks matrix`` runs ``tests/test_families.py`` and puts between the README's markers, for each pipeline and scheduler,
 whether the invariants hold.
 """
 
@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 
 import pandas as pd
 
-README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- matrix: python -m benchmarks.matrix -->", "<!-- /matrix -->"
+from benchmarks.readme import README, put
+
 TEST = "test_the_guard_changes_the_flagged_row_and_nothing_else"
 
 
@@ -46,11 +46,5 @@ def main() -> None:
         tests = str(README.parent / "tests" / "test_families.py")
         subprocess.run([sys.executable, "-m", "pytest", "-q", tests, "-k", TEST, f"--junitxml={report}"], check=False)
         found = results(report)
-    before, rest = README.read_text().split(START)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{START}\n{table(found)}\n{END}{after}")
+    put("matrix", table(found))
     print(table(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What the guard costs: wall time, evaluations and peak memory against the unguarded call, clean, gray and flagged paths apart.
 
-``python -m benchmarks.overhead SHAPE`` for ``embedded`` or a shape in ``benchmarks/shapes`` (``sd15``, ``sdxl``, ``sd3``): models of those
+``python -m benchmarks overhead SHAPE`` for ``embedded`` or a shape in ``benchmarks/shapes`` (``sd15``, ``sdxl``, ``sd3``): models of those
 sizes are built from their configurations with random weights; nothing is downloaded. Every round calls the unguarded pipeline and each
 path once, in an order of its own, so that a noisy machine is noisy to all; times are the medians of the rounds' ratios. On a CPU,
 memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``.
@@ -78,7 +78,7 @@ def profile(path: str, print_: dict[str, Any]) -> Profile:
 
 
 def caller(pipe: Any, path: str, setting: dict[str, Any]) -> Callable[[], list[int]]:
-    """Runs one image along a path; gives the extra evaluations of each image."""
+    """Makes one picture along a path; gives the extra evaluations of each image."""
     call = {"num_inference_steps": setting["steps"], **{name: setting[name] for name in ("guidance_scale", "height", "width")}}
     extra = {"max_sequence_length": 77} if "3" in type(pipe).__name__ else {}
     config = GuardConfig(
@@ -87,7 +87,7 @@ def caller(pipe: Any, path: str, setting: dict[str, Any]) -> Callable[[], list[i
     target = pipe if path == "unguarded" else sdguard.guard(pipe, config)
 
     def run() -> list[int]:
-        output = target(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **call, **extra)
+        output = target(PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **call, **extra)
         return [report.extra_evaluations for report in getattr(output, "guard", [])]
 
     return run
@@ -96,7 +96,7 @@ def caller(pipe: Any, path: str, setting: dict[str, Any]) -> Callable[[], list[i
 def peak(shape: str, path: str, options: list[str]) -> int:
     """Peak memory in bytes of a process that takes one path once; on a GPU, of the GPU."""
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.overhead", shape, "--alone", path, *options], check=True, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks", "overhead", shape, "--alone", path, *options], check=True, capture_output=True, text=True
     )
     return int(found.stdout.split()[-1])
 
@@ -156,7 +156,3 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     (out / f"overhead-{shape}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
     typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """Published sets of memorized and ordinary prompts in one schema, and the embedded model's own.
 
-``python -m benchmarks.prompt_sets FOLDER`` reads every set of `SETS` that lies in a folder and prints its rows and near-duplicate clusters.
+``python -m benchmarks prompt-sets FOLDER`` reads every set of `SETS` that lies in a folder and prints its rows and near-duplicate clusters.
 The sets are data of others and no part of this project; their paths are given. The schema, one row a prompt:
 
 | column | content |
@@ -167,7 +167,3 @@ def main(folder: Annotated[Path, typer.Argument(help="Where the published sets l
         sources = ", ".join(filter(None, table.source.unique()))
         shown.add_row(table["set"].iloc[0], str(len(table)), str(table.cluster.nunique()), kinds, sources, licence)
     Console().print(shown)
-
-
-if __name__ == "__main__":
-    typer.run(main)

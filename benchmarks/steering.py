@@ -1,15 +1,16 @@
 """Steering on the embedded model: every method alone and the guard's ladder, gated and always on.
 
-``python -m benchmarks.steering`` makes each sample unguarded, then once under every method (always on, nothing verified) and once under the
-ladder; what is done is kept, and a stopped run goes on. A gated method's picture is the always-on one where the guard flags the sample
-and the unguarded one elsewhere: rows do not depend on their neighbours, so that nothing has to be run twice. Writes
-``benchmarks/results/steering-SPLIT.parquet`` (one row a sample and method), ``.json`` (the tables), and a contact sheet per method under
-``benchmarks/results/steering-SPLIT/``.
+``python -m benchmarks steering`` makes each sample unguarded, then once under every method (always on, nothing verified) and once under the
+ladder; what is done is kept as it comes (`benchmarks.running.measured`). A gated method's picture is the always-on one where the guard
+flags the sample and the unguarded one elsewhere: rows do not depend on their neighbours, so that nothing has to be run twice. Writes
+``results/steering-SPLIT.parquet`` (one row a sample and method), ``.json`` (the tables), and a contact sheet per method under
+``results/steering-SPLIT/``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +24,12 @@ import pandas as pd
 import torch
 import transformers
 import typer
+from accelerate import PartialState
 from PIL import Image
-from rich.progress import track
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 
+from benchmarks.running import measured, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.calibration import PROFILE_FILE
 from sdguard.correction import Correction, corrected, movement
@@ -96,49 +98,49 @@ def ladder(pipe: Any, profile: Profile, texts: list[str], observation: Observati
     return [outcome.correction for outcome in climb(flagged, rungs(profile))]
 
 
-def guarded(pipe: Any, samples: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
-    """Unguarded pictures of ``samples``, and what the guard says of each."""
-    guard = GuardedPipeline(pipe, GuardConfig(mode="observe"))
-    images, rows = [], []
-    for start in track(range(0, len(samples), BATCH), "unguarded"):
-        part = samples[start : start + BATCH]
-        started = time.perf_counter()
-        output = pictures(guard, part.text, part.seed)
-        seconds = (time.perf_counter() - started) / len(part)
-        images.append(as_bytes(output.images))
-        for report in output.guard:
-            flagged, decision = report.verdict == "flagged", report.extra_evaluations
-            rows.append({"flagged": flagged, "p_value": report.p_value, "decision": decision, "seconds": seconds})
-    return np.concatenate(images), pd.DataFrame(rows)
+def as_png(images: np.ndarray) -> list[bytes]:
+    """Pictures, uint8, as PNG files."""
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        Image.fromarray(image).save(file, "png")
+    return [file.getvalue() for file in files]
 
 
-def steered(
-    pipe: Any, samples: pd.DataFrame, name: str, correct: Callable[[list[str], Observation], list[Correction | None]]
-) -> tuple[np.ndarray, pd.DataFrame]:
-    """Pictures of ``samples`` under a method, and for each whether it applied, how far it moved, evaluations and seconds."""
-    images, rows = [], []
-    for start in track(range(0, len(samples), BATCH), name):
-        part = samples[start : start + BATCH]
-        watcher = Always(partial(correct, part.text.tolist()))
-        started = time.perf_counter()
-        with watched(Encoder(pipe), watcher):
-            images.append(as_bytes(pictures(pipe, part.text, part.seed).images))
-        seconds = (time.perf_counter() - started) / len(part)
-        for applied, moved, evaluations in zip(watcher.applied, watcher.moved, watcher.evaluations.tolist(), strict=True):
-            rows.append({"applied": applied, "moved": moved["prediction"], "evaluations": evaluations, "seconds": seconds})
-    return np.concatenate(images), pd.DataFrame(rows)
+def from_png(files: Sequence[bytes]) -> np.ndarray:
+    """The inverse of `as_png`."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
 
 
-def kept(path: Path, make: Callable[[], tuple[np.ndarray, pd.DataFrame]]) -> tuple[np.ndarray, pd.DataFrame]:
-    """Pictures and notes from ``path``, where an earlier run has left them, else made now and left there."""
-    if not path.exists():
-        images, notes = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial.npz")
-        np.savez_compressed(partial_path, images=images, notes=np.frombuffer(notes.to_json(orient="records").encode(), np.uint8))
-        partial_path.replace(path)
-    with np.load(path) as arrays:
-        return arrays["images"], pd.DataFrame(json.loads(arrays["notes"].tobytes()))
+def guarded(pipe: Any, part: pd.DataFrame) -> pd.DataFrame:
+    """Unguarded pictures of a batch of samples, and what the guard says of each."""
+    started = time.perf_counter()
+    output = pictures(GuardedPipeline(pipe, GuardConfig(mode="observe")), part.text, part.seed)
+    return pd.DataFrame(
+        {
+            "flagged": [report.verdict == "flagged" for report in output.guard],
+            "p_value": [report.p_value for report in output.guard],
+            "decision": [report.extra_evaluations for report in output.guard],
+            "seconds": (time.perf_counter() - started) / len(part),
+            "picture": as_png(as_bytes(output.images)),
+        }
+    )
+
+
+def steered(pipe: Any, correct: Callable[[list[str], Observation], list[Correction | None]], part: pd.DataFrame) -> pd.DataFrame:
+    """Pictures of a batch of samples under a method, and for each whether it applied, how far it moved, evaluations and seconds."""
+    watcher = Always(partial(correct, part.text.tolist()))
+    started = time.perf_counter()
+    with watched(Encoder(pipe), watcher):
+        images = as_bytes(pictures(pipe, part.text, part.seed).images)
+    return pd.DataFrame(
+        {
+            "applied": watcher.applied,
+            "moved": [moved["prediction"] for moved in watcher.moved],
+            "evaluations": watcher.evaluations.tolist(),
+            "seconds": (time.perf_counter() - started) / len(part),
+            "picture": as_png(images),
+        }
+    )
 
 
 def kernel_distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -222,10 +224,10 @@ def main(
     split: Annotated[str, typer.Option(help="development or test.")] = "test",
     seeds: Annotated[int, typer.Option(help="Seeds a caption; ordinary captions have one.")] = 4,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(__file__).parent / "results",
-    work: Annotated[Path, typer.Option(help="Where pictures are kept, so that a stopped run goes on.")] = Path("build/steering"),
+    work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
     only: Annotated[list[str] | None, typer.Option(help="These methods alone.")] = None,
 ) -> None:
-    """Measure every steering method on a split."""
+    """Measure every steering method on a split of the embedded model; under 'accelerate launch', processes share the work."""
     transformers.logging.set_verbosity_error()
     pipe = testbed.load()
     pipe.set_progress_bar_config(disable=True)
@@ -238,9 +240,15 @@ def main(
     sscd, cut = SSCD(), json.loads((testbed.path() / "labels.json").read_text())["cut"]
     score = Alignment.load(testbed.path() / ALIGNMENT_FILE, sscd)
 
-    profile_hash = hashlib.sha256((testbed.path() / PROFILE_FILE).read_bytes()).hexdigest()[:12]
-    work = work / f"{split}-{seeds}-{profile_hash}"
-    before, verdicts = kept(work / "none.npz", partial(guarded, pipe, every))
+    state = PartialState()
+    about = {"profile": hashlib.sha256((testbed.path() / PROFILE_FILE).read_bytes()).hexdigest()[:12], **SETTING, **versions()}
+
+    def made(name: str, samples: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> tuple[np.ndarray, pd.DataFrame]:
+        """Pictures and notes of every sample under a method."""
+        notes = measured(f"steering-{name}", samples[["text", "seed"]], measure, work, about, BATCH)
+        return from_png(notes.pop("picture")), notes.drop(columns=list(about))
+
+    before, verdicts = made(NONE, every, partial(guarded, pipe))
     base = find_copies(before, targets, sscd, cut)
     every = pd.concat([every, verdicts.drop(columns="seconds")], axis=1)
     acted = np.flatnonzero(every.kind != "unseen")
@@ -254,7 +262,7 @@ def main(
     for name, correct in {LADDER: partial(ladder, pipe, profile), **methods}.items():
         if only and name not in only:
             continue
-        some, notes = kept(work / f"{name}.npz", partial(steered, pipe, every.iloc[acted], name, correct))
+        some, notes = made(name, every.iloc[acted].reset_index(drop=True), partial(steered, pipe, correct))
         after, embedded[name] = before.copy(), embedded[NONE].copy()
         after[acted], embedded[name][acted] = some, sscd(some)
         found = parts[0].assign(
@@ -267,8 +275,11 @@ def main(
             found.loc[acted, column] = notes[column].to_numpy()
         found["withheld"] = (name == LADDER) & ~found.applied.astype(bool) & (found.kind != "unseen")
         parts.append(found)
-        contact_sheet(targets, base.nearest[show], before[show], after[show], folder / f"{name.replace(' ', '-')}.jpg")
-    samples = pd.concat(parts, ignore_index=True)
+        if state.is_main_process:
+            contact_sheet(targets, base.nearest[show], before[show], after[show], folder / f"{name.replace(' ', '-')}.jpg")
+    if not state.is_main_process:
+        return
+    samples = pd.concat(parts, ignore_index=True).assign(**about)
     rows = compare(samples, embedded)
     matched = samples[(samples.method == NONE) & (samples.kind == "unseen")]
     copies = samples[(samples.method == NONE) & samples["copy"]]
@@ -285,12 +296,10 @@ def main(
         "evaluations of the decision, flagged": float(copies.decision[copies.flagged].mean()),
     }
     samples.to_parquet(out / f"steering-{split}.parquet", index=False)
-    (out / f"steering-{split}.json").write_text(json.dumps({"split": split, "seeds": seeds, "figures": figures, "rows": rows}, indent=1))
+    (out / f"steering-{split}.json").write_text(
+        json.dumps({"about": about, "split": split, "seeds": seeds, "figures": figures, "rows": rows}, indent=1)
+    )
     with pd.option_context("display.width", 250, "display.max_columns", 30):
         typer.echo(table(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for name, value in figures.items():
         typer.echo(f"{name}: {value}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import align_module_device, gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from sdguard.alignment import alignment
 from sdguard.config import GuardConfig
@@ -56,7 +58,7 @@ def fingerprint(
         "guidance_scale": float(guidance_scale),
         "height": height,
         "width": width,
-        "dtype": str(denoiser_of(pipe).dtype),
+        "dtype": str(next(denoiser_of(pipe).parameters()).dtype),
         **plain,
     }
 
@@ -70,8 +72,17 @@ def is_plain(value: Any) -> bool:
 
 def settings_of(module: nn.Module) -> list[Any]:
     """What moves a module's output beside its parameters: an adapter's scale and whether it is on, FreeU's factors."""
-    names = [*ADAPTER, *(["scale"] if "IPAdapter" in type(module).__name__ else [])]
-    return [[name, vars(module)[name]] for name in names if vars(module).get(name) is not None]
+    held = vars(module)
+    names = (*ADAPTER, "scale") if "IPAdapter" in type(module).__name__ else ADAPTER
+    return [[name, held[name]] for name in names if name in held and held[name] is not None]
+
+
+def sampled(parameter: Tensor) -> Tensor:
+    """16 evenly spaced values of a parameter, or all if there are fewer; its shape if it cannot be read."""
+    if parameter.is_meta:
+        return torch.tensor(parameter.shape).float()
+    count, flat = parameter.numel(), parameter if parameter.is_contiguous() else parameter.reshape(-1)
+    return flat.as_strided((min(16, count),), (max(1, count // 16),))
 
 
 @torch.no_grad()
@@ -81,19 +92,17 @@ def weights_digest(pipe: Any) -> str:
     Cheap, and moved by any fine-tune, LoRA or IP-Adapter and its scale. Accelerate's offloaded parameters are loaded for it, module by
     module; those that cannot be read even so count by their shapes.
     """
-    digest = hashlib.sha256()
+    digest, nothing = hashlib.sha256(), nullcontext()
     encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "controlnet"))
     for module in (denoiser_of(pipe), *encoders):
         values, settings = [], []
         for part in module.modules() if module is not None else ():
             settings += settings_of(part)
-            with align_module_device(part):
-                for parameter in part.parameters(recurse=False):
-                    flat = parameter.reshape(-1)
-                    here = flat[:: max(1, len(flat) // 16)][:16]
-                    values.append(torch.tensor(parameter.shape).float() if here.is_meta else here.float())
-        if values:
-            digest.update(torch.cat([v.cpu() for v in values]).numpy().tobytes())
+            with align_module_device(part) if "_hf_hook" in vars(part) else nothing:
+                # this is done at every guarded call, and torch's own iterator over a module's parameters would be most of it
+                values += [sampled(parameter) for parameter in part._parameters.values() if parameter is not None]
+        for _, group in itertools.groupby(values, key=lambda value: value.device):
+            digest.update(torch.cat(list(group)).float().cpu().numpy().tobytes())
         if settings:
             digest.update(json.dumps(settings).encode())
     return digest.hexdigest()[:16]

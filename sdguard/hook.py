@@ -81,6 +81,7 @@ class DenoiserHook(ModelHook):
         self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
         self.timesteps: list[Tensor] = []
+        self.levels: dict[float, NoiseLevel] = {}
         self.guidances: list[float] = []  # a callback may change it in mid-run
         self.norms: list[Tensor] = []
         self.entered: set[int] = set()
@@ -95,7 +96,9 @@ class DenoiserHook(ModelHook):
         self.text: Call | None = None  # the conditional half of the step under way, where it is a call of its own
 
     def level_at(self, timestep: float) -> NoiseLevel:
-        return noise_level(self.pipe.scheduler, timestep)
+        if timestep not in self.levels:
+            self.levels[timestep] = noise_level(self.pipe.scheduler, timestep)
+        return self.levels[timestep]
 
     @property
     def guidance(self) -> float:
@@ -142,7 +145,7 @@ class DenoiserHook(ModelHook):
     def idle(self) -> bool:
         """Whether nothing is to be seen or changed at the call under way: it has one branch, is not read and follows no rule."""
         rules = any(correction.rule for correction in self.watcher.corrections.values())
-        return self.guidance == 1 and not rules and not self.watcher.reads(len(self.timesteps) - 1)
+        return self.guidances[-1] == 1 and not rules and not self.watcher.reads(len(self.timesteps) - 1)
 
     def begin(self, kwargs: dict[str, Any], count: int) -> None:
         """Note that a step of ``count`` images begins."""
@@ -196,7 +199,7 @@ class DenoiserHook(ModelHook):
             eps_u=eps_u,
             condition=text_condition,
             null_condition=null_condition,
-            guidance_scale=self.guidance,
+            guidance_scale=self.guidances[-1],
             level_at=self.level_at,
             denoise=denoise,
             evaluations=self.evaluations,

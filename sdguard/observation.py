@@ -6,6 +6,7 @@ conditional and unconditional noise predictions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -54,12 +55,16 @@ def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
         return NoiseLevel(1 - sigma, sigma)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"{type(scheduler).__name__} has no alphas_cumprod, so its noise levels are unknown to sdguard.")
-    alphas = scheduler.alphas_cumprod.double().cpu()
-    alphas = alphas.clamp_min(LEAST_SIGNAL**2)
-    log_snr = torch.log(alphas) - torch.log1p(-alphas)
+    alphas = scheduler.alphas_cumprod
+
+    def log_snr(index: int) -> float:
+        alpha = max(float(alphas[index]), LEAST_SIGNAL**2)
+        return math.log(alpha) - math.log1p(-alpha)
+
     low = min(int(timestep), len(alphas) - 1)
     high = min(low + 1, len(alphas) - 1)
-    alpha = torch.sigmoid(torch.lerp(log_snr[low], log_snr[high], timestep - low)).item() if timestep != low else alphas[low].item()
+    between = log_snr(low) + (timestep - low) * (log_snr(high) - log_snr(low)) if timestep != low else log_snr(low)
+    alpha = 1 / (1 + math.exp(-between))
     return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5)
 
 

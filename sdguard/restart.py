@@ -14,8 +14,10 @@ from torch import Tensor
 
 def private_copy(scheduler: Any) -> Any:
     """A copy of a scheduler with a memory of its own, free of whatever has been hung on the instance in place of ``step``."""
-    twin = copy.deepcopy(scheduler)
-    for name in ("step", "add_noise", "scale_noise"):
+    twin, hung = copy.copy(scheduler), ("step", "add_noise", "scale_noise")
+    memory = {name: value for name, value in vars(scheduler).items() if name not in (*hung, "_internal_dict")}  # the latter is its config
+    vars(twin).update(copy.deepcopy(memory))
+    for name in hung:
         vars(twin).pop(name, None)
     return twin
 

@@ -95,14 +95,15 @@ def tiny(embedded: Any) -> Any:
 
 
 @pytest.fixture
-def launch() -> Callable[..., None]:
-    """Runs a command of sdguard in two CPU processes under ``accelerate launch``."""
+def launch() -> Callable[..., str]:
+    """Runs a command of sdguard, or another program, in two CPU processes under ``accelerate launch``; gives what they print."""
 
-    def run(*arguments: str) -> None:
+    def run(*arguments: str, program: tuple[str, ...] = ("-m", "sdguard.cli")) -> str:
         processes = ["--cpu", "--num_processes", "2", "--num_machines", "1"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *processes, "-m", "sdguard.cli", *arguments]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *processes, *program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
 
     return run
 

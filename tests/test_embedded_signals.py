@@ -1,6 +1,6 @@
 """Every signal on the model that ships: how samples that are copies read against never-seen captions of the same make.
 
-The bounds lie far below what ``python -m benchmarks.detection`` measures. Signals that are weak there, or of the other sign, are bounded
+The bounds lie far below what ``python -m benchmarks detection`` measures. Signals that are weak there, or of the other sign, are bounded
 as that: whoever makes them better will have to say so here.
 """
 

@@ -1,0 +1,17 @@
+"""``python -m benchmarks NAME``: every benchmark under one roof; ``accelerate launch -m benchmarks NAME`` shares what can be shared."""
+
+import typer
+
+from benchmarks import detection, development, matrix, overhead, prompt_sets, report, steering
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
+app.command("detection")(detection.main)
+app.command("steering")(steering.main)
+app.command("development")(development.main)
+app.command("overhead")(overhead.main)
+app.command("matrix")(matrix.main)
+app.command("prompt-sets")(prompt_sets.main)
+app.command("report")(report.main)
+
+if __name__ == "__main__":
+    app()
