@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ from sdguard.hook import watched
 from sdguard.profile import Profile
 from sdguard.report import GuardReport
 from sdguard.run import GuardedRun, blank
+
+#: looked up at every guarded call.
+signature_of = functools.cache(inspect.signature)
 
 #: arguments of a call, beside its setting, that move the statistics of ordinary prompts.
 INPUTS = (
@@ -88,7 +90,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
             MemorizationError: with ``on_failure="raise"``.
         """
         pipe, config = self.__wrapped__, self._self_config
-        call = signature_of(type(pipe)).bind(pipe, *args, **kwargs)
+        call = signature_of(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
         encoder = Encoder(pipe, given)
@@ -111,17 +113,11 @@ class GuardedPipeline(wrapt.ObjectProxy):
         height, width = size_of(pipe, given)
         steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name) is not None), given["num_inference_steps"])
         given = {**given, "negative_prompt": negative_prompt_of(pipe, given)}
-        usual = {name: parameter.default for name, parameter in signature_of(type(pipe)).parameters.items()}
+        usual = {name: parameter.default for name, parameter in signature_of(type(pipe).__call__).parameters.items()}
         chosen = {name: given[name] for name in INPUTS if given.get(name) is not None}
         inputs = {name: value for name, value in chosen.items() if not (is_plain(value) and value == usual[name])}
         setting = {"steps": steps, "guidance_scale": given["guidance_scale"], "height": height, "width": width, "inputs": inputs}
         return profile_of(pipe, config, **setting)
-
-
-@functools.cache
-def signature_of(pipeline: Hashable) -> inspect.Signature:
-    """The signature of a pipeline's call; looked up at every guarded one."""
-    return inspect.signature(pipeline.__call__)  # type: ignore[operator]
 
 
 def size_of(pipe: Any, given: dict[str, Any]) -> tuple[int, int]:
