@@ -21,5 +21,6 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# some tests run several processes, whose threads would otherwise spin while they wait for a core
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
