@@ -185,7 +185,7 @@ def test_an_unknown_configuration_is_calibrated_once(embedded: Any, monkeypatch:
     config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a lion number {i}" for i in range(9)])
     made = guarded_profile(embedded, config, setting)
     assert made.prompts == 6
-    monkeypatch.setattr("sdguard.pipeline.calibrate", None)
+    monkeypatch.setattr("sdguard.calibration.calibrate", None)
     assert guarded_profile(embedded, config, setting) == made
     with pytest.raises(ProfileError, match="steps is 3, the profile's is 2"):
         next(scan(embedded, made, {0: "a cat"}, num_inference_steps=3, guidance_scale=2.5))
