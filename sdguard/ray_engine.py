@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from sdguard.config import GuardConfig
 from sdguard.profile import Profile
-from sdguard.scanning import BATCH, Batch, Row, guarded_profile, resumed, scan_batch
+from sdguard.scanning import BATCH, Batch, Row, guarded_profile, moving, resumed, scan_batch
 
 
 class Scanner:
@@ -94,5 +93,5 @@ def scan_with_ray(
         for record in done.iter_rows():
             yield json.loads(record["rows"])
 
-    about = {"profile": asdict(profile), "seeds": seeds, "rate": false_positive_rate}
+    about = moving(profile, seeds, false_positive_rate)
     yield from resumed(work, prompts, about, batch_size=batch_size, journal=journal)

@@ -141,11 +141,16 @@ def scan(
     yield from resumed(
         lambda batches: map(work, batches),
         prompts,
-        {"profile": asdict(profile), "seeds": seeds, "rate": false_positive_rate},
+        moving(profile, seeds, false_positive_rate),
         batch_size=batch_size,
         journal=journal,
         state=state,
     )
+
+
+def moving(profile: Profile, seeds: int, false_positive_rate: float) -> dict[str, Any]:
+    """What moves the results of a scan beside its prompts; the same for every engine, so that the one goes on with the other's journal."""
+    return {"profile": asdict(profile), "seeds": seeds, "rate": false_positive_rate}
 
 
 def resumed(
