@@ -1,9 +1,10 @@
 """What the guard costs: wall time, evaluations and peak memory against the unguarded call, clean, gray and flagged paths apart.
 
 ``python -m benchmarks overhead SHAPE`` for ``embedded`` or a shape in ``benchmarks/shapes`` (``sd15``, ``sdxl``, ``sd3``): models of those
-sizes are built from their configurations with random weights; nothing is downloaded. Every round calls the unguarded pipeline and each
-path once, in an order of its own, so that a noisy machine is noisy to all; times are the medians of the rounds' ratios. On a CPU,
-memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``.
+sizes are built from their configurations with random weights; nothing is downloaded. A path and the unguarded pipeline are called one
+right after the other, in either order, so that a noisy machine is noisy to both; the cost is the median of these pairs' ratios with its
+95% interval (by order statistics). The clean path's is the smallest, so that it has `CLEAN_PAIRS` pairs where the others have one. On a
+CPU, memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 import transformers
 import typer
 from rich.progress import track
+from scipy.stats import quantile_test
 
 import sdguard
 from sdguard import GuardConfig, Profile, testbed
@@ -34,7 +37,8 @@ from sdguard.decision import Cascade, Scale, Stage
 
 SHAPES = Path(__file__).parent / "shapes"
 PROMPT = "a zebra in snow"
-PATHS = ("unguarded", "clean", "gray", "flagged")
+PATHS = ("clean", "gray", "flagged")
+CLEAN_PAIRS = 5
 
 
 def built(shape: str, dtype: torch.dtype) -> Any:
@@ -81,9 +85,9 @@ def caller(pipe: Any, path: str, setting: dict[str, Any]) -> Callable[[], list[i
     """Makes one picture along a path; gives the extra evaluations of each image."""
     call = {"num_inference_steps": setting["steps"], **{name: setting[name] for name in ("guidance_scale", "height", "width")}}
     extra = {"max_sequence_length": 77} if "3" in type(pipe).__name__ else {}
-    config = GuardConfig(
-        profile=profile(path, fingerprint(pipe, **setting, inputs=extra)), on_failure="pass", steering=["rewording", "padding damping"]
-    )
+    with tempfile.NamedTemporaryFile(suffix=".json", delete=False) as file:  # as users have it: looked up at every call
+        profile(path, fingerprint(pipe, **setting, inputs=extra)).save(Path(file.name))
+    config = GuardConfig(profile=file.name, on_failure="pass", steering=["rewording", "padding damping"])
     target = pipe if path == "unguarded" else sdguard.guard(pipe, config)
 
     def run() -> list[int]:
@@ -91,6 +95,13 @@ def caller(pipe: Any, path: str, setting: dict[str, Any]) -> Callable[[], list[i
         return [report.extra_evaluations for report in getattr(output, "guard", [])]
 
     return run
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def peak(shape: str, path: str, options: list[str]) -> int:
@@ -107,7 +118,7 @@ def main(
         int | None, typer.Option(help="Height and width in pixels. [default: 64 embedded, 128 else on a CPU, the model's on a GPU]")
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10,
-    rounds: Annotated[int, typer.Option(help="Rounds of all paths.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Rounds: one pair of a gray and a flagged call, five of a clean one.")] = 9,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     alone: Annotated[str | None, typer.Option(help="Take this path once and print the peak memory in bytes.")] = None,
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path(__file__).parent / "results",
@@ -122,28 +133,35 @@ def main(
         caller(pipe, alone, setting)()
         typer.echo(torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    calls = {path: caller(pipe, path, setting) for path in PATHS}
+    calls = {path: caller(pipe, path, setting) for path in ("unguarded", *PATHS)}
     evaluations = {path: call() for path, call in calls.items()}  # also warms everything up
-    seconds: dict[str, list[float]] = {path: [] for path in PATHS}
+    seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in PATHS}  # of the path, and of the unguarded call beside it
     shuffle = random.Random(0)
-    for _ in track(range(rounds), shape):
-        for path in shuffle.sample(PATHS, len(PATHS)):
-            started = time.perf_counter()
-            calls[path]()
-            seconds[path].append(time.perf_counter() - started)
+    for path in track(
+        [path for _ in range(rounds) for path in shuffle.sample(["clean"] * CLEAN_PAIRS + ["gray", "flagged"], CLEAN_PAIRS + 2)], shape
+    ):
+        pair = {name: timed(calls[name]) for name in shuffle.sample([path, "unguarded"], 2)}
+        seconds[path].append((pair[path], pair["unguarded"]))
     options = ["--size", str(side), "--steps", str(steps), "--dtype", dtype]
-    memory = {path: peak(shape, path, options) for path in PATHS}
-    rows = [
-        {
-            "path": path,
-            "seconds": statistics.median(seconds[path]),
-            "ratio": statistics.median(here / base for here, base in zip(seconds[path], seconds["unguarded"], strict=True)),
-            "extra evaluations": sum(evaluations[path]),
-            "peak gigabytes": memory[path] / 2**30,
-            "memory ratio": memory[path] / memory["unguarded"],
-        }
-        for path in PATHS
-    ]
+    unguarded = {"path": "unguarded", "seconds": statistics.median(base for pairs in seconds.values() for _, base in pairs)}
+    memory = {path: peak(shape, path, options) for path in ("unguarded", *PATHS)}
+    rows = [{**unguarded, "ratio": 1.0, "extra evaluations": 0, "peak gigabytes": memory["unguarded"] / 2**30, "memory ratio": 1.0}]
+    for path, pairs in seconds.items():
+        ratios = [here / base for here, base in pairs]
+        low, high = quantile_test(ratios).confidence_interval(0.95)
+        rows.append(
+            {
+                "path": path,
+                "seconds": statistics.median(here for here, _ in pairs),
+                "ratio": statistics.median(ratios),
+                "low": float(low),
+                "high": float(high),
+                "pairs": len(pairs),
+                "extra evaluations": sum(evaluations[path]),
+                "peak gigabytes": memory[path] / 2**30,
+                "memory ratio": memory[path] / memory["unguarded"],
+            }
+        )
     about = {
         "shape": shape,
         "pipeline": type(pipe).__name__,

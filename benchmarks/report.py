@@ -189,7 +189,7 @@ def readme_overhead(found: dict[str, dict[str, Any]]) -> str:
         [
             f"{shape}, {result['about']['height']} px",
             row["path"],
-            f"{row['ratio']:.3f}",
+            f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
             f"{row['memory ratio']:.3f}",
             str(row["extra evaluations"]),
         ]
@@ -309,7 +309,8 @@ def main(
     if overhead:
         rows_ = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])
         text = [
-            "Against the unguarded call, interleaved: medians of the rounds' ratios. Clean: the free signals stop the sample. Gray: it "
+            "Against an unguarded call right beside it: medians of the pairs' ratios with their 95% intervals. Clean: the free signals "
+            "stop the sample. Gray: it "
             "buys the look-ahead. Flagged: it is steered as well."
         ]
         section("Overhead", "overhead SHAPE", text, table=as_html(rows_[["shape", *rows_.columns[:-1]]]), open=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -10,7 +11,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
@@ -39,8 +40,8 @@ PROFILE_FILE, PROMPTS_FILE = "sdguard/profile.json", "sdguard/ordinary_prompts.t
 BATCH = 8
 #: ordinary prompts that fit the cascade, at most, and whose later steps are measured.
 FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
-#: attributes by which peft's adapters and FreeU change what a module does, its parameters being the same.
-ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "s1", "s2", "b1", "b2")
+#: attributes by which peft's adapters, IP-Adapters and FreeU change what a module does, its parameters being the same.
+SETTINGS = ("scaling", "_active_adapter", "_disable_adapters", "s1", "s2", "b1", "b2", "scale")
 
 
 def fingerprint(
@@ -73,8 +74,8 @@ def is_plain(value: Any) -> bool:
 def settings_of(module: nn.Module) -> list[Any]:
     """What moves a module's output beside its parameters: an adapter's scale and whether it is on, FreeU's factors."""
     held = vars(module)
-    names = (*ADAPTER, "scale") if "IPAdapter" in type(module).__name__ else ADAPTER
-    return [[name, held[name]] for name in names if name in held and held[name] is not None]
+    names = SETTINGS if "IPAdapter" in type(module).__name__ else SETTINGS[:-1]
+    return [[name, held[name]] for name in names if held.get(name) is not None]
 
 
 def sampled(parameter: Tensor) -> Tensor:
@@ -82,10 +83,18 @@ def sampled(parameter: Tensor) -> Tensor:
     if parameter.is_meta:
         return torch.tensor(parameter.shape).float()
     count, flat = parameter.numel(), parameter if parameter.is_contiguous() else parameter.reshape(-1)
-    return flat.as_strided((min(16, count),), (max(1, count // 16),))
+    return flat.as_strided((16,), (count // 16,)) if count >= 16 else flat.as_strided((count,), (1,))
 
 
-@torch.no_grad()
+def parts(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all inside it, as ``module.modules()`` has them, in less than half the time."""
+    ahead = [module]
+    while ahead:
+        yield (part := ahead.pop())
+        ahead += [child for child in reversed(part._modules.values()) if child is not None]
+
+
+@torch.inference_mode()
 def weights_digest(pipe: Any) -> str:
     """A hash over 16 evenly spaced values of every parameter of denoiser and text encoders, and `settings_of` their modules.
 
@@ -96,11 +105,13 @@ def weights_digest(pipe: Any) -> str:
     encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "controlnet"))
     for module in (denoiser_of(pipe), *encoders):
         values, settings = [], []
-        for part in module.modules() if module is not None else ():
-            settings += settings_of(part)
-            with align_module_device(part) if "_hf_hook" in vars(part) else nothing:
-                # this is done at every guarded call, and torch's own iterator over a module's parameters would be most of it
-                values += [sampled(parameter) for parameter in part._parameters.values() if parameter is not None]
+        # this is done at every guarded call, and is half of what the guard costs where nothing is flagged
+        for part in parts(module) if module is not None else ():
+            held = vars(part)
+            if not held.keys().isdisjoint(SETTINGS):
+                settings += settings_of(part)
+            with align_module_device(part) if "_hf_hook" in held else nothing:
+                values += [sampled(parameter) for parameter in held["_parameters"].values() if parameter is not None]
         for _, group in itertools.groupby(values, key=lambda value: value.device):
             digest.update(torch.cat(list(group)).float().cpu().numpy().tobytes())
         if settings:
@@ -246,12 +257,23 @@ def model_folder(pipe: Any) -> Path | None:
     return Path(source) if source and Path(source).is_dir() else None
 
 
+def loaded(path: Path) -> Profile:
+    """The profile in a file, read once as long as the file stays as it is: it is asked for at every guarded call."""
+    status = path.stat() if path.exists() else None
+    return _loaded(path, status and (status.st_mtime_ns, status.st_size, status.st_ino))
+
+
+@functools.lru_cache(maxsize=16)
+def _loaded(path: Path, version: Any) -> Profile:
+    return Profile.load(path)
+
+
 def known_profile(pipe: Any, print_: dict[str, Any]) -> Profile | None:
     """The profile that came with the model, else the cached one, if either is of this very configuration."""
     folder = model_folder(pipe)
     for path in ([folder / PROFILE_FILE] if folder else []) + [cache_path(print_)]:
         if path.exists():
-            profile = Profile.load(path)
+            profile = loaded(path)
             if profile.fingerprint == print_:
                 return profile
     return None
@@ -265,7 +287,7 @@ def profile_of(pipe: Any, config: GuardConfig, **setting: Any) -> Profile:
     """
     print_ = fingerprint(pipe, **setting)
     if config.profile is not None:
-        profile = config.profile if isinstance(config.profile, Profile) else Profile.load(Path(config.profile))
+        profile = config.profile if isinstance(config.profile, Profile) else loaded(Path(config.profile))
         profile.check(print_)
         return profile
     if known := known_profile(pipe, print_):

@@ -36,7 +36,7 @@ def dot(one: Tensor, other: Tensor) -> Tensor:
 
 def norm(v: Tensor) -> Tensor:
     """Euclidean norm of each row, ``[B]``."""
-    return v.flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(v.flatten(1), dim=1)
 
 
 def spread(value: Tensor, like: Tensor) -> Tensor:

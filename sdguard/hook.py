@@ -85,7 +85,7 @@ class DenoiserHook(ModelHook):
         self.guidances: list[float] = []  # a callback may change it in mid-run
         self.norms: list[Tensor] = []
         self.entered: set[int] = set()
-        self.evaluations = torch.zeros(0, dtype=torch.long)
+        self.evaluations, self.rows = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
         self.first: Observation | None = None
         self.origin: Tensor | None = None  # clean latents that were noised to start from
         self.start: Any = None  # the scheduler before its first step
@@ -131,7 +131,8 @@ class DenoiserHook(ModelHook):
         if apart:
             self.text = kept(kwargs, output[0])
             return output
-        return output if self.idle else rewrapped(output, self.look(module, kwargs, output[0]))
+        prediction = output[0] if self.idle else self.look(module, kwargs, output[0])
+        return output if prediction is output[0] else rewrapped(output, prediction)
 
     def strange(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""
@@ -152,7 +153,8 @@ class DenoiserHook(ModelHook):
         sample, time = kwargs[self.family.sample], torch.as_tensor(kwargs["timestep"]).flatten()[0].cpu()
         if not self.timesteps:
             self.start, self.dtype = private_copy(self.pipe.scheduler), sample.dtype
-            self.evaluations = torch.zeros(count, dtype=torch.long)
+            self.evaluations, self.rows = torch.zeros(count, dtype=torch.long), torch.arange(count)
+            self.levels = {t: noise_level(self.pipe.scheduler, t) for t in self.pipe.scheduler.timesteps.tolist()}
             self.patch_rows = int(kwargs["img_ids"][..., 1].max()) + 1 if self.family.sequence else 0
         self.timesteps.append(time * self.family.clock)
         self.guidances.append(self.guidance)
@@ -182,10 +184,11 @@ class DenoiserHook(ModelHook):
             changed = {**told, self.family.sample: point, "timestep": at, "return_dict": False}
             return self.to_noise(self.seen(self.fn_ref.original_forward(**changed)[0]), x, t)
 
-        x, rows = seen[:count, :channels].float(), torch.arange(count)
+        x, rows = seen[:, :channels].float(), self.rows
         if guided:
             null_condition, text_condition = condition.chunk(2)
-            eps_u, eps_c = self.to_noise(self.seen(prediction), seen[:, :channels], timestep).chunk(2)
+            eps_u, eps_c = self.to_noise(self.seen(prediction), x, timestep).chunk(2)
+            x = x[:count]
         else:
             null_condition, text_condition = self.null_condition.expand_as(condition), condition
             eps_c, eps_u = self.to_noise(self.seen(prediction), x, timestep), denoise(x, timestep, null_condition, rows)
@@ -210,7 +213,7 @@ class DenoiserHook(ModelHook):
             origin=self.origin,
         )
         self.first = self.first or observation
-        self.norms.append(observation.difference.flatten(1).norm(dim=1).cpu())
+        self.norms.append(observation.guidance_norm.cpu())
         self.watcher.observe(observation)
         for row, correction in self.watcher.corrections.items():
             if (branches := self.correct(row, correction, observation)) is not None:
@@ -258,7 +261,7 @@ class DenoiserHook(ModelHook):
         if row not in self.entered:
             self.entered.add(row)
             here = self.enter(row, correction, here)
-            now = here.difference.flatten(1).norm(dim=1).to(here.past_norms)
+            now = here.guidance_norm.to(here.past_norms)
             for norms, norm in zip(self.norms, [*here.past_norms[0], now[0]], strict=True):
                 norms[row] = norm
         elif correction.rule:

@@ -6,6 +6,7 @@ conditional and unconditional noise predictions.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -162,10 +163,15 @@ class Observation:
         if not len(self.past_norms):
             object.__setattr__(self, "past_norms", torch.zeros(len(self.x), 0))
 
-    @property
+    @functools.cached_property
     def difference(self) -> Tensor:
         """``D = eps_c - eps_u``, ``[B, C, H, W]``."""
         return self.eps_c - self.eps_u
+
+    @functools.cached_property
+    def guidance_norm(self) -> Tensor:
+        """``||D||_2`` of each image, ``[B]``."""
+        return torch.linalg.vector_norm(self.difference.flatten(1), dim=1)
 
     @property
     def prediction(self) -> Tensor:
@@ -229,7 +235,7 @@ class Observation:
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
         eps_c, eps_u = self.replay(x, timestep)
-        norms = torch.cat([self.past_norms, self.difference.flatten(1).norm(dim=1, keepdim=True).to(self.past_norms)], dim=1)
+        norms = torch.cat([self.past_norms, self.guidance_norm[:, None].to(self.past_norms)], dim=1)
         level, step = self.level_at(timestep), self.step + 1
         return replace(self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, estimates=None)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdguard.calibration import calibrate, fingerprint
+from sdguard.calibration import calibrate, fingerprint, loaded
 from sdguard.decision import Cascade, Scale, Stage
 from sdguard.profile import Profile, ProfileError, Rung
 from sdguard.reading import read
@@ -59,6 +59,16 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     made = profile([3.0, 1.0, 2.0])
     made.save(tmp_path / "deep" / "profile.json")
     assert Profile.load(tmp_path / "deep" / "profile.json") == made
+
+
+def test_a_profile_file_is_read_again_once_it_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    for scores in ([1.0, 2.0], [1.0, 3.0]):
+        profile(scores).save(path)
+        assert loaded(path).scores == scores
+    path.unlink()
+    with pytest.raises(ProfileError, match="cannot be read"):
+        loaded(path)
 
 
 @pytest.mark.parametrize(

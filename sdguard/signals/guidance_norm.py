@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from sdguard.geometry import norm
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -14,7 +13,7 @@ def guidance_norm(observation: Observation) -> Tensor:
     and not over the batch, and in noise-prediction space whatever the network predicts. Cost: none, the run pays for both
     branches anyway. Blind to templates whose free background dilutes the norm, and without a prompt.
     """
-    return norm(observation.difference)
+    return observation.guidance_norm
 
 
 GUIDANCE_NORM = Signal("guidance_norm", guidance_norm, cost=0)
