@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import itertools
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,6 +308,53 @@ def test_the_readme_says_what_the_committed_results_say() -> None:
     assert report.readme_development(found["figures"]) in readme
     overhead = {p.stem.removeprefix("overhead-"): json.loads(p.read_text()) for p in sorted(report.RESULTS.glob("overhead-*.json"))}
     assert report.readme_overhead(overhead) in readme
+
+
+def headers(page: str) -> set[str]:
+    """What the columns of a page's tables are called, up to a comma or a colon."""
+    return {html.unescape(re.split("[,:]", header)[0]) for header in re.findall("<th>(.+?)</th>", page)}
+
+
+def test_the_page_explains_every_column_and_leaves_a_readme_that_holds(tmp_path: Path) -> None:
+    shutil.copy(report.README, tmp_path)
+    report.main(report.RESULTS, tmp_path / "page", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == report.README.read_text()
+    page = (tmp_path / "page" / "report.html").read_text()
+    terms = {term for terms in re.findall("<dt>(.+?)</dt>", page) for term in terms.split(", ")}
+    plain = {"detector", "method", "kind", "repetitions", "samples", "measured", "shape", "peak gigabytes", "reads", "corrected form"}
+    assert headers(page) - plain - terms == {"what the released code does otherwise"}
+    assert set(re.findall('href="#(.+?)"', page)) <= set(re.findall('id="(.+?)"', page))
+    for name in ("guard", "sharpness_released", detection.CAPTION):
+        assert report.plain(name).strip("*") in html.unescape(page)
+    assert not [cell for cell in re.findall("<td>(.*?)</td>", page) if "nan" in cell.lower()]
+    for picture in (tmp_path / "page").glob("*.png"):
+        assert base64.b64encode(picture.read_bytes()).decode() in page
+    report.main(tmp_path, tmp_path / "empty", tmp_path / "README.md")
+    assert "Nothing has been measured yet" in (tmp_path / "empty" / "report.html").read_text()
+
+
+def test_a_detector_that_reads_later_calls_stands_under_the_whole_run() -> None:
+    found = report.load(report.RESULTS, "detection")
+    assert found is not None
+    rows = pd.DataFrame(found["rows"])
+    rows = rows[~rows.detector.isin([detector.name for detector in over_run(10, torch.zeros(0))])]
+    like = rows[(rows.detector == "guidance_norm") & (rows.steps == "all")]
+    flipd = like.assign(detector="flipd_running_released", auc=0.123, milliseconds=np.nan)
+    name = report.plain("flipd_running_released")
+    without = report.tables_of_detection(rows)
+    assert not any(name in table["html"] for table in without)
+    tables = report.tables_of_detection(pd.concat([rows, flipd]))
+    assert [table["title"] for table in tables] == [table["title"] for table in without]
+    assert [name in table["html"] and "0.123" in table["html"] for table in tables] == ["whole run" in table["title"] for table in tables]
+    about = report.table_of_detectors(["flipd_running_released"])["html"]
+    assert "layer6ai-labs/diffusion_memorization 084b8b4" in about
+    assert "the unconditional Jacobian is missing" in about
+    assert report.plain("lid_guided") in about
+
+
+def test_methods_at_one_place_share_a_label() -> None:
+    points = np.array([[0.0, 0.0], [100.0, 97.0], [0.5, 0.5], [99.0, 97.0], [0.0, 9.0]])
+    assert report.neighbours(points, 1.6) == [[0, 2], [1, 3], [4]]
 
 
 def test_samples_of_the_embedded_model_are_labelled_by_seed_and_never_pool_their_negatives() -> None:
