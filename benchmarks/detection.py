@@ -4,7 +4,7 @@
 are kept as they come (`benchmarks.running.measured`): *first*, everything that can be read at the first denoiser call, for the first
 `PAID_SEEDS` seeds; *later*, for the same, published detectors that read later calls; *runs*, what is free, at every call of whole runs of
 all seeds, with the guard's decision. What a denoiser has no parts for (attention, a middle) is missing. Writes
-``results/detection.parquet`` (a row a sample), ``detection.json`` (the tables).
+``results/detection.parquet`` (a row a sample), ``detection.json`` (the tables); every row of both names its whole configuration.
 
 A *sample* is positive when it is a copy, where copies have been labelled; a *prompt* when at least half of its samples are, negative when
 none is, and left out else. A model without labels takes the set's own word for its prompts. Negatives are never pooled over sources.
@@ -12,11 +12,12 @@ none is, and left out else. A model without labels takes the set's own word for 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +38,6 @@ from benchmarks.published import over_run, released
 from benchmarks.running import measured, versions
 from benchmarks.statistics import estimates
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.calibration import weights_digest
 from sdguard.cli import default_setting, load_pipeline
 from sdguard.decision import judge, judge_later
 from sdguard.observation import Observation, prediction_type
@@ -303,6 +303,13 @@ def measure(task: Task, work: Path) -> tuple[pd.DataFrame, dict[str, float]]:
     return samples, {GUARD: decision, **{signal.name: float(signal.cost) for signal in every}, CAPTION: 0.0}
 
 
+def configuration(model: str, profile: Profile, setting: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """All that the figures hang on beside the samples, in plain values."""
+    digest = hashlib.sha256(json.dumps(asdict(profile), sort_keys=True).encode()).hexdigest()[:12]
+    known = {name: value for name, value in profile.fingerprint.items() if name != "steps"}  # `setting` has them under their full name
+    return {"model": model, "profile": digest, "device": device.type, **known, **setting, **versions()}
+
+
 def main(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     prompts: Annotated[
@@ -323,9 +330,9 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     setting = default_setting(model, steps, guidance)
     samples = given_samples(prompts, seeds) if prompts else embedded_samples(split)
-    about = {"model": model, "weights": weights_digest(pipe), **setting, **versions()}
     with state.main_process_first():
         profile = guarded_profile(pipe, GuardConfig(), setting)
+    about = configuration(model, profile, setting, state.device)
     task = Task(pipe, setting, profile, samples, about)
     found, costs = measure(task, work)
     ordinary = None
@@ -334,12 +341,12 @@ def main(
         ordinary = measured("held-out", held_out(), partial(over_runs, task, [], calls=calls), work, about, BATCH)
     if not state.is_main_process:
         return
-    rows, figures = compare(found, costs), guard_figures(task, found, ordinary)
+    rows, figures = [row | about for row in compare(found, costs)], guard_figures(task, found, ordinary)
     name = "detection" if not prompts else f"detection-{Path(model).name}"
     out.mkdir(parents=True, exist_ok=True)
     found.to_parquet(out / f"{name}.parquet", index=False)
     (out / f"{name}.json").write_text(json.dumps({"about": about, "figures": figures, "rows": rows}, indent=1))
-    shown = pd.DataFrame([row for row in rows if row["level"] == "sample" and row["steps"] == "first"])
+    shown = pd.DataFrame([row for row in rows if row["level"] == "sample" and row["steps"] == "first"]).drop(columns=list(about))
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for key, value in figures.items():
         typer.echo(f"{key}: {value}")
