@@ -137,7 +137,7 @@ def at_later_calls(task: Task, calls: int, part: pd.DataFrame) -> pd.DataFrame:
     def look(observation: Observation) -> None:
         for detector in detectors:
             if observation.step in detector.calls:
-                found[f"{detector.name}_run"] += reading(detector, observation)
+                found[f"{detector.name}_run"] += reading(detector, observation).float().cpu()
 
     read(task.pipe, prompts, part.seed.tolist(), look, calls, **task.setting)
     return pd.DataFrame({"prompt": part.prompt, "seed": part.seed, **{name: values.tolist() for name, values in found.items()}})

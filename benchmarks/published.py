@@ -113,7 +113,7 @@ def layer_entropy(observation: Observation) -> Tensor:
 
 
 def gaussian_probe(x: Tensor) -> Tensor:
-    """One Gaussian draw of seed 42 for every row, ``[1, C, H, W]``, as FLIPD's released code has it at one probe and one image a call."""
+    """One Gaussian draw of seed 42 for every row, ``[1, C, H, W]``: FLIPD's released code on latents of Stable Diffusion's size."""
     return torch.randn(x[:1].shape, generator=torch.Generator().manual_seed(42)).to(x)
 
 
