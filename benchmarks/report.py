@@ -21,8 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from adjustText import adjust_text
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from PIL import Image
 
 from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
@@ -122,23 +123,6 @@ def draw_dose(samples: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_cost(rows: pd.DataFrame) -> Figure:
-    """Accuracy against cost of every detector, samples at the first call."""
-    figure, axis = plt.subplots(figsize=(9, 5))
-    here = rows[(rows.level == "sample") & (rows.steps == "first") & (rows.negatives == UNSEEN)]
-    for kind, marker in (("verbatim", "o"), ("template", "s")):
-        part = here[here.kind == kind]
-        axis.scatter(part.evaluations, part.auc, color=COLOURS[kind], marker=marker, label=f"{kind} copies", alpha=0.8)
-    lowest = here[here.kind == "verbatim"].sort_values("auc")
-    named = lowest[lowest.auc < 0.98]
-    labels = [axis.text(row.evaluations, row.auc, plain(row.detector).strip("*"), fontsize=7) for row in named.itertuples()]
-    adjust_text(labels, ax=axis, arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"})
-    axis.axhline(0.5, color="grey", ls=":", lw=0.8)
-    axis.set(xlabel="extra denoiser evaluations an image", ylabel="area under the ROC curve", xlim=(-0.7, None))
-    axis.legend(fontsize=8)
-    return figure
-
-
 def neighbours(points: np.ndarray, reach: float) -> list[list[int]]:
     """The points ``[n, 2]`` in groups, each point with the first earlier group that has its first point within ``reach`` of it."""
     groups: list[list[int]] = []
@@ -146,6 +130,50 @@ def neighbours(points: np.ndarray, reach: float) -> list[list[int]]:
         near = [group for group in groups if np.linalg.norm(points[group[0]] - point) <= reach]
         near[0].append(i) if near else groups.append([i])
     return groups
+
+
+def label(axis: Axes, points: np.ndarray, names: Sequence[str]) -> None:
+    """Write each point's name beside it, towards the middle, or on the other side where a name stands already; points that all but coincide
+    share theirs. The axis has its limits."""
+    places = axis.transData.transform(points)
+    middle = axis.transData.transform((0.75 * axis.get_xlim()[1], 0))[0]
+    written: list[Annotation] = []
+    for group in neighbours(places, reach=12):
+        edge, several = places[group[0]][0] > middle, len(group) > 1
+        below = edge and several  # beside it stands what lies near
+
+        def write(left: bool, group: list[int] = group, below: bool = below) -> Annotation:
+            return axis.annotate(
+                ("\n" if below else "; ").join(names[i] for i in group),
+                points[group].mean(axis=0),
+                (4, -10) if below else (-8, 0) if left else (8, 0),
+                textcoords="offset points",
+                fontsize=7,
+                ha="right" if left else "left",
+                va="top" if below else "center",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )
+
+        text = write(edge)
+        if any(text.get_window_extent().overlaps(other.get_window_extent()) for other in written):
+            text.remove()
+            text = write(not edge)
+        written.append(text)
+
+
+def draw_cost(rows: pd.DataFrame) -> Figure:
+    """Accuracy against cost of every detector, samples at the first call."""
+    figure, axis = plt.subplots(figsize=(9, 5))
+    here = rows[(rows.level == "sample") & (rows.steps == "first") & (rows.negatives == UNSEEN)]
+    for kind, marker in (("verbatim", "o"), ("template", "s")):
+        part = here[here.kind == kind]
+        axis.scatter(part.evaluations, part.auc, color=COLOURS[kind], marker=marker, label=f"{kind} copies", alpha=0.8)
+    axis.axhline(0.5, color="grey", ls=":", lw=0.8)
+    axis.set(xlabel="extra denoiser evaluations an image", ylabel="area under the ROC curve", xlim=(-0.7, None), ylim=(-0.05, 1.05))
+    named = here[(here.kind == "verbatim") & (here.auc < 0.98)]
+    label(axis, named[["evaluations", "auc"]].to_numpy(), [plain(name).strip("*") for name in named.detector])
+    axis.legend(fontsize=8)
+    return figure
 
 
 def draw_steering(rows: pd.DataFrame) -> Figure:
@@ -156,22 +184,9 @@ def draw_steering(rows: pd.DataFrame) -> Figure:
     points = 100 * np.stack([left, here.alignment.map(lambda rate: rate["share"])], axis=1)
     colours = ["#c0392b" if name == "ladder" else "#2563a8" for name in here.method]
     axis.scatter(*points[::-1].T, color=colours[::-1])  # the first, which is the ladder, on top
-    for group in neighbours(points, reach=1.6):
-        x, y = points[group].mean(axis=0)
-        right, several = x > 75, len(group) > 1
-        # a group at the right edge has its names below it, where a single neighbour's stands beside that
-        place = (4, -10) if right and several else (-8, 0) if right else (8, 0)
-        axis.annotate(
-            ("\n" if right else ", ").join(here.method.iloc[group]),
-            (x, y),
-            place,
-            textcoords="offset points",
-            fontsize=7,
-            ha="right" if right else "left",
-            va="top" if right and several else "center",
-        )
     axis.axhline(100 * here.alignment_expected.iloc[0], color="grey", ls=":", label="never-seen captions of the same objects")
-    axis.set(xlabel="copies left, % (mean of verbatim and template)", ylabel="pictures that show their object, %")
+    axis.set(xlabel="copies left, % (mean of verbatim and template)", ylabel="pictures that show their object, %", xlim=(-5, 105))
+    label(axis, points, here.method.tolist())
     axis.legend(fontsize=8, loc="lower right")
     return figure
 

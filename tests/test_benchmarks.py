@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -355,6 +356,24 @@ def test_a_detector_that_reads_later_calls_stands_under_the_whole_run() -> None:
 def test_methods_at_one_place_share_a_label() -> None:
     points = np.array([[0.0, 0.0], [100.0, 97.0], [0.5, 0.5], [99.0, 97.0], [0.0, 9.0]])
     assert report.neighbours(points, 1.6) == [[0, 2], [1, 3], [4]]
+
+
+@pytest.mark.parametrize(("name", "draw"), [("steering-test", report.draw_steering), ("detection", report.draw_cost)])
+def test_no_name_in_a_figure_covers_another(name: str, draw: Callable[[pd.DataFrame], Any]) -> None:
+    found = report.load(report.RESULTS, name)
+    assert found is not None
+    rows = pd.DataFrame(found["rows"])
+    figure = draw(rows)
+    figure.tight_layout()
+    figure.canvas.draw()
+    names = figure.axes[0].texts
+    written = {part for text in names for part in re.split("[;\n] ?", text.get_text())}
+    assert written >= (set(rows.method) if name == "steering-test" else {"sharpness", "attention entropy"})
+    boxes = [text.get_window_extent() for text in names]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    inside = figure.bbox
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+    plt.close(figure)
 
 
 def test_samples_of_the_embedded_model_are_labelled_by_seed_and_never_pool_their_negatives() -> None:
