@@ -1,9 +1,10 @@
 """Detection: every signal, the guard's decision, published detectors as released and a caption-only baseline, and what each costs.
 
-``python -m benchmarks detection`` measures the embedded model, ``--model NAME --prompts FILE ...`` any other. Two passes over the samples
+``python -m benchmarks detection`` measures the embedded model, ``--model NAME --prompts FILE ...`` any other. Three passes over the samples
 are kept as they come (`benchmarks.running.measured`): *first*, everything that can be read at the first denoiser call, for the first
-`PAID_SEEDS` seeds; *runs*, what is free, at every call of whole runs of all seeds, with the guard's decision. Writes
-``results/detection.parquet`` (a row a sample), ``detection.json`` (the tables).
+`PAID_SEEDS` seeds; *later*, for the same, published detectors that read later calls; *runs*, what is free, at every call of whole runs of
+all seeds, with the guard's decision. What a denoiser has no parts for (attention, a middle) is missing. Writes
+``results/detection.parquet`` (a row a sample), ``detection.json`` (the tables); every row of both names its whole configuration.
 
 A *sample* is positive when it is a copy, where copies have been labelled; a *prompt* when at least half of its samples are, negative when
 none is, and left out else. A model without labels takes the set's own word for its prompts. Negatives are never pooled over sources.
@@ -11,30 +12,32 @@ none is, and left out else. A model without labels takes the set's own word for 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import torch
 import typer
 from accelerate import PartialState
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
+from torch import Tensor
 
 from benchmarks import prompt_sets
-from benchmarks.published import released
+from benchmarks.published import over_run, released
 from benchmarks.running import measured, versions
 from benchmarks.statistics import estimates
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.calibration import weights_digest
 from sdguard.cli import default_setting, load_pipeline
 from sdguard.decision import judge, judge_later
 from sdguard.observation import Observation, prediction_type
@@ -42,6 +45,7 @@ from sdguard.reading import read
 from sdguard.scanning import guarded_profile
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.signals.signal import NoPart
 from sdguard.testbed.world import ordinary_captions
 
 BATCH = 16
@@ -82,12 +86,23 @@ def embedded_samples(split: str) -> pd.DataFrame:
 
 
 def given_samples(files: Sequence[Path], seeds: int) -> pd.DataFrame:
-    """The prompts of published sets, so many seeds each; a prompt that its set calls memorized counts as copied for every seed."""
-    table = pd.concat([prompt_sets.read_set(path) for path in files], ignore_index=True)
+    """The prompts of some sets, so many seeds each; a prompt that its set calls memorized counts as copied for every seed.
+
+    A prompt that comes more than once counts as where it comes first.
+    """
+    table = pd.concat([prompt_sets.read_set(path) for path in files], ignore_index=True).drop_duplicates("prompt", ignore_index=True)
     table["cluster"] = prompt_sets.near_duplicates(table.prompt.tolist())
     positive = table.kind != "ordinary"
     table = table.assign(positive=positive, copy_rate=positive.astype(float)).drop(columns="target")
     return pd.concat([table.assign(seed=seed) for seed in range(seeds)], ignore_index=True)
+
+
+def reading(signal: Signal, observation: Observation) -> Tensor:
+    """What a signal reads, ``[B]``; not a number where the denoiser has no parts for it."""
+    try:
+        return signal.read(observation)
+    except NoPart:
+        return torch.full((len(observation.x),), torch.nan)
 
 
 def at_first_call(task: Task, signals: Sequence[Signal], part: pd.DataFrame) -> pd.DataFrame:
@@ -95,14 +110,14 @@ def at_first_call(task: Task, signals: Sequence[Signal], part: pd.DataFrame) -> 
     found: dict[str, Any] = {"prompt": part.prompt, "seed": part.seed}
 
     def look(observation: Observation) -> None:
-        def timed(name: str, value: Callable[[], Any]) -> Any:
+        def timed(name: str, make: Callable[[], Any]) -> Any:
             started = time.perf_counter()
-            result = value()
+            result = make()
             found[f"{name}_seconds"] = (time.perf_counter() - started) / len(observation.x)
             return result
 
         for signal in signals:
-            found[signal.name] = timed(signal.name, partial(signal.read, observation)).tolist()
+            found[signal.name] = timed(signal.name, partial(reading, signal, observation)).tolist()
         before = observation.evaluations.clone()
         fresh = replace(observation, estimates={})  # the cascade buys its own look-aheads, whatever a signal has made before
         timed(GUARD, partial(judge, fresh, task.profile.cascade))
@@ -110,6 +125,22 @@ def at_first_call(task: Task, signals: Sequence[Signal], part: pd.DataFrame) -> 
 
     read(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, **task.setting)
     return pd.DataFrame(found)
+
+
+def at_later_calls(task: Task, calls: int, part: pd.DataFrame) -> pd.DataFrame:
+    """The published detectors that read later calls, of whole runs of ``calls`` calls of a batch of samples."""
+    prompts = part.prompt.tolist()
+    lengths = torch.tensor([len(ids) for ids in task.pipe.tokenizer(prompts, truncation=True).input_ids])
+    detectors = over_run(calls, lengths)
+    found = {f"{detector.name}_run": torch.zeros(len(part)) for detector in detectors}
+
+    def look(observation: Observation) -> None:
+        for detector in detectors:
+            if observation.step in detector.calls:
+                found[f"{detector.name}_run"] += reading(detector, observation).float().cpu()
+
+    read(task.pipe, prompts, part.seed.tolist(), look, calls, **task.setting)
+    return pd.DataFrame({"prompt": part.prompt, "seed": part.seed, **{name: values.tolist() for name, values in found.items()}})
 
 
 def over_runs(task: Task, signals: Sequence[Signal], part: pd.DataFrame, calls: int | None = None) -> pd.DataFrame:
@@ -161,6 +192,8 @@ def values_of(samples: pd.DataFrame, name: str, window: str) -> np.ndarray | Non
     """A detector's value of each sample over a window of calls; None where it was not read there."""
     if f"{name}_series" in samples:
         return np.array([np.mean(series[: WINDOWS[window]]) for series in samples[f"{name}_series"]])
+    if f"{name}_run" in samples:
+        return samples[f"{name}_run"].to_numpy(float) if window == "all" else None
     return samples[name].to_numpy(float) if window == "first" and name in samples else None
 
 
@@ -250,25 +283,38 @@ def measure(task: Task, work: Path) -> tuple[pd.DataFrame, dict[str, float]]:
     free = [signal for signal in SIGNALS if not signal.cost]
     published = released(prediction_type(task.pipe.scheduler))
     every = (*SIGNALS, *published)
-    keys, columns = ["prompt", "seed"], ["prompt", "seed"]
+    keys = ["prompt", "seed"]
     free += [signal for signal in published if not signal.cost]
-    runs = measured("runs", task.samples[columns], partial(over_runs, task, free), work, task.about, BATCH)
+    runs = measured("runs", task.samples[keys], partial(over_runs, task, free), work, task.about, BATCH)
     paid = task.samples[(task.samples.seed < PAID_SEEDS) & ((task.samples.copy_rate > 0) | task.samples.kind.eq("ordinary"))]
     paid = paid[(paid.seed == 0) | (paid.source != "ordinary caption")]
-    first = measured("first", paid[columns].reset_index(drop=True), partial(at_first_call, task, every), work, task.about, BATCH)
-    first = first.drop(columns=list(task.about))
-    samples = task.samples.merge(runs, on=keys).merge(first, on=keys, how="left")
+    first = measured("first", paid[keys].reset_index(drop=True), partial(at_first_call, task, every), work, task.about, BATCH)
+    calls = len(runs.timesteps.iloc[0])
+    later = measured("later", paid[keys].reset_index(drop=True), partial(at_later_calls, task, calls), work, task.about, BATCH)
+    samples = task.samples.merge(runs, on=keys)
+    for more in (first, later):
+        samples = samples.merge(more.drop(columns=list(task.about)), on=keys, how="left")
     prompts = samples.groupby("prompt", sort=False).first().reset_index()
     prompts["positive"] = prompts.copy_rate >= 0.5
     chosen = prompts[prompts.positive | (prompts.kind.eq("ordinary") & (prompts.copy_rate == 0) & (prompts.source != "ordinary caption"))]
     samples[CAPTION] = samples.prompt.map(dict(zip(chosen.prompt, caption_only(chosen), strict=True)))
     decision = float(samples.decision.mean())
+    every = (*every, *over_run(calls, torch.zeros(0)))
     return samples, {GUARD: decision, **{signal.name: float(signal.cost) for signal in every}, CAPTION: 0.0}
+
+
+def configuration(model: str, profile: Profile, setting: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """All that the figures hang on beside the samples, in plain values."""
+    digest = hashlib.sha256(json.dumps(asdict(profile), sort_keys=True).encode()).hexdigest()[:12]
+    known = {name: value for name, value in profile.fingerprint.items() if name != "steps"}  # `setting` has them under their full name
+    return {"model": model, "profile": digest, "device": device.type, **known, **setting, **versions()}
 
 
 def main(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
-    prompts: Annotated[list[Path] | None, typer.Option(help="Published prompt sets, memorized and ordinary ones.")] = None,
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="Prompt sets, memorized and ordinary ones: published ones, or files with a column 'kind'.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Of the embedded model: development or test.")] = "test",
     seeds: Annotated[int, typer.Option(help="Seeds a prompt, where prompts are given.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
@@ -284,9 +330,9 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     setting = default_setting(model, steps, guidance)
     samples = given_samples(prompts, seeds) if prompts else embedded_samples(split)
-    about = {"model": model, "weights": weights_digest(pipe), **setting, **versions()}
     with state.main_process_first():
         profile = guarded_profile(pipe, GuardConfig(), setting)
+    about = configuration(model, profile, setting, state.device)
     task = Task(pipe, setting, profile, samples, about)
     found, costs = measure(task, work)
     ordinary = None
@@ -295,12 +341,12 @@ def main(
         ordinary = measured("held-out", held_out(), partial(over_runs, task, [], calls=calls), work, about, BATCH)
     if not state.is_main_process:
         return
-    rows, figures = compare(found, costs), guard_figures(task, found, ordinary)
+    rows, figures = [row | about for row in compare(found, costs)], guard_figures(task, found, ordinary)
     name = "detection" if not prompts else f"detection-{Path(model).name}"
     out.mkdir(parents=True, exist_ok=True)
     found.to_parquet(out / f"{name}.parquet", index=False)
     (out / f"{name}.json").write_text(json.dumps({"about": about, "figures": figures, "rows": rows}, indent=1))
-    shown = pd.DataFrame([row for row in rows if row["level"] == "sample" and row["steps"] == "first"])
+    shown = pd.DataFrame([row for row in rows if row["level"] == "sample" and row["steps"] == "first"]).drop(columns=list(about))
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for key, value in figures.items():
         typer.echo(f"{key}: {value}")

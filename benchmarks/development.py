@@ -5,61 +5,51 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import typer
-from PIL import Image
-from rich.progress import track
+from accelerate import PartialState
 
+from benchmarks.running import as_png, measured, versions
 from sdguard import GuardedPipeline, testbed
+from sdguard.calibration import PROFILE_FILE
 from sdguard.cli import generate_guarded
 from sdguard.testbed.copies import SSCD, find_copies, load_targets
 from sdguard.testbed.world import words
 
-BATCH = 16
+#: captions, each with all its seeds.
+BATCH = 8
 
 
-def measure(table: pd.DataFrame, seeds: int, folder: Path) -> pd.DataFrame:
-    """One row a sample: verdict, score and copy before and after, for ``seeds`` seeds of each caption."""
-    plain = testbed.load()
-    plain.set_progress_bar_config(disable=True)
-    targets, _ = load_targets(testbed.path(), plain.vae)
-    cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
-    sscd = SSCD()
-    pipe = GuardedPipeline(plain)
+def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.ndarray], captions: pd.DataFrame) -> pd.DataFrame:
+    """One row a sample: verdict, score, and whether it is a copy, before and after; of steered ones the two pictures side by side, PNG."""
+    call = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
+    images, twins, reports = generate_guarded(pipe, captions.text.tolist(), list(range(seeds)), compare=True, **call)
+    before, after = (np.stack([np.asarray(image) for image in some]) for some in (twins, images))
+    was, still = judge(before), judge(after)
     rows = []
-    for start in track(range(0, len(table), BATCH), "measuring"):
-        part = table.iloc[start : start + BATCH]
-        images, twins, reports = generate_guarded(
-            pipe,
-            part.text.tolist(),
-            list(range(seeds)),
-            compare=True,
-            num_inference_steps=testbed.STEPS,
-            guidance_scale=testbed.GUIDANCE_SCALE,
+    for i, report in enumerate(reports):
+        caption, steered = captions.iloc[i // seeds], report["verdict"] == "steered"
+        rows.append(
+            {
+                **{key: caption[key] for key in ("text", "kind", "repetitions", "group")},
+                **{key: report[key] for key in ("seed", "verdict", "score", "p_value", "extra_evaluations")},
+                "attempts": len(report["steering"]["attempts"]) if report["steering"] else 0,
+                "method": report["steering"]["passed"]["method"] if steered else None,
+                "object_kept": kept(report["steering"]["passed"], caption.object) if steered else None,
+                "copy_before": bool(was[i]),
+                "copy_after": bool(still[i]) and report["verdict"] != "withheld",
+                "pictures": as_png(np.concatenate([before[i : i + 1], after[i : i + 1]], axis=2))[0] if steered else None,
+            }
         )
-        before, after = (find_copies(np.stack([np.asarray(i) for i in some]), targets, sscd, cut).copy for some in (twins, images))
-        for i, report in enumerate(reports):
-            caption = part.iloc[i // seeds]
-            rows.append(
-                {
-                    **{key: caption[key] for key in ("text", "kind", "repetitions", "group")},
-                    **{key: report[key] for key in ("seed", "verdict", "score", "p_value", "extra_evaluations")},
-                    "attempts": len(report["steering"]["attempts"]) if report["steering"] else 0,
-                    "method": report["steering"]["passed"]["method"] if report["verdict"] == "steered" else None,
-                    "object_kept": kept(report["steering"]["passed"], caption.object) if report["verdict"] == "steered" else None,
-                    "copy_before": bool(before[i]),
-                    "copy_after": bool(after[i]) and report["verdict"] != "withheld",
-                }
-            )
-            if report["verdict"] == "steered" and len(list(folder.glob("*.png"))) < 48:
-                pair = np.concatenate([np.asarray(twins[i]), np.asarray(images[i])], axis=1)
-                Image.fromarray(pair).save(folder / f"{start + i // seeds:04d}-{report['seed']}.png")
     return pd.DataFrame(rows)
 
 
@@ -85,17 +75,33 @@ def summarise(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Seeds per caption.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Seeds per caption.")] = 2,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(__file__).parent / "results",
+    work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
     pairs: Annotated[Path, typer.Option(help="Where pictures before and after steering go.")] = Path("out/development"),
     split: Annotated[str, typer.Option(help="development or test.")] = "development",
 ) -> None:
-    """Run the guard over a split and report."""
-    table = pd.read_parquet(testbed.path() / "prompts.parquet")
+    """Run the guard over a split and report; under 'accelerate launch', processes share the work."""
+    plain = testbed.load()
+    plain.set_progress_bar_config(disable=True)
+    (targets, _), sscd = load_targets(testbed.path(), plain.vae), SSCD()
+    cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
+    profile = hashlib.sha256((testbed.path() / PROFILE_FILE).read_bytes()).hexdigest()[:12]
+    about = {"profile": profile, "steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "seeds": seeds, **versions()}
+    captions = pd.read_parquet(testbed.path() / "prompts.parquet")
+    captions = captions.loc[captions.split == split, ["text", "kind", "repetitions", "group", "object"]].reset_index(drop=True)
+
+    def judge(pictures: np.ndarray) -> np.ndarray:
+        return find_copies(pictures, targets, sscd, cut).copy
+
+    samples = measured(split, captions, partial(measure, GuardedPipeline(plain), seeds, judge), work, about, BATCH)
+    if not PartialState().is_main_process:
+        return
     shutil.rmtree(pairs, ignore_errors=True)
     pairs.mkdir(parents=True)
     out.mkdir(parents=True, exist_ok=True)
-    samples = measure(table[table.split == split], seeds, pairs)
+    for i, file in samples.pop("pictures").dropna().head(48).items():
+        (pairs / f"{i:04}.png").write_bytes(file)
     samples.to_parquet(out / f"{split}.parquet", index=False)
     summary = summarise(samples)
     top = samples[(samples.repetitions == samples.repetitions.max()) & samples.copy_before]
@@ -116,7 +122,7 @@ def main(
         "samples": len(samples),
         "seeds": seeds,
     }
-    (out / f"{split}.json").write_text(json.dumps({"figures": figures, "table": summary.to_dict("records")}, indent=1))
+    (out / f"{split}.json").write_text(json.dumps({"about": about, "figures": figures, "table": summary.to_dict("records")}, indent=1))
     typer.echo(summary.to_string(index=False))
     for name, value in figures.items():
         typer.echo(f"{name}: {value:.4g}")

@@ -1,7 +1,8 @@
 """Published sets of memorized and ordinary prompts in one schema, and the embedded model's own.
 
 ``python -m benchmarks prompt-sets FOLDER`` reads every set of `SETS` that lies in a folder and prints its rows and near-duplicate clusters.
-The sets are data of others and no part of this project; their paths are given. The schema, one row a prompt:
+The sets are data of others and no part of this project; their paths are given. A file of one's own is read as well where it has the
+column ``kind`` of the schema, and may have ``source``. The schema, one row a prompt:
 
 | column | content |
 |---|---|
@@ -62,6 +63,9 @@ class PromptSet:
     target: str | None = None
 
 
+#: a file that says itself what its prompts are.
+OWN = PromptSet("kind", {kind: kind for kind in ("verbatim", "template", "memorized", "ordinary")}, "ordinary prompt")
+
 LOCALIZING, MEMATTN = "ml-research/localizing_memorization_in_diffusion_models", "renjie3/MemAttn"
 IMAGE_KINDS = {"VM": "verbatim", "TM": "template"}
 
@@ -80,15 +84,15 @@ def read_set(path: Path, about: PromptSet | None = None) -> pd.DataFrame:
 
     Args:
         path: a text, CSV, JSON lines or parquet file.
-        about: what the file does not say; by default what `SETS` has under its name.
+        about: what the file does not say; by default what `SETS` has under its name, or `OWN`.
 
     Raises:
         ValueError: the file cannot be used, or nothing is known about it; one sentence naming the file and what is wrong.
     """
-    if about is None and path.name not in SETS:
-        raise ValueError(f"{path} is none of the known sets ({', '.join(SETS)}): say what it holds.")
-    about = about or SETS[path.name]
     table = read_table(path)
+    about = about or SETS.get(path.name, OWN)
+    if about is OWN and "kind" not in table:
+        raise ValueError(f"{path} is none of the known sets ({', '.join(SETS)}) and has no column 'kind' that says what it holds.")
     prompts = prompt_column(table, path, about.column)
     if missing := [name for name in (about.target, about.kind if about.kinds else None) if name and name not in table]:
         raise ValueError(f"{path} has no column {missing[0]!r}.")
@@ -98,12 +102,13 @@ def read_set(path: Path, about: PromptSet | None = None) -> pd.DataFrame:
         raise ValueError(
             f"{path} has {table[about.kind][row]!r} in row {row} of column {about.kind!r}: not one of {', '.join(about.kinds)}."
         )
+    source = table["source"] if about is OWN and "source" in table else about.source
     return pd.DataFrame(
         {
             "prompt": prompts,
             "set": path.stem,
             "kind": kind,
-            "source": about.source,
+            "source": np.where(kind == "ordinary", source, ""),
             "cluster": near_duplicates(prompts.tolist()),
             "target": table[about.target] if about.target else "",
             "repetitions": pd.Series(pd.NA, table.index, dtype="Int64"),

@@ -1,13 +1,16 @@
 """One page and the README's tables from the results that lie in ``benchmarks/results``; nothing is measured here.
 
-``python -m benchmarks report`` writes ``report.html``, which holds its figures and needs no other file, and each figure as a PNG.
+``python -m benchmarks report`` writes ``report.html``, which holds its figures and needs no other file, and each figure as a PNG. What the
+page says stands in ``report.html.j2``.
 """
 
 from __future__ import annotations
 
 import base64
+import inspect
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +19,18 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 import typer
-from adjustText import adjust_text
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from PIL import Image
 
 from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
-from benchmarks.published import released
+from benchmarks.published import Released, over_run, released
 from benchmarks.readme import README, markdown, put
 from benchmarks.statistics import roc_band
+from sdguard.signals import SIGNALS, Signal
 
 UNSEEN, ORDINARY = "never-seen caption of the same make", "ordinary caption"
 #: detectors that the ROC figure and the README show; the page's tables have all.
@@ -33,7 +40,16 @@ NAMES = {
     GUARD: "**the guard's decision**",
     CAPTION: "the caption alone (character 3-grams)",
     "lid_contrast": "dimension (LID), unconditional minus conditional",
+    "lid_conditional": "dimension (LID), conditional",
+    "lid_unconditional": "dimension (LID), unconditional",
+    "lid_guided": "dimension (LID), guided",
+    "lid_noisy": "dimension (LID), at the noise itself",
     "output_density_ahead": "output density along the look-ahead",
+    "wen_released": "guidance norm, as released",
+    "ssim_released": "SSIM over seeds, as released",
+    "flipd_finished_released": "FLIPD of the finished sample, as released",
+    "flipd_running_released": "FLIPD of the running latents, as released",
+    "attention_entropy_run_released": "attention entropy over the run, as released",
 }
 
 PAGE = Path(__file__).with_suffix(".html.j2")
@@ -41,7 +57,7 @@ PAGE = Path(__file__).with_suffix(".html.j2")
 
 def plain(name: str) -> str:
     """A detector's name for people."""
-    return NAMES.get(name, name.replace("_", " "))
+    return NAMES.get(name, name.replace("_released", ", as released").replace("_", " "))
 
 
 def samples_of(samples: pd.DataFrame, group: str) -> pd.Series:
@@ -53,7 +69,7 @@ def samples_of(samples: pd.DataFrame, group: str) -> pd.Series:
 
 def draw_roc(samples: pd.DataFrame) -> Figure:
     """True against false positives with bootstrap bands, samples at the first call."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=True, layout="constrained")
     rates = np.unique(np.concatenate([[0.0], np.geomspace(0.002, 1, 80)]))
     for axis, kind in zip(axes, ("verbatim", "template"), strict=True):
         for i, name in enumerate(name for name in SHOWN if values_of(samples, name, "first") is not None):
@@ -67,7 +83,7 @@ def draw_roc(samples: pd.DataFrame) -> Figure:
         axis.set(xscale="symlog", xlim=(0, 1), ylim=(0, 1.02), title=f"{kind} copies", xlabel="false-positive rate, never-seen captions")
         axis.set_xscale("symlog", linthresh=0.01)
     axes[0].set_ylabel("true-positive rate")
-    axes[1].legend(fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -107,6 +123,44 @@ def draw_dose(samples: pd.DataFrame) -> Figure:
     return figure
 
 
+def neighbours(points: np.ndarray, reach: float) -> list[list[int]]:
+    """The points ``[n, 2]`` in groups, each point with the first earlier group that has its first point within ``reach`` of it."""
+    groups: list[list[int]] = []
+    for i, point in enumerate(points):
+        near = [group for group in groups if np.linalg.norm(points[group[0]] - point) <= reach]
+        near[0].append(i) if near else groups.append([i])
+    return groups
+
+
+def label(axis: Axes, points: np.ndarray, names: Sequence[str]) -> None:
+    """Write each point's name beside it, towards the middle, or on the other side where a name stands already; points that all but coincide
+    share theirs. The axis has its limits."""
+    places = axis.transData.transform(points)
+    middle = axis.transData.transform((0.75 * axis.get_xlim()[1], 0))[0]
+    written: list[Annotation] = []
+    for group in neighbours(places, reach=12):
+        edge, several = places[group[0]][0] > middle, len(group) > 1
+        below = edge and several  # beside it stands what lies near
+
+        def write(left: bool, group: list[int] = group, below: bool = below) -> Annotation:
+            return axis.annotate(
+                ("\n" if below else "; ").join(names[i] for i in group),
+                points[group].mean(axis=0),
+                (4, -10) if below else (-8, 0) if left else (8, 0),
+                textcoords="offset points",
+                fontsize=7,
+                ha="right" if left else "left",
+                va="top" if below else "center",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )
+
+        text = write(edge)
+        if any(text.get_window_extent().overlaps(other.get_window_extent()) for other in written):
+            text.remove()
+            text = write(not edge)
+        written.append(text)
+
+
 def draw_cost(rows: pd.DataFrame) -> Figure:
     """Accuracy against cost of every detector, samples at the first call."""
     figure, axis = plt.subplots(figsize=(9, 5))
@@ -114,44 +168,115 @@ def draw_cost(rows: pd.DataFrame) -> Figure:
     for kind, marker in (("verbatim", "o"), ("template", "s")):
         part = here[here.kind == kind]
         axis.scatter(part.evaluations, part.auc, color=COLOURS[kind], marker=marker, label=f"{kind} copies", alpha=0.8)
-    lowest = here[here.kind == "verbatim"].sort_values("auc")
-    named = lowest[lowest.auc < 0.98]
-    labels = [axis.text(row.evaluations, row.auc, plain(row.detector).strip("*"), fontsize=7) for row in named.itertuples()]
-    adjust_text(labels, ax=axis, arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"})
     axis.axhline(0.5, color="grey", ls=":", lw=0.8)
-    axis.set(xlabel="extra denoiser evaluations an image", ylabel="area under the ROC curve", xlim=(-0.7, None))
+    axis.set(xlabel="extra denoiser evaluations an image", ylabel="area under the ROC curve", xlim=(-0.7, None), ylim=(-0.05, 1.05))
+    named = here[(here.kind == "verbatim") & (here.auc < 0.98)]
+    label(axis, named[["evaluations", "auc"]].to_numpy(), [plain(name).strip("*") for name in named.detector])
     axis.legend(fontsize=8)
     return figure
 
 
 def draw_steering(rows: pd.DataFrame) -> Figure:
-    """Copies that are left against alignment of what was steered, gated methods."""
+    """Copies that are left against alignment of what was steered, gated methods; methods at one place share a label."""
     figure, axis = plt.subplots(figsize=(9, 5.4))
     here = rows[rows.gated]
     left = here[["copies_left_verbatim", "copies_left_template"]].map(lambda rate: rate["share"]).mean(axis=1)
-    aligned = here.alignment.map(lambda rate: rate["share"])
-    axis.scatter(100 * left, 100 * aligned, color=["#c0392b" if name == "ladder" else "#2563a8" for name in here.method])
-    labels = [axis.text(100 * x, 100 * y, name, fontsize=7) for name, x, y in zip(here.method, left, aligned, strict=True)]
-    adjust_text(labels, ax=axis, arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "grey"})
+    points = 100 * np.stack([left, here.alignment.map(lambda rate: rate["share"])], axis=1)
+    colours = ["#c0392b" if name == "ladder" else "#2563a8" for name in here.method]
+    axis.scatter(*points[::-1].T, color=colours[::-1])  # the first, which is the ladder, on top
     axis.axhline(100 * here.alignment_expected.iloc[0], color="grey", ls=":", label="never-seen captions of the same objects")
-    axis.set(xlabel="copies left, % (mean of verbatim and template)", ylabel="pictures that show their object, %")
-    axis.legend(fontsize=8)
+    axis.set(xlabel="copies left, % (mean of verbatim and template)", ylabel="pictures that show their object, %", xlim=(-5, 105))
+    label(axis, points, here.method.tolist())
+    axis.legend(fontsize=8, loc="lower right")
     return figure
 
 
-def table_of_detection(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as people read them, best first within each comparison."""
-    differences = {detector.name: f"as released; {detector.difference}" for detector in released("epsilon")}
-    shown = rows.assign(
-        AUC=[f"{r.auc:.3f} [{r.auc_low:.3f}, {r.auc_high:.3f}]" for r in rows.itertuples()],
-        TPR=[f"{r.tpr:.2f} [{r.tpr_low:.2f}, {r.tpr_high:.2f}]" for r in rows.itertuples()],
-        remark=rows.detector.map(differences).fillna(""),
-    ).rename(columns={"TPR": "TPR at 1% FPR", "positives": "copies", "of": "negatives", "negatives": "source of negatives"})
-    order = shown.sort_values(
-        ["level", "kind", "source of negatives", "seeds", "steps", "auc"], ascending=[False, False, True, True, False, False]
-    )
-    columns = ["detector", "level", "seeds", "steps", "kind", "source of negatives", "AUC", "TPR at 1% FPR", "evaluations", "milliseconds"]
-    return order[[*columns, "copies", "negatives", "remark"]]
+def as_html(table: pd.DataFrame) -> str:
+    """A table for the page."""
+    return table.to_html(index=False, border=0, na_rep="", float_format=lambda value: f"{value:.3g}")
+
+
+def opened(title: str, table: pd.DataFrame) -> dict[str, Any]:
+    """A table that the page shows without being asked."""
+    return {"title": title, "html": as_html(table), "open": True}
+
+
+def share(value: float) -> str:
+    """A share as people read it: in percent, with a digit more where it is near to none or all."""
+    return f"{value:.0%}" if value in (0, 1) else f"{value:.1%}"
+
+
+def with_interval(cell: dict[str, float]) -> str:
+    """A measured share and its interval."""
+    return f"{share(cell['share'])} [{share(cell['low'])}, {share(cell['high'])}]"
+
+
+def shown(name: str, value: Any) -> str:
+    """A figure of a result file as people read it: counts whole, shares in percent, intervals of shares as such."""
+    if isinstance(value, list):
+        return " to ".join(share(end) for end in value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if name.startswith("mean") else share(value)
+
+
+def said_of(detector: Signal) -> str:
+    """What a detector reads: the first sentence of its own description, or that of its file where the file describes it alone."""
+    home = inspect.getmodule(detector.read)
+    alone = sum(inspect.getmodule(signal.read) is home for signal in SIGNALS) == 1
+    described = inspect.getdoc(home if alone else detector.read) or ""
+    sentence = re.split(r"\.\s|\n\n", described.partition(": ")[2] if alone else described, maxsplit=1)[0]
+    return re.sub(r", ``\[B\]``|`", "", " ".join(sentence.split())).rstrip(".")
+
+
+def table_of_detectors(names: Sequence[str]) -> dict[str, Any]:
+    """What each measured detector reads; of a released one, where it is from, what it is beside and what it does otherwise."""
+    known: dict[str, Signal] = {d.name: d for d in (*SIGNALS, *released("epsilon"), *over_run(50, torch.zeros(0)))}
+    rows = [
+        {
+            "detector": plain(GUARD).strip("*"),
+            "reads": "the free signals that its profile names, and in doubt the agreement of two look-aheads",
+        },
+        {"detector": plain(CAPTION), "reads": "the caption's letters, by naive Bayes in five folds"},
+    ]
+    for name in sorted(set(names) & set(known), key=list(known).index):
+        detector = known[name]
+        row = {"detector": plain(name), "reads": said_of(detector)}
+        if isinstance(detector, Released):
+            row |= {"corrected form": plain(detector.corrected), "what the released code does otherwise": detector.difference}
+        rows.append(row)
+    return {"title": "What each detector reads", "html": as_html(pd.DataFrame(rows).fillna("")), "prose": True}
+
+
+#: what sets one comparison of detectors apart from another, and the order in which their entries are shown.
+COMPARED = {
+    "level": ("sample", "prompt"),
+    "seeds": (),
+    "steps": ("first", "first five", "all"),
+    "negatives": (UNSEEN, ORDINARY),
+}
+CALLS = {"first": "at the first call", "first five": "over the first five calls", "all": "over the whole run"}
+
+
+def tables_of_detection(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table a comparison, best detector first, verbatim and template copies side by side."""
+    ranks = {name: {value: i for i, value in enumerate(values)} for name, values in COMPARED.items() if values}
+    rows = rows.sort_values(list(COMPARED), key=lambda column: column.map(ranks.get(str(column.name), lambda value: value)))
+    tables: list[dict[str, Any]] = []
+    for (level, seeds, steps, negatives), here in rows.groupby(list(COMPARED), sort=False):
+        kinds = sorted(here.kind.unique(), reverse=True)  # verbatim first
+        table = pd.DataFrame(index=here[here.kind == kinds[0]].sort_values("auc", ascending=False, kind="stable").detector)
+        for kind in kinds:
+            part = here[here.kind == kind].set_index("detector").reindex(table.index)
+            table[f"AUC, {kind}"] = [f"{r.auc:.3f} [{r.auc_low:.3f}, {r.auc_high:.3f}]" for r in part.itertuples()]
+            table[f"TPR at 1%, {kind}"] = [f"{share(r.tpr)} [{share(r.tpr_low)}, {share(r.tpr_high)}]" for r in part.itertuples()]
+            table[f"of, {kind}"] = [f"{r.positives:.0f} / {r.of:.0f}" for r in part.itertuples()]
+            if kind == kinds[0]:
+                spent, time = part.evaluations, part.milliseconds
+        table["extra evaluations"], table["ms"] = spent.map("{:.3g}".format), ["" if pd.isna(t) else f"{t:.2g}" for t in time]
+        table = table.rename(index=lambda name: plain(name).strip("*")).rename_axis("detector").reset_index()
+        unit = "Samples" if level == "sample" else "Prompts, one seed" if seeds == 1 else f"Prompts, mean of {seeds} seeds"
+        title = f"{unit}, {CALLS[str(steps)]}; negatives: {negatives}"
+        tables.append({"title": title, "html": as_html(table), "open": not tables})
+    return tables
 
 
 def readme_detection(rows: pd.DataFrame) -> str:
@@ -168,6 +293,20 @@ def readme_detection(rows: pd.DataFrame) -> str:
         lines.append([plain(name), areas, shares, f"{verbatim.evaluations:.2g}", time])
     header = ["", "AUC, verbatim / template", "true positives at 1% false positives", "extra evaluations", "milliseconds an image"]
     return markdown(header, lines)
+
+
+def tables_of_steering(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table of the methods where the guard flags, and one of the methods always on."""
+    names = {"alignment_comparable": "comparable", "alignment_expected": "expected", "alignment_ordinary": "ordinary: alignment"}
+    read = rows.map(lambda cell: with_interval(cell) if isinstance(cell, dict) else cell).rename(columns=names)
+    read["expected"] = rows.alignment_expected.map(share)
+    read.columns = read.columns.str.replace("copies_left_", "copies left, ").str.replace("ordinary_", "ordinary: ").str.replace("_", " ")
+    titles = {True: "Applied to what the guard flags", False: "Always on"}
+    return [
+        {"title": titles[gated], "html": as_html(read[rows.gated == gated].drop(columns="gated")), "open": gated}
+        for gated in titles
+        if (rows.gated == gated).any()
+    ]
 
 
 def readme_steering(rows: pd.DataFrame) -> str:
@@ -213,11 +352,6 @@ def load(results: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def as_html(table: pd.DataFrame) -> str:
-    """A table for the page."""
-    return table.to_html(index=False, border=0, na_rep="", float_format=lambda value: f"{value:.3g}")
-
-
 def main(
     results: Annotated[Path, typer.Option(help="Where the results lie.")] = RESULTS,
     out: Annotated[Path, typer.Option(help="Where the page and its figures go.")] = RESULTS / "report",
@@ -226,94 +360,46 @@ def main(
     """Draw the page and the README's tables from the results."""
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
-    sections: list[dict[str, Any]] = []
+    about: dict[str, Any] = {}
+    pictures: dict[str, str] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
 
-    def section(title: str, command: str, text: list[str], draw: Callable[[], Figure] | None = None, **more: Any) -> None:
-        picture = None
-        if draw:
-            path = out / f"{title.lower().replace(' ', '-')}.png"
-            figure = draw()
+    def draw(name: str, figure: Figure) -> None:
+        path = out / f"{name}.png"
+        if figure.get_layout_engine() is None:
             figure.tight_layout()
-            figure.savefig(path, dpi=110)
-            plt.close(figure)
-            picture = base64.b64encode(path.read_bytes()).decode()
-        sections.append({"title": title, "command": f"python -m benchmarks {command}", "text": text, "picture": picture, **more})
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        # a palette is a third of the size; chosen for the rarest colours, it is off by no more than an eye can see
+        Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+        pictures[name] = base64.b64encode(path.read_bytes()).decode()
 
-    about = "Nothing has been measured yet."
     if detection := load(results, "detection"):
         samples, rows = pd.read_parquet(results / "detection.parquet"), pd.DataFrame(detection["rows"])
-        setting = ", ".join(f"{name} {value}" for name, value in detection["about"].items())
-        about = (
-            f"What the guard and the detectors it is made of do, measured on: {setting}. Negatives are kept apart by where they come from; "
-            "intervals are 95%, by bootstrap of whole clusters of near-duplicates; a classifier that sees the caption alone stands beside "
-            "every detector."
-        )
-        section(
-            "ROC", "detection",
-            [
-                "Samples at the first denoiser call, before any step is taken. A positive is a sample that is a copy of a "
-                "training picture; a negative one of a caption of the same make that training never showed. The dotted line is "
-                "1% false positives."
-            ],
-            lambda: draw_roc(samples),
-        )  # fmt: skip
-        section(
-            "Score against time", "detection",
-            [
-                "The guidance norm at every step of the run, unguarded. Lines are medians, bands hold 90% of the samples."
-            ],
-            lambda: draw_series(samples),
-        )  # fmt: skip
-        section(
-            "Dose and response", "detection",
-            [
-                "The repetition count was drawn at random for each caption, so that nothing else differs. Left: how often the "
-                "picture comes back. Right: what the guard says before the first step."
-            ],
-            lambda: draw_dose(samples),
-        )  # fmt: skip
-        section(
-            "Cost against accuracy", "detection",
-            [
-                "Each detector's extra denoiser evaluations an image and its area under the ROC curve. Detectors under .98 on "
-                "verbatim copies are named."
-            ],
-            lambda: draw_cost(rows), table=as_html(table_of_detection(rows)),
-        )  # fmt: skip
-        figures = pd.DataFrame([{"": name, "measured": str(value)} for name, value in detection["figures"].items()])
-        section("The decision", "detection", ["The guard at its own conformal threshold."], table=as_html(figures), open=True)
+        about = detection["about"]
+        draw("roc", draw_roc(samples))
+        draw("cost-against-accuracy", draw_cost(rows))
+        draw("dose-and-response", draw_dose(samples))
+        draw("score-against-time", draw_series(samples))
+        first, *others = tables_of_detection(rows)
+        tables["detectors"], tables["comparisons"] = [first, table_of_detectors(rows.detector)], others
+        figures = pd.DataFrame([{"": name, "measured": shown(name, value)} for name, value in detection["figures"].items()])
+        tables["decision"] = [opened("Figures", figures)]
         put("detection", readme_detection(rows), readme)
     if steering := load(results, "steering-test"):
-        rows_ = pd.DataFrame(steering["rows"])
-        shares = rows_.map(lambda cell: cell["share"] if isinstance(cell, dict) else cell)
-        section(
-            "Copies against alignment", "steering",
-            [
-                "Each method, applied to what the guard flags. To the left no copies are left; to the top the pictures still "
-                "show what was asked for."
-            ],
-            lambda: draw_steering(rows_), table=as_html(shares),
-        )  # fmt: skip
-        put("steering", readme_steering(rows_), readme)
+        methods = pd.DataFrame(steering["rows"])
+        draw("copies-against-alignment", draw_steering(methods))
+        tables["steering"] = tables_of_steering(methods)
+        put("steering", readme_steering(methods), readme)
     if development := load(results, "development"):
-        table = pd.DataFrame(development["table"])
-        section(
-            "The guard end to end",
-            "development",
-            ["By kind and repetition count, through the real pipeline."],
-            table=as_html(table),
-            open=True,
-        )
+        names = {"copies_flagged": "copies flagged", "copies_left": "copies left", "evaluations": "extra evaluations"}
+        tables["development"] = [opened("By kind and repetition count", pd.DataFrame(development["table"]).rename(columns=names))]
         put("development", readme_development(development["figures"]), readme)
     overhead = {path.stem.removeprefix("overhead-"): json.loads(path.read_text()) for path in sorted(results.glob("overhead-*.json"))}
     if overhead:
-        rows_ = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])
-        text = [
-            "Against an unguarded call right beside it: medians of the pairs' ratios with their 95% intervals. Clean: the free signals "
-            "stop the sample. Gray: it "
-            "buys the look-ahead. Flagged: it is steered as well."
-        ]
-        section("Overhead", "overhead SHAPE", text, table=as_html(rows_[["shape", *rows_.columns[:-1]]]), open=True)
+        paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])
+        tables["overhead"] = [opened("By shape and path", paths[["shape", *paths.columns[:-1]]])]
         put("overhead", readme_overhead(overhead), readme)
-    (out / "report.html").write_text(jinja2.Template(PAGE.read_text(), autoescape=True).render(about=about, sections=sections))
+    page = jinja2.Template(PAGE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    (out / "report.html").write_text(page.render(about=about, pictures=pictures, tables=tables))
     typer.echo(f"{out / 'report.html'}")

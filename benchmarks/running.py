@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from accelerate import PartialState
+from PIL import Image
 from rich.progress import track
 
 from sdguard.prompt_files import write_table
@@ -48,3 +51,16 @@ def measured(
         write_table(measure(samples[start : start + batch].reset_index(drop=True)).assign(**about), path)
     state.wait_for_everyone()
     return pd.concat([pd.read_parquet(path) for path in parts.values()], ignore_index=True)
+
+
+def as_png(images: np.ndarray) -> list[bytes]:
+    """Pictures, uint8, as PNG files."""
+    files = [io.BytesIO() for _ in images]
+    for image, file in zip(images, files, strict=True):
+        Image.fromarray(image).save(file, "png")
+    return [file.getvalue() for file in files]
+
+
+def from_png(files: Sequence[bytes]) -> np.ndarray:
+    """The inverse of `as_png`."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])

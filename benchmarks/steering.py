@@ -10,7 +10,6 @@ flags the sample and the unguarded one elsewhere: rows do not depend on their ne
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from benchmarks.running import measured, versions
+from benchmarks.running import as_png, from_png, measured, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.calibration import PROFILE_FILE
 from sdguard.correction import Correction, corrected, movement
@@ -96,19 +95,6 @@ def ladder(pipe: Any, profile: Profile, texts: list[str], observation: Observati
     """What the guard's ladder gives each image, None where no rung passed."""
     flagged = Flagged.of(observation, list(texts), Encoder(pipe), profile)
     return [outcome.correction for outcome in climb(flagged, rungs(profile))]
-
-
-def as_png(images: np.ndarray) -> list[bytes]:
-    """Pictures, uint8, as PNG files."""
-    files = [io.BytesIO() for _ in images]
-    for image, file in zip(images, files, strict=True):
-        Image.fromarray(image).save(file, "png")
-    return [file.getvalue() for file in files]
-
-
-def from_png(files: Sequence[bytes]) -> np.ndarray:
-    """The inverse of `as_png`."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
 
 
 def guarded(pipe: Any, part: pd.DataFrame) -> pd.DataFrame:

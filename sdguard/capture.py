@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def captured(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within the block, the outputs of ``modules`` in the order in which they run; afterwards no hook is left on them."""
-    found: list[Tensor] = []
+def captured(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within the block, the last outputs of ``modules``, in the order in which they first ran; afterwards no hook is left on them."""
+    found: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, arguments: tuple[object, ...], output: Tensor) -> None:
-        found.append(output.detach())
+        found[module] = output.detach()
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:

@@ -99,10 +99,25 @@ def test_a_set_comes_in_one_schema(tmp_path: Path) -> None:
     assert table.repetitions.isna().all()
 
 
+def test_a_file_of_ones_own_says_what_its_prompts_are(tmp_path: Path) -> None:
+    path = tmp_path / "ours.csv"
+    kinds = ["verbatim", "ordinary", "template"]
+    write_table(frame().assign(kind=kinds), path)
+    table = read_set(path)
+    assert tuple(table.columns) == COLUMNS
+    assert table.kind.tolist() == kinds
+    assert table.source.tolist() == ["", "ordinary prompt", ""]
+    write_table(frame().assign(kind=kinds, source="COCO"), path)
+    assert read_set(path).source.tolist() == ["", "COCO", ""]
+    write_table(frame().assign(kind="cat"), path)
+    with pytest.raises(ValueError, match="has 'cat' in row 0 of column 'kind': not one of verbatim, template, memorized, ordinary"):
+        read_set(path)
+
+
 @pytest.mark.parametrize(
     ("about", "says"),
     [
-        (None, "is none of the known sets"),
+        (None, "is none of the known sets .* and has no column 'kind' that says what it holds"),
         (PromptSet("type", {"VM": "verbatim"}), "has no column 'type'"),
         (PromptSet("ordinary", target="picture"), "has no column 'picture'"),
         (PromptSet("url", {"u7": "verbatim", "u8": "template"}), "has 'u9' in row 2 of column 'url': not one of u7, u8"),

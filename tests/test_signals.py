@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdguard.geometry import RESOLUTION
@@ -15,7 +16,7 @@ from sdguard.observation import CLEAN, NoiseLevel, Observation
 from sdguard.reading import read
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.agreement import agreement, correlation
-from sdguard.signals.attention_entropy import ATTENTION_ENTROPY, entropy
+from sdguard.signals.attention_entropy import ATTENTION_ENTROPY, attention_paid, entropy, paid
 from sdguard.signals.bottleneck_spread import BOTTLENECK_SPREAD
 from sdguard.signals.condition_jacobian import condition_jacobian
 from sdguard.signals.denoised_norm import denoised_norm
@@ -105,10 +106,34 @@ def test_a_signal_that_reads_features_keeps_the_same_contract(signal: Signal, ti
 
 
 def test_entropy_of_even_and_of_single_attention() -> None:
-    assert entropy(torch.zeros(1, 5, 8), torch.randn(1, 7, 8), 2).item() == pytest.approx(math.log(7))
+    assert entropy(paid(torch.zeros(1, 5, 8), torch.randn(1, 7, 8), 2)).tolist() == [pytest.approx([math.log(7)] * 2)]
     key = torch.zeros(1, 7, 8)
     key[:, 3] = 100.0
-    assert entropy(torch.ones(1, 5, 8), key, 2).item() == pytest.approx(0, abs=1e-3)
+    assert entropy(paid(torch.ones(1, 5, 8), key, 2)).tolist() == [pytest.approx([0, 0], abs=1e-3)]
+
+
+def test_attention_layers_come_in_the_order_in_which_they_run_each_with_its_own_heads(observe: Observe) -> None:
+    """As in Stable Diffusion 2, whose blocks differ in heads, and whose middle is registered after everything else."""
+    net = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=2,
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+    )
+
+    def denoise(x: Tensor, t: float, text: Tensor, places: Tensor) -> Tensor:
+        with torch.no_grad():
+            return net(x, t, text).sample
+
+    observation = observe(lambda x, level, text: x, torch.randn(SHAPE), torch.randn(4, 3, 2), denoiser=net, denoise=denoise)
+    shares = attention_paid(observation)
+    assert [share.shape[1] for share in shares] == [2, 4, 4, 4, 4, 2, 2]
+    assert observation.evaluations.tolist() == [1] * 4
+    for share in shares:
+        torch.testing.assert_close(share.sum(-1), torch.ones(share.shape[:2]))
 
 
 PICTURE = torch.linspace(-2, 2, 4 * 8 * 8).view(SHAPE[1:])

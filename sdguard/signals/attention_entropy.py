@@ -1,11 +1,13 @@
 """Attention entropy: over how many tokens the cross-attention spreads."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sdguard.capture import captured
 from sdguard.observation import Observation
-from sdguard.signals.signal import Signal
+from sdguard.signals.signal import NoPart, Signal
 
 
 def cross_attentions(denoiser: nn.Module) -> list[nn.Module]:
@@ -13,34 +15,43 @@ def cross_attentions(denoiser: nn.Module) -> list[nn.Module]:
     return [module for name, module in denoiser.named_modules() if name.endswith("attn2")]
 
 
-def entropy(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Entropy over tokens of the attention that places on average pay to each, averaged over heads, ``[B]``, in nats.
-
-    ``query`` ``[B, N, C]``, ``key`` ``[B, T, C]``; after Ren et al. 2024 (2403.11052).
-    """
+def paid(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """The attention that places on average pay to each token, ``[B, heads, T]``, of ``query`` ``[B, N, C]`` and ``key`` ``[B, T, C]``."""
     q, k = (z.float().unflatten(-1, (heads, -1)).transpose(1, 2) for z in (query, key))
-    paid = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1).mean(dim=2)
-    return -(paid * paid.clamp_min(1e-12).log()).sum(-1).mean(dim=1)
+    return torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1).mean(dim=2)
 
 
-def attention_entropy(observation: Observation) -> Tensor:
-    """Mean `entropy` over the cross-attention layers under the prompt, ``[B]``, in nats.
+def entropy(share: Tensor) -> Tensor:
+    """Entropy in nats of shares along the last dimension; of some of a distribution's shares, their part of it."""
+    return -(share * share.clamp_min(1e-12).log()).sum(dim=-1)
 
-    Ordinary prompts leave most attention to the begin token, memorized ones pull it to others. The queries and keys are read
-    where they are projected, so that any attention processor may be in use. Cost: 1 evaluation. Weak in independent tests,
-    and of the other sign on the embedded model; blind where one token alone holds the key.
+
+def attention_paid(observation: Observation) -> list[Tensor]:
+    """What `paid` says of each cross-attention layer under the prompt, ``[B, heads, T]`` each, in the order in which the layers run.
+
+    The queries and keys are read where they are projected, so that any attention processor may be in use. Cost: 1 evaluation.
 
     Raises:
-        ValueError: the denoiser has no cross-attention that is known.
+        NoPart: the denoiser has no cross-attention that is known.
     """
     layers = cross_attentions(observation.denoiser) if observation.denoiser is not None else []
     if not layers:
-        raise ValueError("The denoiser has no cross-attention layers named attn2.")
+        raise NoPart("The denoiser has no cross-attention layers named attn2.")
     observation.spend(1)
-    with captured([projection for layer in layers for projection in (layer.to_q, layer.to_k)]) as found:  # type: ignore[misc]
+    by_query: dict[nn.Module, Any] = {layer.to_q: layer for layer in layers}  # type: ignore[misc]
+    with captured([*by_query, *(layer.to_k for layer in layers)]) as found:  # type: ignore[list-item]
         observation.conditional(observation.x, observation.timestep)
-    pairs = zip(found[::2], found[1::2], layers, strict=True)
-    return torch.stack([entropy(query, key, layer.heads) for query, key, layer in pairs]).mean(dim=0)  # type: ignore[arg-type]
+    # a U-Net registers its middle last, so that it is the order of running and not that of the modules that tells a layer
+    return [paid(found[q], found[by_query[q].to_k], by_query[q].heads) for q in found if q in by_query]
+
+
+def attention_entropy(observation: Observation) -> Tensor:
+    """Mean `entropy` of the attention paid by each head of each cross-attention layer under the prompt, ``[B]``, in nats.
+
+    After Ren et al. 2024 (2403.11052). Ordinary prompts leave most attention to the begin token, memorized ones pull it to others. Cost: 1
+    evaluation. Weak in independent tests, and of the other sign on the embedded model; blind where one token alone holds the key.
+    """
+    return torch.stack([entropy(layer).mean(dim=1) for layer in attention_paid(observation)]).mean(dim=0)
 
 
 ATTENTION_ENTROPY = Signal("attention_entropy", attention_entropy, cost=1)

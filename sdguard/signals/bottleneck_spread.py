@@ -7,7 +7,7 @@ from torch import Tensor
 from sdguard.capture import captured
 from sdguard.lookahead import LOOK_AHEAD_STEPS, trajectory
 from sdguard.observation import Observation
-from sdguard.signals.signal import Signal
+from sdguard.signals.signal import NoPart, Signal
 
 
 def bottleneck_spread(observation: Observation) -> Tensor:
@@ -17,13 +17,16 @@ def bottleneck_spread(observation: Observation) -> Tensor:
     contrast. Cost: 7 evaluations. Blind where a memorized picture is as rich as any other; its sign is to be checked per model.
 
     Raises:
-        AttributeError: the denoiser has no mid-block (transformers have none).
+        NoPart: the denoiser has no mid-block (transformers have none).
     """
+    middle = getattr(observation.denoiser, "mid_block", None)
+    if middle is None:
+        raise NoPart("The denoiser has no mid-block.")
     step = next(step for step in trajectory(observation) if step.timestep <= observation.timestep / 2 + 1)
     observation.spend(1)
-    with captured([observation.denoiser.mid_block]) as found:  # type: ignore[union-attr,list-item]
+    with captured([middle]) as found:
         observation.conditional(step.x, step.timestep)
-    return found[-1].float().flatten(1).std(dim=1)
+    return found[middle].float().flatten(1).std(dim=1)
 
 
 #: steps of the look-ahead, the first free, up to half of the noise range.

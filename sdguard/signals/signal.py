@@ -10,6 +10,10 @@ from torch import Tensor
 from sdguard.observation import Observation
 
 
+class NoPart(ValueError):
+    """A signal reads something inside the denoiser that this one does not have."""
+
+
 @dataclass(frozen=True)
 class Signal:
     """A measure of one denoiser call; one file each in this folder.
