@@ -128,7 +128,10 @@ def neighbours(points: np.ndarray, reach: float) -> list[list[int]]:
     groups: list[list[int]] = []
     for i, point in enumerate(points):
         near = [group for group in groups if np.linalg.norm(points[group[0]] - point) <= reach]
-        near[0].append(i) if near else groups.append([i])
+        if near:
+            near[0].append(i)
+        else:
+            groups.append([i])
     return groups
 
 
@@ -139,8 +142,8 @@ def label(axis: Axes, points: np.ndarray, names: Sequence[str]) -> None:
     middle = axis.transData.transform((0.75 * axis.get_xlim()[1], 0))[0]
     written: list[Annotation] = []
     for group in neighbours(places, reach=12):
-        edge, several = places[group[0]][0] > middle, len(group) > 1
-        below = edge and several  # beside it stands what lies near
+        edge = places[group[0]][0] > middle
+        below = edge and len(group) > 1  # beside it stands what lies near
 
         def write(left: bool, group: list[int] = group, below: bool = below) -> Annotation:
             return axis.annotate(
