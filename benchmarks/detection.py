@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from accelerate import PartialState
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
@@ -41,6 +40,7 @@ from sdguard import GuardConfig, Profile, testbed
 from sdguard.cli import default_setting, load_pipeline
 from sdguard.decision import judge, judge_later
 from sdguard.observation import Observation, prediction_type
+from sdguard.processes import processes
 from sdguard.reading import read
 from sdguard.scanning import guarded_profile
 from sdguard.signals import SIGNALS, Signal
@@ -323,7 +323,7 @@ def main(
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
 ) -> None:
     """Measure every detector on a model; under 'accelerate launch', processes share the work."""
-    state = PartialState()
+    state = processes()
     if (model == "embedded") == bool(prompts):
         raise typer.BadParameter("the embedded model brings its prompts; any other needs them", param_hint="--prompts")
     pipe = load_pipeline(model).to(state.device)

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from accelerate import PartialState
 
 from benchmarks.running import as_png, measured, versions
 from sdguard import GuardedPipeline, testbed
 from sdguard.calibration import PROFILE_FILE
 from sdguard.cli import generate_guarded
+from sdguard.processes import processes
 from sdguard.testbed.copies import SSCD, find_copies, load_targets
 from sdguard.testbed.world import words
 
@@ -95,7 +95,7 @@ def main(
         return find_copies(pictures, targets, sscd, cut).copy
 
     samples = measured(split, captions, partial(measure, GuardedPipeline(plain), seeds, judge), work, about, BATCH)
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     shutil.rmtree(pairs, ignore_errors=True)
     pairs.mkdir(parents=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from accelerate import PartialState
 from PIL import Image
 from rich.progress import track
 
+from sdguard.processes import processes
 from sdguard.prompt_files import write_table
 
 PACKAGES = ("sdguard", "torch", "diffusers", "transformers", "accelerate")
@@ -40,7 +40,7 @@ def measured(
     and ``about``: a measurement that was killed goes on and has lost a batch at most. Under ``accelerate launch`` the processes take turns
     with the batches and all return all rows; processes on several machines have to share the folder.
     """
-    state = PartialState()
+    state = processes()
     told = samples.to_json(orient="split")
     work = folder / f"{what}-{hashlib.sha256(json.dumps([what, batch, told, dict(about)], default=str).encode()).hexdigest()[:12]}"
     work.mkdir(parents=True, exist_ok=True)

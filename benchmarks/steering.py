@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 import transformers
 import typer
-from accelerate import PartialState
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
@@ -35,6 +34,7 @@ from sdguard.correction import Correction, corrected, movement
 from sdguard.families import Encoder
 from sdguard.hook import watched
 from sdguard.observation import Observation
+from sdguard.processes import processes
 from sdguard.steering import BASELINES, METHODS, Flagged, Method
 from sdguard.steering.ladder import climb, rungs
 from sdguard.testbed.alignment import ALIGNMENT_FILE, Alignment
@@ -127,6 +127,21 @@ def steered(pipe: Any, correct: Callable[[list[str], Observation], list[Correcti
             "picture": as_png(images),
         }
     )
+
+
+class RememberingSSCD(SSCD):
+    """SSCD that embeds no picture twice: the same ones are looked at for every method, and by copy criterion and alignment score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[bytes, np.ndarray] = {}
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        keys = [image.tobytes() for image in images]
+        new = {key: i for i, key in enumerate(keys) if key not in self.known}
+        if new:
+            self.known.update(zip(new, super().__call__(images[list(new.values())]), strict=True))
+        return np.stack([self.known[key] for key in keys])
 
 
 def kernel_distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -223,10 +238,10 @@ def main(
     every = pd.concat([captions.assign(seed=seed) for seed in range(seeds)]).sort_index(kind="stable")
     every = every[(every.kind != "ordinary") | (every.seed == 0)][["text", "kind", "repetitions", "object", "seed"]].reset_index(drop=True)
     targets, _ = load_targets(testbed.path(), pipe.vae)
-    sscd, cut = SSCD(), json.loads((testbed.path() / "labels.json").read_text())["cut"]
+    sscd, cut = RememberingSSCD(), json.loads((testbed.path() / "labels.json").read_text())["cut"]
     score = Alignment.load(testbed.path() / ALIGNMENT_FILE, sscd)
 
-    state = PartialState()
+    state = processes()
     about = {"profile": hashlib.sha256((testbed.path() / PROFILE_FILE).read_bytes()).hexdigest()[:12], **SETTING, **versions()}
 
     def made(name: str, samples: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> tuple[np.ndarray, pd.DataFrame]:

@@ -240,13 +240,12 @@ def scan(
 
     Under 'accelerate launch', processes share the work.
     """
-    from datetime import timedelta
 
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, gather_object
     from rich.progress import Progress
 
     from sdguard import scanning
+    from sdguard.processes import processes
     from sdguard.prompt_files import check_writable, read_prompts, write_table
 
     with one_sentence():
@@ -257,7 +256,7 @@ def scan(
         config = GuardConfig("observe", fpr, "pass", profile)
         prompts = read_prompts(file, column).to_dict()
         check_writable(out)
-        state = PartialState(timeout=timedelta(days=7))  # processes wait for the one that calibrates, and for the slowest
+        state = processes()
         if engine == "ray" and state.num_processes > 1:
             raise BadInput("--engine ray shares the work itself: run it without 'accelerate launch'.")
         pipe = load_pipeline(model).to(state.device)
@@ -366,18 +365,18 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: the user's cache, where the guard finds it]")] = None,
 ) -> None:
     """Measure ordinary prompts on a configuration and keep the profile; run under 'accelerate launch', processes share the work."""
-    from accelerate import PartialState
     from rich.progress import Progress
 
     from sdguard import calibration
     from sdguard.families import default_size
+    from sdguard.processes import processes
     from sdguard.profile import scores_needed
     from sdguard.prompt_files import read_prompts
     from sdguard.steering.learning import learn_ladder
 
     with one_sentence():
         GuardConfig(false_positive_rate=fpr)  # refuses a rate that cannot be
-        state = PartialState()
+        state = processes()
         pipe = load_pipeline(model).to(state.device)
         chosen = read_prompts(prompts).tolist() if prompts else calibration.ordinary_prompts(pipe)
         if n is not None:

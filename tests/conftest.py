@@ -99,7 +99,8 @@ def launch() -> Callable[..., str]:
     """Runs a command of sdguard, or another program, in two CPU processes under ``accelerate launch``; gives what they print."""
 
     def run(*arguments: str, program: tuple[str, ...] = ("-m", "sdguard.cli")) -> str:
-        processes = ["--cpu", "--num_processes", "2", "--num_machines", "1"]
+        # without a GPU, this flag means no more than several processes; --cpu would start a single one
+        processes = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *processes, *program, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -109,9 +109,10 @@ import os, sys
 from pathlib import Path
 import pandas as pd
 from benchmarks.running import measured
+from sdguard.processes import processes
 
 def measure(part):
-    print("measured", *part.row, flush=True)
+    print("".join(f"measured {row} {processes().process_index}\\n" for row in part.row), end="", flush=True)
     return part.assign(square=part.row ** 2)
 
 found = measured("squares", pd.DataFrame({"row": range(11)}), measure, Path(sys.argv[1]), {}, 2)
@@ -122,8 +123,11 @@ assert found.square.tolist() == [i ** 2 for i in range(11)]
 def test_two_processes_share_the_batches_and_both_have_all_rows(tmp_path: Path, launch: Callable[..., str]) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     printed = launch(str(tmp_path / "work"), program=(str(tmp_path / "script.py"),))
-    measured_rows = [int(row) for line in printed.splitlines() if "measured" in line for row in line.split("measured")[1].split()]
-    assert sorted(measured_rows) == list(range(11))
+    by_process: dict[str, list[int]] = {"0": [], "1": []}
+    for row, process in re.findall(r"measured (\d+) (\d+)", printed):
+        by_process[process].append(int(row))
+    assert sorted(by_process["0"]) == [0, 1, 4, 5, 8, 9]
+    assert sorted(by_process["1"]) == [2, 3, 6, 7, 10]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
