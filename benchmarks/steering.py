@@ -24,6 +24,7 @@ import torch
 import transformers
 import typer
 from PIL import Image
+from rich.progress import track
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 
@@ -240,7 +241,6 @@ def main(
     targets, _ = load_targets(testbed.path(), pipe.vae)
     sscd, cut = RememberingSSCD(), json.loads((testbed.path() / "labels.json").read_text())["cut"]
     score = Alignment.load(testbed.path() / ALIGNMENT_FILE, sscd)
-
     state = processes()
     about = {"profile": hashlib.sha256((testbed.path() / PROFILE_FILE).read_bytes()).hexdigest()[:12], **SETTING, **versions()}
 
@@ -250,22 +250,25 @@ def main(
         return from_png(notes.pop("picture")), notes.drop(columns=list(about))
 
     before, verdicts = made(NONE, every, partial(guarded, pipe))
+    acted = np.flatnonzero(every.kind != "unseen")
+    some = every.iloc[acted].reset_index(drop=True)
+    methods = {LADDER: partial(ladder, pipe, profile)} | {
+        name: partial(alone, method, pipe, profile) for name, method in {**METHODS, **BASELINES}.items()
+    }
+    runs = {name: made(name, some, partial(steered, pipe, correct)) for name, correct in methods.items() if not only or name in only}
+    if not state.is_main_process:
+        return
     base = find_copies(before, targets, sscd, cut)
     every = pd.concat([every, verdicts.drop(columns="seconds")], axis=1)
-    acted = np.flatnonzero(every.kind != "unseen")
-    methods = {name: partial(alone, method, pipe, profile) for name, method in {**METHODS, **BASELINES}.items()}
     folder = out / f"steering-{split}"
     folder.mkdir(parents=True, exist_ok=True)
     embedded = {NONE: sscd(before)}
     nothing = {"applied": False, "moved": 0.0, "evaluations": 0.0, "seconds": verdicts.seconds, "withheld": False, "changed": False}
     parts = [every.assign(method=NONE, **{"copy": base.copy}, aligned=score.shows(before, every.object.tolist()), **nothing)]
     show = np.flatnonzero(base.copy & every.flagged & (every.seed == 0))[:16]
-    for name, correct in {LADDER: partial(ladder, pipe, profile), **methods}.items():
-        if only and name not in only:
-            continue
-        some, notes = made(name, every.iloc[acted].reset_index(drop=True), partial(steered, pipe, correct))
+    for name, (drawn, notes) in track(runs.items(), "comparing"):
         after, embedded[name] = before.copy(), embedded[NONE].copy()
-        after[acted], embedded[name][acted] = some, sscd(some)
+        after[acted], embedded[name][acted] = drawn, sscd(drawn)
         found = parts[0].assign(
             method=name,
             **{"copy": find_copies(after, targets, sscd, cut).copy},
@@ -276,10 +279,7 @@ def main(
             found.loc[acted, column] = notes[column].to_numpy()
         found["withheld"] = (name == LADDER) & ~found.applied.astype(bool) & (found.kind != "unseen")
         parts.append(found)
-        if state.is_main_process:
-            contact_sheet(targets, base.nearest[show], before[show], after[show], folder / f"{name.replace(' ', '-')}.jpg")
-    if not state.is_main_process:
-        return
+        contact_sheet(targets, base.nearest[show], before[show], after[show], folder / f"{name.replace(' ', '-')}.jpg")
     samples = pd.concat(parts, ignore_index=True).assign(**about)
     rows = compare(samples, embedded)
     matched = samples[(samples.method == NONE) & (samples.kind == "unseen")]
