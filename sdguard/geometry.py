@@ -154,7 +154,8 @@ def spectrum(product: HessianProduct, start: Tensor, iterations: int) -> Spectru
 def extreme_directions(product: HessianProduct, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Unit vectors along which log p_t bends down most and least, ``[B, ...]`` each: the outermost Ritz vectors of `lanczos`.
 
-    They are orthogonal. Cost: one product an iteration.
+    They are orthogonal; where H is a multiple of the identity along ``start``, the second is any direction that is orthogonal to the first.
+    Cost: one product an iteration.
     """
     basis, tridiagonal = lanczos(product, start, iterations)
     nodes, vectors = torch.linalg.eigh(tridiagonal.double())
@@ -164,7 +165,10 @@ def extreme_directions(product: HessianProduct, start: Tensor, iterations: int) 
     along = torch.stack(basis, 1)
     found = (torch.einsum("bk,bk...->b...", vectors[rows, :, index].to(start), along) for index in which)
     sharpest, freest = (v / spread(norm(v), v) for v in found)
-    return sharpest, freest
+    any_other = torch.arange(freest[0].numel()).cos().to(freest).view_as(freest[:1]).expand_as(freest)
+    any_other = any_other - spread(dot(any_other, sharpest), freest) * sharpest
+    same = spread(dot(sharpest, freest).abs() > 0.5, freest)
+    return sharpest, torch.where(same, any_other / spread(norm(any_other), freest), freest)
 
 
 def extreme_eigenvalues(product: HessianProduct, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

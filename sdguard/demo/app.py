@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ HEADER = (
     '<header class="sg-header"><h1>sdguard</h1><p>See a text-to-image model give back a training picture, see the guard catch it '
     "before the first denoising step, and look at why.</p></header>"
 )
+FOOTER = '<div class="sg-footer">Running {model} on this machine; nothing is sent elsewhere. <a href="?view=api">Use it as an API</a></div>'
 #: the page asks nobody but its own server for anything.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -82,6 +84,7 @@ def build(model: Model) -> gr.Blocks:
                 scan.tab(model, profiles, setting)
             with gr.Tab("Calibrate", id="calibrate"):
                 calibrate.tab(model, page, profiles, setting)
+        gr.HTML(FOOTER.format(model="the embedded model" if model.name == "embedded" else escape(model.name)))
         generate.endpoint(model)
     return page
 
@@ -96,6 +99,8 @@ def theme() -> gr.themes.Base:
         font_mono=["ui-monospace", "Menlo", "DejaVu Sans Mono", "monospace"],
     ).set(
         body_background_fill="*neutral_50",
+        body_text_color_subdued="*neutral_500",
+        block_label_text_color="*neutral_600",
         block_border_width="1px",
         block_shadow="none",
         button_large_radius="*radius_md",
@@ -121,6 +126,6 @@ def serve(model_name: str = "embedded", host: str = "127.0.0.1", port: int = 786
             enable_monitoring=False,
             ssr_mode=False,
             mcp_server=False,
-            footer_links=["api"],
+            footer_links=[],
             app_kwargs={"middleware": [Middleware(Shield)]},
         )

@@ -12,7 +12,7 @@ import gradio as gr
 
 from sdguard.demo import figures
 from sdguard.demo.page import QUICK, WORK, Updates, run_buttons, setting_of, stopped, told
-from sdguard.demo.runs import SUFFIXES, Model, Profiles, Setting, profile_known, profile_made, uploaded_prompts
+from sdguard.demo.runs import Model, Profiles, Setting, profile_known, profile_made, uploaded_prompts
 from sdguard.profile import Profile, ProfileError
 
 
@@ -65,7 +65,7 @@ def tab(model: Model, page: gr.Blocks, profiles: Any, controls: list[Any]) -> No
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(scale=5, min_width=300):
             file = gr.File(
-                label=f"Your ordinary prompts: {', '.join(SUFFIXES)}, 2 MB at most",
+                label="Your ordinary prompts",
                 file_count="single",
                 type="filepath",
                 height=150,

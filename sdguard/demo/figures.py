@@ -58,6 +58,8 @@ def hint(text: str) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from ``low`` to ``high``, about ``count``."""
+    if high <= low:
+        return [low]
     raw = (high - low) / max(count, 1)
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
@@ -247,10 +249,11 @@ def picture(image: Image.Image, caption: str, side: int = 384, name: str = "sg-p
     return f'<figure class="{name}"><img src="{data_uri(image, side)}" alt="{text}"/><figcaption>{text}</figcaption></figure>'
 
 
-def verdict(report: GuardReport) -> str:
-    """The verdict as the library words it, under a headline."""
+def verdict(report: GuardReport, generated: bool = True) -> str:
+    """The verdict as the library words it, under a headline; where nothing was ``generated`` nothing was let through either."""
+    headline = HEADLINES[report.verdict] if generated else HEADLINES[report.verdict].split(",")[0]
     return (
-        f'<div class="sg-verdict sg-{report.verdict}" data-verdict="{report.verdict}"><strong>{HEADLINES[report.verdict]}</strong>'
+        f'<div class="sg-verdict sg-{report.verdict}" data-verdict="{report.verdict}"><strong>{headline}</strong>'
         f"<p>{escape(report.reason)}</p></div>"
     )
 
@@ -274,7 +277,7 @@ def words(names: Sequence[str], shares: Sequence[float], unit: str) -> str:
     strongest = max([1e-9, *shares])
     spans = [
         f'<span style="--pull:{max(0.0, share) / strongest:.3f}" title="{share:.0%} {escape(unit)}">{escape(name)}'
-        f"<small>{share:.0%}</small></span>"
+        f"<small>{max(share, 0):.0%}</small></span>"
         for name, share in zip(names, shares, strict=True)
     ]
     return f'<p class="sg-words">{" ".join(spans)}</p>'
@@ -323,33 +326,32 @@ def spectrum_chart(
         lines.append(Line(name, list(zip(grid.tolist(), (bumps @ np.asarray(mass)).tolist(), strict=True)), colour, dots=False))
     caption = (
         "Eigenvalues of 1 + s²H, H the Hessian of log p at the run’s own point: 0 is a direction in which the text pins the picture, "
-        "1 one it leaves free. Lanczos from one probe, 32 steps, smoothed by 0.03."
+        "1 one it leaves free. Lanczos from one probe, 24 steps, smoothed by 0.03."
     )
     return chart("Spectrum of the Hessian", lines, "freedom of a direction", "density", (), caption, (-0.15, 1.15))
 
 
-def surface(cut: Any, name: str, colour: str, floor: float) -> str:
-    """A slice of log p as a surface seen from above at an angle; heights under ``floor`` nats are drawn at the floor."""
+def surface(cut: Any, name: str, colour: str, floor: float, per_nat: float = 11.0) -> str:
+    """A slice of log p as a surface seen from above at an angle, cut off ``floor`` nats below the sample; a nat is ``per_nat`` high."""
     heights = np.maximum(cut.heights, floor)
     n = len(cut.offsets)
-    wide, deep, tall, left, down = 12.0, 5.2, 150.0, WIDTH / 2, 62.0
-    top = max(0.0, float(heights.max()))
+    wide, deep = 195.0 / (n - 1), 62.0 / (n - 1)
+    over = 14 - min(float((i + j) * deep - heights[i, j] * per_nat) for i in range(n) for j in range(n))
+    under = over - floor * per_nat + 2 * (n - 1) * deep
 
     def at(i: int, j: int) -> tuple[float, float]:
-        up = (heights[i, j] - floor) / (top - floor)
-        return left + (j - i) * wide * 16 / (n - 1) * 1.02, down + (i + j) * deep * 16 / (n - 1) + tall * (1 - up) - 40
+        return WIDTH / 2 + (j - i) * wide, over + (i + j) * deep - float(heights[i, j]) * per_nat
 
     parts = []
     for i in range(n - 1):
         for j in range(n - 1):
             corners = [at(i, j), at(i, j + 1), at(i + 1, j + 1), at(i + 1, j)]
-            share = (float(heights[i : i + 2, j : j + 2].mean()) - floor) / (top - floor)
+            share = min(1.0, 1 - float(heights[i : i + 2, j : j + 2].mean()) / floor)
             parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{path(corners)}Z"/>')
-    first, last = at(n - 1, n // 2), at(n // 2, n - 1)
-    parts.append(f'<text x="{first[0] - 8:.0f}" y="{first[1] + 22:.0f}" text-anchor="end">freest direction</text>')
-    parts.append(f'<text x="{last[0] + 8:.0f}" y="{last[1] + 22:.0f}">sharpest direction</text>')
+    for text, where in (("freest direction ↘", 0.2), ("↙ sharpest direction", 0.8)):
+        parts.append(f'<text class="sg-label" x="{WIDTH * where:.0f}" y="{under + 4:.0f}" text-anchor="middle">{text}</text>')
     caption = (
-        f"Steepness along the freest direction {cut.steepness[0]:.2f}, along the sharpest {cut.steepness[1]:.2f} (1 is what noise alone "
-        f"around a single picture gives). {cut.rest:.0%} of the score in this plane is no gradient and is left out."
+        f"Steepness along the freest direction {cut.steepness[0]:.2f}, along the sharpest {cut.steepness[1]:.2f}: noise alone around a "
+        f"single picture gives 1, under 0 log p bends up. {cut.rest:.0%} of the score in this plane is no gradient and is left out."
     )
-    return figure(name, "".join(parts), caption, height=320)
+    return figure(name, "".join(parts), caption, height=int(under) + 14)

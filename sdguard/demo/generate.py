@@ -36,12 +36,10 @@ EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised e
 def controls(model: Model) -> list[Any]:
     """Seed, steps, guidance, images, false-positive rate in per cent, mode, steering: in the order of `page.setting_of`."""
     with gr.Accordion("Settings", open=False):
-        with gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=110)
-            images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images", min_width=150)
-        with gr.Row():
-            steps = gr.Slider(2, MOST_STEPS, model.usual["num_inference_steps"], step=1, label="Steps", min_width=150)
-            guidance = gr.Slider(0, MOST_GUIDANCE, model.usual["guidance_scale"], step=0.5, label="Guidance scale", min_width=150)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images")
+        steps = gr.Slider(2, MOST_STEPS, model.usual["num_inference_steps"], step=1, label="Steps")
+        guidance = gr.Slider(0, MOST_GUIDANCE, model.usual["guidance_scale"], step=0.5, label="Guidance scale")
         rate = gr.Slider(0.2, 10, 1, step=0.1, label="False-positive rate, %", info="The share of ordinary prompts that may be flagged.")
         mode = gr.Radio(
             [("Steer it away", "steer"), ("Only report", "observe"), ("Withhold it", "block")],

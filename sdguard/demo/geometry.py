@@ -57,9 +57,9 @@ def drawn(found: Landscape) -> str:
         over_calls(
             "Output density",
             found.density,
-            "nats a dimension",
+            "nats",
             "Minus the log volume element of the denoised estimate at the run’s own points: how much of noise space is squeezed into "
-            "one picture. Two probes, 8 Lanczos steps.",
+            "one picture. Two probes, 6 Lanczos steps.",
         ),
     ]
     surfaces = "".join(
@@ -68,8 +68,8 @@ def drawn(found: Landscape) -> str:
     )
     note = (
         f"A plane through each finished sample at the noise of call {found.step + 1} (timestep {found.chosen:.0f}), along the freest and "
-        "the sharpest direction that 32 Lanczos steps find, four standard deviations of the noise to each side. Height is log p of the "
-        f"prompt’s density against the sample, by least squares from the network’s score on 17 × 17 points, cut off {-FLOOR:.0f} nats "
+        "the sharpest direction that 24 Lanczos steps find, four standard deviations of the noise to each side. Height is log p of the "
+        f"prompt’s density against the sample, by least squares from the network’s score on 15 × 15 points, cut off {-FLOOR:.0f} nats "
         "below. Equal scales: a spike falls steeply both ways, an ordinary sample has a ridge."
     )
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,15 +26,18 @@ INTERNAL = "Something went wrong in the app itself; its log says what. Nothing w
 
 
 def told(
-    work: Callable[[Emit], None], view: Callable[[Any], Updates], line: Any, profiles: Any, mine: Profiles, buttons: tuple[Any, Any]
+    work: Callable[[Emit], None], view: Callable[[Any], Updates], line: Any, profiles: Any, mine: Profiles, buttons: tuple[Any, Any] | None
 ) -> Iterator[Updates]:
     """The updates that ``work`` makes on the page: ``view`` of what it emits, its progress and its errors as sentences in ``line``.
 
-    A profile that it emits becomes one of the session's ``profiles``; the ``buttons`` are the one that starts it and the one that stops it.
+    A profile that it emits becomes one of the session's ``profiles``; the ``buttons`` are the one that starts it and the one that
+    stops it, where there are any.
     """
-    start, stop = buttons
-    yield {line: status("Waiting for the model …", "busy"), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
-    end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+    end: Updates = {line: gr.skip()}
+    if buttons:
+        start, stop = buttons
+        yield {line: status("Waiting for the model …", "busy"), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
+        end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
     try:
         for event in streamed(work):
             if event is None:
@@ -84,7 +88,7 @@ def example_chips(examples: Sequence[Example], box: Any) -> None:
                 for example in examples:
                     if example.kind == kind:
                         chip = gr.Button(example.text, size="sm", elem_classes=["sg-chip"], min_width=0)
-                        chip.click(lambda text=example.text: text, None, box, queue=False, **QUICK)
+                        chip.click(None, None, box, js=f"() => {json.dumps(example.text)}", queue=False, **QUICK)
 
 
 def setting_of(model: Model, *values: Any) -> Setting:

@@ -61,20 +61,18 @@ def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
     """Lay the tab out."""
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(scale=5, min_width=300):
-            file = gr.File(
-                label=f"Prompts: {', '.join(SUFFIXES)}, 2 MB at most", file_count="single", type="filepath", height=150, elem_id="scan-file"
-            )
-            with gr.Row():
-                seeds = gr.Slider(1, MOST_SEEDS, 1, step=1, label="Seeds a prompt", min_width=140)
-                fdr = gr.Slider(
-                    1, 50, 5, step=1, label="False discovery rate, %", info="Share of discoveries that may be ordinary.", min_width=140
-                )
+            file = gr.File(label="Prompts", file_count="single", type="filepath", height=150, elem_id="scan-file")
+            seeds = gr.Slider(1, MOST_SEEDS, 1, step=1, label="Seeds a prompt")
+            fdr = gr.Slider(1, 50, 5, step=1, label="False discovery rate, %", info="The share of discoveries that may be ordinary.")
             start, stop = run_buttons("Scan", "scan")
             files = gr.File(
                 label="Ranked table: CSV and JSON", file_count="multiple", interactive=False, visible=False, elem_id="scan-downloads"
             )
         with gr.Column(scale=8, min_width=300):
-            line = gr.HTML(figures.status("One prompt a line, or a column called prompt, caption or text."), elem_id="scan-status")
+            line = gr.HTML(
+                figures.status(f"One prompt a line, or a column called prompt, caption or text: {', '.join(SUFFIXES)}, 2 MB at most."),
+                elem_id="scan-status",
+            )
             shown = gr.HTML(figures.hint(EMPTY), elem_id="scan-result")
 
     def run(mine: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:

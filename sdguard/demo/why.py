@@ -29,7 +29,7 @@ def explained(found: Why) -> str:
         figures.picture(heat(picture, told_of.curvature), "where it sharpens the density", 256, "sg-map"),
     ]
     return (
-        f"{figures.verdict(found.report)}<h3>Which words pull</h3>"
+        f"{figures.verdict(found.report, False)}<h3>Which words pull</h3>"
         f"{figures.words(told_of.words, told_of.left_out, 'of the guidance norm goes without it')}"
         '<p class="sg-note">The share of the guidance norm that goes when a word is left out and the rest is encoded again.</p>'
         f"{figures.words(told_of.words, told_of.gradient, 'of the gradient')}"
@@ -51,7 +51,7 @@ def changed(before: GuardReport | None, after: GuardReport) -> str:
         [(name, figures.HEADLINES[r.verdict].split(",")[0], number(r.score, "+.2f"), number(r.p_value, ".3g")) for name, r in rows],
         "verdicts before and after the edit",
     )
-    return f'<p class="sg-edit">{words}</p>{figures.verdict(after)}{table}'
+    return f'<p class="sg-edit">{words}</p>{figures.verdict(after, False)}{table}'
 
 
 def number(value: float | None, form: str) -> str:
@@ -79,8 +79,7 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
                 line: figures.status("Done.", "done"),
                 shown: explained(found),
                 reference: found.report,
-                edit: found.setting.prompt,
-                verdict: changed(None, found.report),
+                edit: found.setting.prompt,  # which is judged as an edit at once
             }
 
         yield from told(lambda emit: why(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
@@ -90,22 +89,12 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
         if not asked.prompt.strip():
             yield {verdict: figures.hint("An empty prompt pulls nowhere.")}
             return
-        work = told(
-            lambda emit: edited(model, asked, mine, emit),
-            lambda report: {verdict: changed(before, report)},
-            verdict,
-            profiles,
-            mine,
-            (start, stop),
-        )
-        yield from (
-            {key: value for key, value in updates.items() if key not in (start, stop)}
-            for updates in work
-            if "Waiting" not in str(updates.get(verdict))
+        yield from told(
+            lambda emit: edited(model, asked, mine, emit), lambda report: {verdict: changed(before, report)}, verdict, profiles, mine, None
         )
 
-    event = gr.on(
-        [start.click, box.submit], run, [profiles, box, *controls], [line, shown, reference, edit, verdict, profiles, start, stop], **WORK
-    )
+    event = gr.on([start.click, box.submit], run, [profiles, box, *controls], [line, shown, reference, edit, profiles, start, stop], **WORK)
     stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
-    gr.on([edit.input, edit.submit], typed, [profiles, reference, edit, *controls], [verdict, profiles], trigger_mode="always_last", **WORK)
+    gr.on(
+        [edit.change, edit.submit], typed, [profiles, reference, edit, *controls], [verdict, profiles], trigger_mode="always_last", **WORK
+    )
