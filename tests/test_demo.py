@@ -175,7 +175,7 @@ def test_a_file_of_prompts_is_checked(tmp_path: Path) -> None:
         (large, "2.1 MB; 2 MB"),
     ):
         with pytest.raises(BadInput, match=says) as refused:
-            uploaded_prompts(path and str(path))
+            uploaded_prompts(str(path) if path else None)
         assert str(tmp_path) not in str(refused.value)
 
 
@@ -196,8 +196,8 @@ def test_a_comparison_is_the_two_plain_calls(mode: str, model: Model, embedded: 
     events = emitted(lambda emit: compare(model, setting, {}, emit))
     found = events[-1]
     assert isinstance(found, Comparison)
-    assert all(np.array_equal(a, b) for a, b in zip(found.unguarded.images, plain, strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(found.guarded.images, output.images, strict=True))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.unguarded.images, plain, strict=True))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.guarded.images, output.images, strict=True))
     assert found.reports == output.guard
     assert found.guarded.evaluations == [2 * STEPS + report.extra_evaluations for report in output.guard]
     assert found.copied(0) == (True, mode == "observe")

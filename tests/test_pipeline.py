@@ -272,7 +272,8 @@ def test_on_call_is_shown_every_call_and_moves_nothing(
 
     monkeypatch.setattr(run_module, "climb", steer)
     unwatched = call(sdguard.guard(tiny, GuardConfig(profile=profile)), output_type="latent")
-    steps, verdicts, last = [], [], []
+    steps, verdicts = [], []
+    last: list[torch.Tensor] = []
 
     def watch(observation: Any, reports: Any) -> None:
         steps.append(observation.step)

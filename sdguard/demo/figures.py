@@ -308,7 +308,7 @@ def signals_table(report: GuardReport, profile: Profile) -> str:
             rows.append((plain(name), f"{value:.3g}", f"{(value - mean) / std:+.1f}", price(name), "watched"))
     unread = [name for name in profile.cascade.signals if name not in report.signals]
     rows += [(plain(name), "not bought", "–", price(name), "decides in doubt") for name in unread]
-    return table(("signal", "value", "z against ordinary prompts", "evaluations", "role"), rows, "signals at the first call")
+    return table(("signal", "value", "z-score", "evaluations", "role"), rows, "signals at the first call")
 
 
 # geometry
@@ -332,8 +332,8 @@ def spectrum_chart(
 
 
 def surface(cut: Any, name: str, colour: str, floor: float, per_nat: float = 11.0) -> str:
-    """A slice of log p as a surface seen from above at an angle, cut off ``floor`` nats below the sample; a nat is ``per_nat`` high."""
-    heights = np.maximum(cut.heights, floor)
+    """A slice of log p as a surface seen from above at an angle, cut off ``floor`` nats below its highest point; a nat is ``per_nat`` high."""
+    heights = np.maximum(cut.heights - cut.heights.max(), floor)
     n = len(cut.offsets)
     wide, deep = 195.0 / (n - 1), 62.0 / (n - 1)
     over = 14 - min(float((i + j) * deep - heights[i, j] * per_nat) for i in range(n) for j in range(n))

@@ -12,5 +12,9 @@ for name, target in TAKEN.items():
     image = Image.open(ROOT / "build" / "screenshots" / f"{name}.png").convert("RGB")
     image = image.resize((WIDTH, WIDTH * image.height // image.width), Image.Resampling.LANCZOS)
     path = ROOT / "docs" / f"{target}.webp"
-    quality = next(q for q in range(90, 20, -5) if not image.save(path, quality=q) and path.stat().st_size < MOST)
+    quality = 90
+    image.save(path, quality=quality)
+    while path.stat().st_size >= MOST:
+        quality -= 5
+        image.save(path, quality=quality)
     print(f"{path.relative_to(ROOT)}: {image.width} x {image.height}, quality {quality}, {path.stat().st_size / 1000:.0f} kB")
