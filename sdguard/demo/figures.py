@@ -332,7 +332,7 @@ def spectrum_chart(
 
 
 def surface(cut: Any, name: str, colour: str, floor: float, per_nat: float = 11.0) -> str:
-    """A slice of log p as a surface seen from above at an angle, cut off ``floor`` nats below its highest point; a nat is ``per_nat`` high."""
+    """A slice of log p as a surface seen from above, cut off ``floor`` nats below its highest point; a nat is ``per_nat`` high."""
     heights = np.maximum(cut.heights - cut.heights.max(), floor)
     n = len(cut.offsets)
     wide, deep = 195.0 / (n - 1), 62.0 / (n - 1)

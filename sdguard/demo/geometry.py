@@ -69,8 +69,8 @@ def drawn(found: Landscape) -> str:
     note = (
         f"A plane through each finished sample at the noise of call {found.step + 1} (timestep {found.chosen:.0f}), along the freest and "
         "the sharpest direction that 24 Lanczos steps find, four standard deviations of the noise to each side. Height is log p of the "
-        f"prompt’s density, by least squares from the network’s score on 15 × 15 points, cut off {-FLOOR:.0f} nats below the highest of them. "
-        "Equal scales: a spike falls steeply both ways, an ordinary sample has a ridge."
+        f"prompt’s density, by least squares from the network’s score on 15 × 15 points, cut off {-FLOOR:.0f} nats below the "
+        "highest. Equal scales: a spike falls steeply both ways, an ordinary sample has a ridge."
     )
     return (
         f'<div class="sg-charts sg-two">{"".join(parts)}</div><h3>The density around the sample</h3>'
