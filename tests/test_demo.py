@@ -34,6 +34,7 @@ from sdguard.demo.runs import (
     embedded_examples,
     evenly,
     profile_known,
+    profile_made,
     scanned,
     stoppable,
     streamed,
@@ -130,7 +131,7 @@ def test_closing_ends_the_work_in_the_middle_of_a_denoiser_call() -> None:
     events = streamed(work)
     assert next(events) == "begun"
     assert entered.wait(5)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert ended.wait(2)  # all of it would take ten seconds
     assert denoiser[:2](torch.zeros(1)).shape == (1,)  # nobody else is stopped
 
@@ -229,6 +230,25 @@ def test_a_run_has_a_scheduler_of_its_own(model: Model) -> None:
 def test_sessions_profiles_come_first_and_unknown_configurations_are_known_as_such(model: Model, profile: Profile) -> None:
     assert profile_known(model, Setting(ORDINARY, steps=17), {}) is None
     assert profile_known(model, Setting(ORDINARY, steps=17), {(17, 2.5): profile}) is profile
+
+
+def test_another_model_has_no_training_pictures(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    other = Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0})
+    setting = Setting("a cat", steps=3, guidance=4.0, images=2)
+    found = emitted(lambda emit: compare(other, setting, {(3, 4.0): profile_for(tiny, 1e6)}, emit))[-1]
+    assert found.done
+    assert [report.verdict for report in found.reports] == ["clean"] * 2
+    assert found.nearest == found.ratios_before == found.ratios_after == []
+    assert [np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.unguarded.images, found.guarded.images, strict=True)] == [
+        True
+    ] * 2
+
+
+def test_too_few_prompts_for_a_rate_are_refused_before_anything_is_measured(model: Model) -> None:
+    with pytest.raises(BadInput, match="needs 99 scored prompts; of 12 prompts 8 are scored"):
+        profile_made(model, Setting(ORDINARY), ["a cat"] * 12, print)
+    with pytest.raises(BadInput, match="of 2 prompts 0 are scored"):
+        profile_made(model, Setting(ORDINARY), ["a cat"] * 2, print)
 
 
 def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any, memorized: dict[str, Any]) -> None:

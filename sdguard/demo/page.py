@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import gradio as gr
@@ -39,16 +40,17 @@ def told(
         yield {line: status("Waiting for the model …", "busy"), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
         end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
     try:
-        for event in streamed(work):
-            if event is None:
-                yield {line: gr.skip()}  # so that the run can be stopped now
-            elif isinstance(event, Progress):
-                text = f"{event.doing}: {event.done:,} of {event.total:,}"
-                yield {line: status(text, "busy", event.done / max(event.total, 1))}
-            elif isinstance(event, Profile):
-                yield {profiles: {**mine, (event.fingerprint["steps"], event.fingerprint["guidance_scale"]): event}}
-            else:
-                yield view(event)
+        with closing(streamed(work)) as events:  # closed too where this generator is: by Stop, or when the page has gone
+            for event in events:
+                if event is None:
+                    yield {line: gr.skip()}  # so that it can be closed now
+                elif isinstance(event, Progress):
+                    text = f"{event.doing}: {event.done:,} of {event.total:,}"
+                    yield {line: status(text, "busy", event.done / max(event.total, 1))}
+                elif isinstance(event, Profile):
+                    yield {profiles: {**mine, (event.fingerprint["steps"], event.fingerprint["guidance_scale"]): event}}
+                else:
+                    yield view(event)
     except (ValueError, TypeError, MemorizationError) as error:
         yield {line: status(str(error), "error"), **end}
         return

@@ -6,7 +6,7 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ _here = threading.local()
 PATIENCE = 0.25
 
 
-def streamed(work: Callable[[Emit], None]) -> Iterator[Any]:
+def streamed(work: Callable[[Emit], None]) -> Generator[Any, None, None]:
     """What ``work(emit)`` emits, as it comes, from a thread of its own, and None while there is no news; then raises what it raised.
 
     Where the reader is slower than the work, only the newest of several events of one type is given. Closing the iterator ends the work at
