@@ -331,9 +331,12 @@ def spectrum_chart(
     return chart("Spectrum of the Hessian", lines, "freedom of a direction", "density", (), caption, (-0.15, 1.15))
 
 
-def surface(cut: Any, name: str, colour: str, floor: float, per_nat: float = 11.0) -> str:
-    """A slice of log p as a surface seen from above, cut off ``floor`` nats below its highest point; a nat is ``per_nat`` high."""
-    heights = np.maximum(cut.heights - cut.heights.max(), floor)
+def surface(cut: Any, name: str, colour: str, floor: float, ceiling: float, per_nat: float = 11.0) -> str:
+    """A slice of log p as a surface seen from above, the sample in its middle, cut off at ``floor`` and ``ceiling`` nats against the sample.
+
+    A nat is ``per_nat`` high.
+    """
+    heights = np.clip(cut.heights, floor, ceiling)
     n = len(cut.offsets)
     wide, deep = 195.0 / (n - 1), 62.0 / (n - 1)
     over = 14 - min(float((i + j) * deep - heights[i, j] * per_nat) for i in range(n) for j in range(n))
@@ -346,8 +349,10 @@ def surface(cut: Any, name: str, colour: str, floor: float, per_nat: float = 11.
     for i in range(n - 1):
         for j in range(n - 1):
             corners = [at(i, j), at(i, j + 1), at(i + 1, j + 1), at(i + 1, j)]
-            share = min(1.0, 1 - float(heights[i : i + 2, j : j + 2].mean()) / floor)
+            share = (float(heights[i : i + 2, j : j + 2].mean()) - floor) / (ceiling - floor)
             parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{path(corners)}Z"/>')
+    x, y = at(n // 2, n // 2)
+    parts.append(f'<circle class="sg-sample" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
     for text, where in (("freest direction ↘", 0.2), ("↙ sharpest direction", 0.8)):
         parts.append(f'<text class="sg-label" x="{WIDTH * where:.0f}" y="{under + 4:.0f}" text-anchor="middle">{text}</text>')
     caption = (

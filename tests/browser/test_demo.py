@@ -77,7 +77,9 @@ def test_a_prompt_gets_the_librarys_verdict(
     assert expected.verdict == verdict
     print(f"verdict after {time.monotonic() - began:.2f} s")
     result = page.locator("#generate-result")
-    guarded, unguarded = (result.get_by_alt_text(f"{which}: {prompt}, seed 0").get_attribute("src") for which in ("guarded", "unguarded"))
+    guarded, unguarded = (
+        result.get_by_alt_text(f"{which}: {prompt}, seed 0", exact=True).get_attribute("src") for which in ("guarded", "unguarded")
+    )
     assert (guarded == unguarded) == (verdict == "clean")
     expect(result.locator(".sg-training li").first).to_contain_text("Unguarded: a copy" if copied else "Unguarded: no copy")
     expect(result.locator(".sg-training li").last).to_contain_text("Guarded: no copy")
@@ -254,14 +256,17 @@ def test_two_people_do_not_mix(opened: Open, embedded: Any) -> None:
     assert said(other, "clean") == report_of(embedded, ORDINARY).reason
     for page, prompt in ((one, MEMORIZED), (other, ORDINARY)):
         for which in ("guarded", "unguarded"):
-            expect(page.get_by_alt_text(f"{which}: {prompt}, seed 0")).to_have_count(1)
+            expect(page.get_by_alt_text(f"{which}: {prompt}, seed 0", exact=True)).to_have_count(1)
 
 
 def test_ones_own_profile_is_ones_own(opened: Open, tmp_path: Path, shot: Shot) -> None:
     one, other = opened(), opened()
     path = tmp_path / "ordinary.txt"
     lines = (testbed.path() / "sdguard/ordinary_prompts.txt").read_text().splitlines()
-    path.write_text("\n".join(lines[::8]))
+    path.write_text("\n".join(lines[::28]))
+    one.get_by_role("button", name="Settings").click()
+    one.get_by_label("number input for False-positive rate, %").fill("5")
+    one.get_by_label("number input for False-positive rate, %").press("Tab")
     tab(one, "Calibrate")
     expect(one.locator("#calibrate-result")).to_contain_text("the model, or your cache")
     shot(one, "calibrate")
@@ -310,9 +315,10 @@ def test_a_phones_width(opened: Open, listed: Path, shot: Shot) -> None:
 
 
 def test_a_prompt_is_text_and_never_markup(page: Page) -> None:
-    prompt = "<img src=x onerror=document.title='broken'> panda"
-    generate(page, prompt, "clean")
-    assert page.title() == "sdguard"
+    write(page, "generate-prompt", "<img src=x onerror=alert(1)> panda")
+    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    page.locator("#generate-run").click()
+    page.locator("#generate-result [data-verdict]").wait_for()
     expect(page.locator("#generate-result img[src=x]")).to_have_count(0)
 
 
