@@ -332,7 +332,7 @@ def spectrum_chart(
 
 
 def surface(cut: Any, name: str, colour: str, floor: float, ceiling: float, per_nat: float = 11.0) -> str:
-    """A slice of log p as a surface seen from above, the sample in its middle, cut off at ``floor`` and ``ceiling`` nats against the sample.
+    """A slice of log p as a surface seen from above, the sample in the middle, cut off at ``floor`` and ``ceiling`` nats against it.
 
     A nat is ``per_nat`` high.
     """
