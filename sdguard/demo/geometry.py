@@ -68,8 +68,8 @@ def drawn(found: Landscape) -> str:
     )
     note = (
         f"A plane through each finished sample (the dot) at the noise of call {found.step + 1} (timestep {found.chosen:.0f}), along the "
-        "freest and the sharpest direction that 24 Lanczos steps find, four standard deviations of the noise to each side. Height is log p of the "
-        "prompt’s density against the sample, by least squares from the network’s score on 15 × 15 points, cut off "
+        "freest and the sharpest direction that 24 Lanczos steps find, four standard deviations of the noise to each side. Height is log p "
+        "of the prompt’s density against the sample, by least squares from the network’s score on 15 × 15 points, cut off "
         f"{-FLOOR:.0f} nats below and {CEILING:.0f} above; equal scales. A memorized sample is the top of a spike that falls off both "
         "ways; an ordinary one lies on a ridge, along which other pictures are as likely or likelier."
     )
