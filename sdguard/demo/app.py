@@ -82,8 +82,8 @@ def build(model: Model) -> gr.Blocks:
                 geometry.tab(model, (first, ordinary), profiles, setting)
             with gr.Tab("Scan", id="scan"):
                 scan.tab(model, profiles, setting)
-            with gr.Tab("Calibrate", id="calibrate"):
-                calibrate.tab(model, page, profiles, setting)
+            with gr.Tab("Calibrate", id="calibrate") as last:
+                calibrate.tab(model, [page.load, last.select], profiles, setting)
         gr.HTML(FOOTER.format(model="the embedded model" if model.name == "embedded" else escape(model.name)))
         generate.endpoint(model)
     return page

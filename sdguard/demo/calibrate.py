@@ -60,8 +60,8 @@ def saved(profile: Profile) -> str:
     return str(path)
 
 
-def tab(model: Model, page: gr.Blocks, profiles: Any, controls: list[Any]) -> None:
-    """Lay the tab out."""
+def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> None:
+    """Lay the tab out; ``shows`` are the events at which the profile in use is looked up."""
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(scale=5, min_width=300):
             file = gr.File(
@@ -120,7 +120,7 @@ def tab(model: Model, page: gr.Blocks, profiles: Any, controls: list[Any]) -> No
     stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
     back.click(forget, controls, [profiles, shown, line, download], queue=False, **QUICK)
     gr.on(
-        [page.load, profiles.change, *(control.change for control in controls[2:5])],
+        [*shows, *(control.change for control in controls[1:5])],
         looked,
         [profiles, *controls],
         shown,

@@ -12,10 +12,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -24,12 +25,28 @@ FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+#: milliseconds a step may take where other work keeps both cores busy; on a quiet machine all are done within seconds.
+PATIENCE = 300_000
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
+class Server(NamedTuple):
+    """Where the app listens, and its process."""
+
+    address: str
+    process: psutil.Process
+
+    def busy(self, seconds: float = 2.0) -> float:
+        """How many seconds of processor time the app takes in so many from now, a second's share."""
+        before = self.process.cpu_times()
+        time.sleep(seconds)
+        after = self.process.cpu_times()
+        return (after.user + after.system - before.user - before.system) / seconds
+
+
 @pytest.fixture(scope="session")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the app listens: ``python app.py`` on the embedded model, on a port of its own."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``python app.py`` on the embedded model, on a port of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,7 +66,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 time.sleep(0.2)
         else:
             pytest.fail(f"the app did not answer within two minutes: {log.read_text()}")
-        yield url
+        yield Server(url, psutil.Process(process.pid))
         assert process.poll() is None, log.read_text()
         raised = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", log.read_text(), re.MULTILINE)
         assert [line for line in raised if "InvalidPathError" not in line] == []  # which is what an outsider's path should come to
@@ -59,7 +76,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def address(server: Server) -> str:
+    return server.address
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield started
@@ -76,7 +99,7 @@ def opened(browser: Browser, address: str) -> Iterator[Callable[..., Page]]:
         context = browser.new_context(viewport=viewport, reduced_motion="reduce")  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: strange.append(request.url) if not request.url.startswith((address, "data:", "blob:")) else None)
         page.on("pageerror", lambda error: strange.append(str(error)))
         page.goto(address)
