@@ -1,16 +1,17 @@
-# Two commands for people: `make demo` runs the main job, `make test` checks everything. Both set themselves up.
+# Two commands for people: `make demo` runs the main job, `make test` checks everything but the demo's page in a browser, which is
+# `make test-browser` and needs Debian's chromium. All set themselves up.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint
+.PHONY: install demo app test test-browser screenshots lint
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,bench,dev,browser]'
 	touch $(STAMP)
 
 demo: install
@@ -24,3 +25,13 @@ lint: install
 # some tests run several processes, whose threads would otherwise spin while they wait for a core
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
+
+app: install
+	$(BIN)/python app.py
+
+test-browser: install
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s tests/browser
+
+# the README's pictures of the page, from those that the browser tests took
+screenshots: test-browser
+	$(BIN)/python tests/browser/readme_pictures.py

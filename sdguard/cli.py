@@ -1,4 +1,4 @@
-"""The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``.
+"""The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``, ``demo``.
 
 Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
 """
@@ -446,6 +446,23 @@ def profiles() -> None:
         row = (about["pipeline"], about["scheduler"], str(about["steps"]), f"{about['guidance_scale']:g}", size, about["dtype"])
         table.add_row(*row, str(found.prompts), path.name)
     Console().print(table)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    host: Annotated[str, typer.Option(help="The address it listens at; by default nobody but this machine can reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port it listens at.")] = 7860,
+) -> None:
+    """Open the demo in a browser: generate under guard, see why, look at the density, scan and calibrate."""
+    with one_sentence():
+        try:
+            from sdguard.demo.app import serve
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "gradio":
+                raise
+            raise BadInput("The demo needs Gradio: pip install 'sdguard[demo]'.") from None
+        serve(model, host, port)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +11,9 @@ from sdguard.steering import METHODS
 from sdguard.steering.wording import Rewriter
 
 if TYPE_CHECKING:
+    from sdguard.observation import Observation
     from sdguard.profile import Profile
+    from sdguard.report import GuardReport
 
 Mode = Literal["steer", "observe", "block"]
 OnFailure = Literal["withhold", "pass", "raise"]
@@ -35,6 +37,9 @@ class GuardConfig:
             learnt, else rewording, then descent on the responsible tokens, then on the whole embedding.
         rewriter: gives other wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts for that, by default those that come with the model or with sdguard.
+        on_call: shown each denoiser call once the guard has acted on it, with the reports as they stand: what was judged, at the first
+            call or a later one, and from then on a steered row under its steering. It moves nothing of the run and its evaluations
+            are not booked; what it raises ends the run.
 
     Raises:
         ValueError: a field has a value it cannot have.
@@ -48,6 +53,7 @@ class GuardConfig:
     steering: Sequence[str] | None = None
     rewriter: Rewriter | None = None
     calibration_prompts: Sequence[str] | None = None
+    on_call: Callable[[Observation, list[GuardReport]], None] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("steer", "observe", "block"):

@@ -110,11 +110,15 @@ class Spectrum(NamedTuple):
     weights: Tensor
 
 
-def spectrum(product: HessianProduct, start: Tensor, iterations: int) -> Spectrum:
-    """Lanczos with full reorthogonalisation from ``start`` (Golub & Meurant 1994; Ubaru et al. 2017). Cost: one product an iteration.
+class Krylov(NamedTuple):
+    """What Lanczos has built: orthonormal vectors ``[B, ...]`` (zero once a row's space is exhausted), and H in them, ``[B, k, k]``."""
 
-    Once a row's Krylov space is exhausted its further nodes have weight zero and repeat the largest found.
-    """
+    basis: list[Tensor]
+    tridiagonal: Tensor
+
+
+def lanczos(product: HessianProduct, start: Tensor, iterations: int) -> Krylov:
+    """Lanczos with full reorthogonalisation from ``start``. Cost: one product an iteration."""
     q = start / spread(norm(start), start)
     basis, alphas, betas = [q], [], []
     for _ in range(min(iterations, start[0].numel())):
@@ -131,12 +135,40 @@ def spectrum(product: HessianProduct, start: Tensor, iterations: int) -> Spectru
     if len(alphas) > 1:
         off = torch.stack(betas[:-1], 1)
         tridiagonal = tridiagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal.double())
+    return Krylov(basis[:-1], tridiagonal)
+
+
+def spectrum(product: HessianProduct, start: Tensor, iterations: int) -> Spectrum:
+    """`lanczos` read as a quadrature (Golub & Meurant 1994; Ubaru et al. 2017). Cost: one product an iteration.
+
+    Once a row's Krylov space is exhausted its further nodes have weight zero and repeat the largest found.
+    """
+    nodes, vectors = torch.linalg.eigh(lanczos(product, start, iterations).tridiagonal.double())
     weights = vectors[:, 0, :].square()
     largest = torch.where(weights > 1e-12, nodes, -torch.inf).amax(dim=1, keepdim=True)
     nodes = torch.where(weights > 1e-12, nodes, largest)
     order = nodes.argsort(dim=1)
     return Spectrum(nodes.gather(1, order).to(start), weights.gather(1, order).to(start))
+
+
+def extreme_directions(product: HessianProduct, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Unit vectors along which log p_t bends down most and least, ``[B, ...]`` each: the outermost Ritz vectors of `lanczos`.
+
+    They are orthogonal; where H is a multiple of the identity along ``start``, the second is any direction that is orthogonal to the first.
+    Cost: one product an iteration.
+    """
+    basis, tridiagonal = lanczos(product, start, iterations)
+    nodes, vectors = torch.linalg.eigh(tridiagonal.double())
+    nodes = torch.where(vectors[:, 0, :].square() > 1e-12, nodes, torch.nan)  # what lies beyond an exhausted space is no direction
+    which = (nodes.nan_to_num(torch.inf).argmin(dim=1), nodes.nan_to_num(-torch.inf).argmax(dim=1))
+    rows = torch.arange(len(start))
+    along = torch.stack(basis, 1)
+    found = (torch.einsum("bk,bk...->b...", vectors[rows, :, index].to(start), along) for index in which)
+    sharpest, freest = (v / spread(norm(v), v) for v in found)
+    any_other = torch.arange(freest[0].numel()).cos().to(freest).view_as(freest[:1]).expand_as(freest)
+    any_other = any_other - spread(dot(any_other, sharpest), freest) * sharpest
+    same = spread(dot(sharpest, freest).abs() > 0.5, freest)
+    return sharpest, torch.where(same, any_other / spread(norm(any_other), freest), freest)
 
 
 def extreme_eigenvalues(product: HessianProduct, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

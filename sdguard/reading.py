@@ -92,6 +92,19 @@ def for_each(count: int, value: Any) -> Any:
     return value
 
 
+@contextmanager
+def shown(pipe: Any, given: dict[str, Any], look: Callable[[Observation], None], calls: int | None = None) -> Iterator[None]:
+    """Within the block ``look`` is shown the first ``calls`` denoiser calls (all of them with None) of a run given ``given``.
+
+    After the last of so many the run ends, and with it the block; with None it goes on as it would unwatched, to the same picture.
+    """
+    try:
+        with quiet(pipe), watched(Encoder(pipe, given), _Reader(look, calls)):
+            yield
+    except _Enough:
+        pass
+
+
 def read(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], look: Callable[[Observation], None], calls: int | None = 1, **setting: Any
 ) -> None:
@@ -102,9 +115,6 @@ def read(
     prompt and call.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    try:
-        with quiet(pipe), beside(pipe, setting) as given, watched(Encoder(pipe, given), _Reader(look, calls)):
-            inputs = {name: value if name.startswith("ip_adapter") else for_each(len(prompts), value) for name, value in given.items()}
-            pipe(prompt=list(prompts), generator=generators, output_type="latent", **inputs)
-    except _Enough:
-        pass
+    with beside(pipe, setting) as given, shown(pipe, given, look, calls):
+        inputs = {name: value if name.startswith("ip_adapter") else for_each(len(prompts), value) for name, value in given.items()}
+        pipe(prompt=list(prompts), generator=generators, output_type="latent", **inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +54,13 @@ class GuardedRun:
         self.act([report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None], observation.step)
         for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
             report.extra_evaluations = evaluations
+        if self.config.on_call:
+            self.config.on_call(self.shown(observation), self.reports)
+
+    def shown(self, observation: Observation) -> Observation:
+        """The observation for ``on_call``: under the rules that its rows follow, and with books of its own."""
+        rules = tuple(self.corrections[row].rule if row in self.corrections else None for row in range(len(self.reports)))
+        return replace(observation, rules=rules, evaluations=observation.evaluations.clone())
 
     def watch(self, observation: Observation) -> None:
         """Note the free signals of one call; nothing is decided here, so an error is only logged."""

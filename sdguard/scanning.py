@@ -31,6 +31,7 @@ from sdguard.observation import Observation
 from sdguard.pipeline import guard
 from sdguard.profile import Profile
 from sdguard.reading import read
+from sdguard.report import GuardReport
 from sdguard.run import GuardedRun
 
 Row = dict[str, Any]
@@ -64,6 +65,27 @@ def smallest_p_value(profile: Profile, seeds: int) -> float:
     return combined([1 / (1 + profile.prompts)] * seeds)
 
 
+def watched_reports(
+    pipe: Any, profile: Profile, prompts: Sequence[str], seeds: Sequence[int], false_positive_rate: float, setting: Mapping[str, Any]
+) -> tuple[list[GuardReport], int]:
+    """The guard's report of each prompt from its seed, in observing mode and without a picture; and how many denoiser calls were read.
+
+    Cost: 2 denoiser evaluations a prompt (1 without guidance, and what reading such a run costs) at each call, and what the cascade buys.
+    """
+    restartable = not blends(pipe)
+    config = GuardConfig("observe", false_positive_rate, "pass")
+    run = GuardedRun(config, profile, list(prompts), Encoder(pipe, dict(setting)), restartable)
+    calls = 0
+
+    def look(observation: Observation) -> None:
+        nonlocal calls
+        calls += 1
+        run.observe(observation)
+
+    read(pipe, prompts, seeds, look, 1 + restartable * len(profile.cascade.later), **setting)
+    return run.reports, calls
+
+
 def scan_batch(
     pipe: Any, profile: Profile, batch: Batch, *, seeds: int, false_positive_rate: float, setting: Mapping[str, Any]
 ) -> list[Row]:
@@ -74,22 +96,12 @@ def scan_batch(
     ``NAME_k``, nan where it was not read.
     """
     prompts = [prompt for _, prompt in batch]
-    restartable = not blends(pipe)
     found: list[Row] = [{"row": int(row), "score": math.nan, "p_value": math.nan, "evaluations": 0, "error": ""} for row, _ in batch]
     for k in range(seeds):
         noises = [seed_of(prompt, k) for prompt in prompts]
-        config = GuardConfig("observe", false_positive_rate, "pass")
-        run = GuardedRun(config, profile, list(prompts), Encoder(pipe, dict(setting)), restartable)
-        calls = 0
-
-        def look(observation: Observation, run: GuardedRun = run) -> None:
-            nonlocal calls
-            calls += 1
-            run.observe(observation)
-
-        read(pipe, prompts, noises, look, 1 + restartable * len(profile.cascade.later), **setting)
+        reports, calls = watched_reports(pipe, profile, prompts, noises, false_positive_rate, setting)
         guided = family_of(pipe).guidance(pipe, dict(setting)) > 1
-        for row, report, seed in zip(found, run.reports, noises, strict=True):
+        for row, report, seed in zip(found, reports, noises, strict=True):
             row[f"seed_{k}"], row[f"score_{k}"], row[f"p_value_{k}"] = seed, as_number(report.score), as_number(report.p_value)
             row.update({f"{name}_{k}": report.signals.get(name, {}).get("value", math.nan) for name in profile.cascade.signals})
             row["evaluations"] += calls * (1 + guided) + report.extra_evaluations

@@ -11,6 +11,7 @@ from sdguard.geometry import (
     Score,
     difference_product,
     exact_product,
+    extreme_directions,
     extreme_eigenvalues,
     flipd,
     log_volume,
@@ -198,3 +199,23 @@ def test_exact_and_difference_products_agree_on_the_network(branch: Any, embedde
 
     read(embedded, ["a zebra in snow"], [0], look, num_inference_steps=2, guidance_scale=2.5)
     assert found[0] < 0.02
+
+
+def test_extreme_directions_of_a_gaussian_are_its_axes() -> None:
+    score, eigenvalues = gaussian(torch.tensor([0.01, 0.8, 0.9, 1.0, 1.1, 20.0]), VP)
+    x = torch.randn(3, 6)
+    sharpest, freest = extreme_directions(exact_product(score, x), torch.randn(3, 6), 6)
+    assert sharpest.abs()[:, 0] == pytest.approx(torch.ones(3), abs=1e-3)
+    assert freest.abs()[:, 5] == pytest.approx(torch.ones(3), abs=1e-3)
+    assert (sharpest * freest).sum(1) == pytest.approx(torch.zeros(3), abs=1e-4)
+    product = exact_product(score, x)
+    assert (sharpest * product(sharpest)).sum(1) == pytest.approx(eigenvalues[0].expand(3), rel=1e-3)
+
+
+def test_extreme_directions_survive_an_exhausted_space() -> None:
+    score, _ = gaussian(torch.tensor([0.2, 0.2, 0.2, 5.0]), VP)
+    x = torch.randn(2, 4)
+    sharpest, freest = extreme_directions(exact_product(score, x), torch.randn(2, 4), 4)
+    assert freest.abs()[:, 3] == pytest.approx(torch.ones(2), abs=1e-3)
+    assert sharpest[:, 3] == pytest.approx(torch.zeros(2), abs=1e-3)
+    assert norm(sharpest) == pytest.approx(torch.ones(2), abs=1e-5)

@@ -21,6 +21,7 @@ from sdguard import calibration as calibration_module
 from sdguard import run as run_module
 from sdguard.correction import Correction
 from sdguard.decision import Scale
+from sdguard.observation import denoised
 from sdguard.steering import Flagged
 from sdguard.steering.ladder import Outcome
 
@@ -256,3 +257,49 @@ def test_a_config_that_cannot_be_is_refused(field: dict[str, Any]) -> None:
 def test_from_pretrained_takes_the_pipelines_arguments(embedded: Any) -> None:
     guarded = GuardedPipeline.from_pretrained(testbed.path(), guard=GuardConfig(mode="observe"))
     assert isinstance(guarded, StableDiffusionPipeline)
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_on_call_is_shown_every_call_and_moves_nothing(
+    rule: bool, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+
+    def steer(flagged: Flagged, methods: Any) -> list[Outcome]:
+        condition = flagged.observation.null_condition[0]
+        correction = Correction({"method": "m"}, None if rule else condition, rule=(lambda here: here.eps_u) if rule else None)
+        return [Outcome(correction, [{"method": "m"}]) for _ in flagged.prompts]
+
+    monkeypatch.setattr(run_module, "climb", steer)
+    unwatched = call(sdguard.guard(tiny, GuardConfig(profile=profile)), output_type="latent")
+    steps, verdicts = [], []
+    last: list[torch.Tensor] = []
+
+    def watch(observation: Any, reports: Any) -> None:
+        steps.append(observation.step)
+        verdicts.append([report.verdict for report in reports])
+        observation.spend(5)
+        last[:] = [denoised(observation.x, observation.prediction, observation.level)]
+
+    watched = call(sdguard.guard(tiny, GuardConfig(profile=profile, on_call=watch)), output_type="latent")
+    assert torch.equal(watched.images, unwatched.images)
+    assert watched.guard == unwatched.guard
+    assert steps == [0, 1, 2]
+    assert {tuple(found) for found in verdicts} == {tuple("steered" if i == row else "clean" for i in range(3))}
+    assert torch.allclose(last[0], watched.images, atol=0.05)  # the last estimate is where the run ends, the steered row's too
+
+
+def test_what_on_call_raises_ends_the_run_and_leaves_no_trace(tiny: Any, profile_for: MakeProfile) -> None:
+    seen = []
+
+    def stop(observation: Any, reports: Any) -> None:
+        seen.append(observation.step)
+        if observation.step == 1:
+            raise KeyboardInterrupt
+
+    before = call(tiny).images
+    with pytest.raises(KeyboardInterrupt):
+        call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6), on_call=stop)))
+    assert seen == [0, 1]
+    assert "_diffusers_hook" not in vars(tiny.unet)
+    assert np.array_equal(call(tiny).images, before)

@@ -1,0 +1,131 @@
+"""The demo's page and its server."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, MutableMapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from sdguard.demo import calibrate, generate, geometry, scan, why
+from sdguard.demo.page import prompt_box
+from sdguard.demo.runs import LARGEST_FILE, Model
+
+STYLE = Path(__file__).with_name("style.css")
+HEADER = (
+    '<header class="sg-header"><h1>sdguard</h1><p>See a text-to-image model give back a training picture, see the guard catch it '
+    "before the first denoising step, and look at why.</p></header>"
+)
+FOOTER = '<div class="sg-footer">Running {model} on this machine; nothing is sent elsewhere. <a href="?view=api">Use it as an API</a></div>'
+#: the page asks nobody but its own server for anything.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
+)
+
+Message = MutableMapping[str, Any]
+
+
+class Shield:
+    """ASGI middleware: tells browsers to load nothing from elsewhere, and refuses to fetch other sites' files for anybody."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [
+                    (b"content-security-policy", POLICY.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+                message["headers"] = [*message.get("headers", []), *own]
+            await send(message)
+
+        _, _, file = scope["path"].partition("file=")
+        if "://" in file or file.startswith(("http:", "https:")):
+            await answer({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await answer({"type": "http.response.body", "body": b"This server fetches nothing from elsewhere."})
+            return
+        await self.app(scope, receive, answer)
+
+
+def build(model: Model) -> gr.Blocks:
+    """The page on a model."""
+    with gr.Blocks(title="sdguard", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(HEADER)
+        profiles = gr.State({})
+        first, ordinary = (next(e.text for e in model.examples if e.kind == kind) for kind in (model.examples[0].kind, "ordinary"))
+        box = prompt_box("generate", "Prompt", first)
+        box.unrender()
+        why_box = prompt_box("why", "Prompt", first)
+        why_box.unrender()
+        with gr.Tabs(elem_classes="sg-tabs"):
+            with gr.Tab("Generate", id="generate"):
+                setting = generate.tab(model, box, profiles, why_box)
+            with gr.Tab("Why", id="why"):
+                why.tab(model, why_box, profiles, setting)
+            with gr.Tab("Geometry", id="geometry"):
+                geometry.tab(model, (first, ordinary), profiles, setting)
+            with gr.Tab("Scan", id="scan"):
+                scan.tab(model, profiles, setting)
+            with gr.Tab("Calibrate", id="calibrate") as last:
+                calibrate.tab(model, [page.load, last.select], profiles, setting)
+        gr.HTML(FOOTER.format(model="the embedded model" if model.name == "embedded" else escape(model.name)))
+        generate.endpoint(model)
+    return page
+
+
+def theme() -> gr.themes.Base:
+    """Calm, and of fonts that are here already."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "DejaVu Sans Mono", "monospace"],
+    ).set(
+        body_background_fill="*neutral_50",
+        body_text_color_subdued="*neutral_500",
+        block_label_text_color="*neutral_600",
+        block_border_width="1px",
+        block_shadow="none",
+        button_large_radius="*radius_md",
+    )
+
+
+def serve(model_name: str = "embedded", host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Load a model and serve the page until it is interrupted; raises `BadInput` where the model cannot be loaded."""
+    model = Model.load(model_name)
+    with tempfile.TemporaryDirectory(prefix="sdguard-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build(model)
+        page.queue(max_size=32, api_open=False)
+        page.launch(
+            server_name=host,
+            server_port=port,
+            theme=theme(),
+            css_paths=STYLE,
+            max_file_size=LARGEST_FILE,
+            allowed_paths=None,
+            share=False,
+            show_error=True,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(Shield)]},
+        )

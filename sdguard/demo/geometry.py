@@ -1,0 +1,120 @@
+"""The tab that shows the learned density itself, for a memorized and an ordinary prompt side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from sdguard.demo import figures
+from sdguard.demo.figures import MEMORIZED, ORDINARY, Line, chart
+from sdguard.demo.landscape import Landscape, landscape
+from sdguard.demo.page import QUICK, WORK, Updates, prompt_box, run_buttons, setting_of, stopped, told
+from sdguard.demo.runs import MOST_STEPS, Model
+
+EMPTY = (
+    "Press Measure: the spectrum of the Hessian, how many directions each prompt leaves free, its output density, "
+    "and log p around the finished sample."
+)
+#: nats against the sample at which a surface is cut off.
+FLOOR, CEILING = -9.0, 4.0
+
+
+def drawn(found: Landscape) -> str:
+    """All figures of a landscape of two prompts."""
+    names, colours = ("first prompt", "second prompt"), (MEMORIZED, ORDINARY)
+    calls = [float(i) for i in range(1, len(found.timesteps) + 1)]
+    at = (found.step + 1.0, "chosen")
+
+    def over_calls(title: str, values: list[list[float]], label: str, caption: str) -> str:
+        lines = [Line(name, list(zip(calls, row, strict=True)), colour) for name, row, colour in zip(names, values, colours, strict=True)]
+        ticks = [tick for tick in figures.ticks(1, calls[-1], 6) if tick >= 1]
+        return chart(title, lines, "denoiser call", label, caption=caption, x_ticks=ticks, upright=at)
+
+    def over_levels(title: str, values: list[list[float]], label: str, caption: str) -> str:
+        lines = [
+            Line(name, list(zip(found.levels, row, strict=True)), colour) for name, row, colour in zip(names, values, colours, strict=True)
+        ]
+        return chart(title, lines, "noise level (timestep)", label, caption=caption, x_range=(0.0, max(found.levels)))
+
+    d = found.dimensions
+    parts = [
+        figures.spectrum_chart(found.nodes, found.weights, names, colours),
+        over_calls(
+            "Free directions",
+            found.free,
+            f"of {d:,}",
+            f"d + s² tr H at the run’s own points: how many of the {d:,} directions of the latent the text leaves free. Two probes.",
+        ),
+        over_levels(
+            "Local intrinsic dimension",
+            found.lid,
+            "FLIPD",
+            "Of the finished sample under its prompt, by noise level, two probes. A network biases the absolute value, which may be "
+            "negative; the contrast is what counts.",
+        ),
+        over_calls(
+            "Output density",
+            found.density,
+            "nats",
+            "Minus the log volume element of the denoised estimate at the run’s own points: how much of noise space is squeezed into "
+            "one picture. Two probes, 6 Lanczos steps.",
+        ),
+    ]
+    surfaces = "".join(
+        figures.surface(cut, f"log p around the {name}’s sample", colour, FLOOR, CEILING)
+        for cut, name, colour in zip(found.slices, ("first prompt", "second prompt"), colours, strict=True)
+    )
+    note = (
+        f"A plane through each finished sample (the dot) at the noise of call {found.step + 1} (timestep {found.chosen:.0f}), along the "
+        "freest and the sharpest direction that 24 Lanczos steps find, four standard deviations of the noise to each side. Height is log p "
+        "of the prompt’s density against the sample, by least squares from the network’s score on 15 × 15 points, cut off "
+        f"{-FLOOR:.0f} nats below and {CEILING:.0f} above; equal scales. A memorized sample is the top of a spike that falls off both "
+        "ways; an ordinary one lies on a ridge, along which other pictures are as likely or likelier."
+    )
+    return (
+        f'<div class="sg-charts sg-two">{"".join(parts)}</div><h3>The density around the sample</h3>'
+        f'<div class="sg-charts sg-two">{surfaces}</div><p class="sg-note">{note}</p>'
+    )
+
+
+def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[Any]) -> None:
+    """Lay the tab out; ``prompts`` are a memorized and an ordinary one to begin with."""
+    with gr.Row(elem_classes="sg-columns"):
+        memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
+        ordinary = prompt_box("geometry-second", "Second prompt, ordinary", prompts[1], None)
+        usual = model.usual["num_inference_steps"]
+        step = gr.Slider(
+            1,
+            MOST_STEPS if usual > 50 else usual,
+            round(0.7 * usual),
+            step=1,
+            label="Denoiser call",
+            info="For the spectrum and the density.",
+            min_width=200,
+        )
+    start, stop = run_buttons("Measure", "geometry")
+    line = gr.HTML(
+        figures.status("Both prompts start from the same noise. Seed, steps and guidance are those of the Generate tab."),
+        elem_id="geometry-status",
+    )
+    shown = gr.HTML(figures.hint(EMPTY), elem_id="geometry-result")
+
+    def run(mine: Any, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
+        asked = setting_of(model, first, *values)
+
+        def view(found: Landscape) -> Updates:
+            return {line: figures.status("Done.", "done"), shown: drawn(found)}
+
+        work = lambda emit: landscape(model, [first, second], asked, int(call) - 1, emit)  # noqa: E731
+        yield from told(work, view, line, profiles, mine, (start, stop))
+
+    event = gr.on(
+        [start.click, memorized.submit, ordinary.submit],
+        run,
+        [profiles, memorized, ordinary, step, *controls],
+        [line, shown, profiles, start, stop],
+        **WORK,
+    )
+    stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)

@@ -1,0 +1,109 @@
+"""What the tabs share: work as updates of the page, the box for a prompt, the examples."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import gradio as gr
+
+from sdguard.demo.figures import status
+from sdguard.demo.runs import LONGEST_PROMPT, Emit, Example, Model, Profiles, Progress, Setting, streamed
+from sdguard.profile import Profile
+from sdguard.run import MemorizationError
+
+logger = logging.getLogger(__name__)
+
+#: updates of the page, by component.
+Updates = dict[Any, Any]
+#: of every event that runs the model: so many at once, of whomever. The denoiser itself is one run's at a time; the rest wait their turn.
+WORK: dict[str, Any] = {"concurrency_limit": 4, "concurrency_id": "model", "show_progress": "hidden", "api_visibility": "private"}
+QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+KINDS = {"verbatim": "Verbatim copy", "template": "Template copy", "ordinary": "Ordinary", "near miss": "Near miss"}
+INTERNAL = "Something went wrong in the app itself; its log says what. Nothing was changed."
+
+
+def told(
+    work: Callable[[Emit], None], view: Callable[[Any], Updates], line: Any, profiles: Any, mine: Profiles, buttons: tuple[Any, Any] | None
+) -> Iterator[Updates]:
+    """The updates that ``work`` makes on the page: ``view`` of what it emits, its progress and its errors as sentences in ``line``.
+
+    A profile that it emits becomes one of the session's ``profiles``; the ``buttons`` are the one that starts it and the one that
+    stops it, where there are any.
+    """
+    end: Updates = {line: gr.skip()}
+    if buttons:
+        start, stop = buttons
+        yield {line: status("Waiting for the model …", "busy"), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
+        end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+    try:
+        with closing(streamed(work)) as events:  # closed too where this generator is: by Stop, or when the page has gone
+            for event in events:
+                if event is None:
+                    yield {line: gr.skip()}  # so that it can be closed now
+                elif isinstance(event, Progress):
+                    text = f"{event.doing}: {event.done:,} of {event.total:,}"
+                    yield {line: status(text, "busy", event.done / max(event.total, 1))}
+                elif isinstance(event, Profile):
+                    yield {profiles: {**mine, (event.fingerprint["steps"], event.fingerprint["guidance_scale"]): event}}
+                else:
+                    yield view(event)
+    except (ValueError, TypeError, MemorizationError) as error:
+        yield {line: status(str(error), "error"), **end}
+        return
+    except Exception:
+        logger.exception("sdguard demo")
+        yield {line: status(INTERNAL, "error"), **end}
+        return
+    yield end
+
+
+def stopped(line: Any, buttons: tuple[Any, Any]) -> Updates:
+    """The page after somebody has stopped what was running."""
+    start, stop = buttons
+    return {line: status("Stopped. Nothing is running."), start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+
+
+def run_buttons(text: str, name: str) -> tuple[gr.Button, gr.Button]:
+    """The one primary button of a tab, and the one that stops what it starts."""
+    with gr.Row(elem_classes="sg-run"):
+        start = gr.Button(text, variant="primary", elem_id=f"{name}-run", scale=3, min_width=140)
+        stop = gr.Button("Stop", variant="secondary", interactive=False, elem_id=f"{name}-stop", scale=1, min_width=90)
+    return start, stop
+
+
+def prompt_box(name: str, label: str, value: str = "", info: str | None = "Enter runs it.") -> gr.Textbox:
+    """A box for a prompt of one line, which Enter submits."""
+    return gr.Textbox(value, label=label, info=info, lines=1, max_lines=3, max_length=LONGEST_PROMPT, elem_id=f"{name}-prompt")
+
+
+def example_chips(examples: Sequence[Example], box: Any) -> None:
+    """A button for each example, which puts it into ``box``; its kind beside it."""
+    kinds = dict.fromkeys(example.kind for example in examples)
+    with gr.Column(elem_classes="sg-examples"):
+        for kind in kinds:
+            with gr.Row(elem_classes="sg-chips"):
+                gr.HTML(f"<span>{KINDS.get(kind, kind)}</span>", elem_classes="sg-kind")
+                for example in examples:
+                    if example.kind == kind:
+                        chip = gr.Button(example.text, size="sm", elem_classes=["sg-chip"], min_width=0)
+                        chip.click(None, None, box, js=f"() => {json.dumps(example.text)}", queue=False, **QUICK)
+
+
+def setting_of(model: Model, *values: Any) -> Setting:
+    """The setting that the page's controls show, in the order of `sdguard.demo.generate.Controls`; nothing is checked here."""
+    prompt, seed, steps, guidance, images, percent, mode, steering = values
+    usual = model.usual
+    return Setting(
+        prompt,
+        int(seed or 0),
+        int(steps or usual["num_inference_steps"]),
+        float(usual["guidance_scale"] if guidance is None else guidance),
+        int(images or 1),
+        float(percent or 0) / 100,
+        mode,
+        tuple(steering or ()),
+    )
