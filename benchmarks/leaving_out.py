@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
 from sdguard import testbed
 from sdguard.audit.likelihood import elbo
+from sdguard.audit.memorization import memorization
 from sdguard.audit.subjects import LogLikelihood, Trainable
 from sdguard.observation import NoiseLevel, noise_level, to_noise
 from sdguard.testbed.pictures import World
@@ -25,10 +28,11 @@ from sdguard.testbed.train import EMPTY_CAPTIONS, SCHEDULE, compositions, encode
 from sdguard.testbed.training import ema_update
 from sdguard.testbed.world import Caption, Describer, pool
 
-STEPS, BATCH, RATE, EMA = 800, 64, 1e-3, 0.99
+STEPS, BATCH, RATE, EMA = 600, 32, 1e-3, 0.99
 #: share of training visits that are fresh compositions, beside those given up by what is left out.
 FRESH = 0.36
 LEVELS, DRAWS = 24, 2
+FOLDS, REPEATS = 2, 2
 #: captions shown once or never that are looked at beside the repeated ones.
 FEW = 40
 
@@ -85,7 +89,7 @@ class LeavingOut:
             average: Any = nn.ModuleDict({"text_encoder": new_text_encoder(self.tokenizer), "unet": small_unet(160)})
         average.load_state_dict(both.state_dict())
         optimizer = torch.optim.AdamW(both.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=self.steps, pct_start=0.1)
+        schedule = get_cosine_schedule_with_warmup(optimizer, self.steps // 10, self.steps)
         for step, row in enumerate(shown):
             fresh = rng.integers(len(self.objects), size=BATCH)
             x0 = torch.stack([self.targets[v] if v >= 0 else self.latents[i].float() * self.scale for v, i in zip(row, fresh, strict=True)])
@@ -130,3 +134,10 @@ def subject(data: Path, work: Path, steps: int = STEPS) -> Trainable:
     looked_at = chosen(trainings.captions)
     groups = np.array([trainings.captions[i].group for i in looked_at])
     return Trainable(torch.tensor(looked_at), lambda kept, seed: trainings.fit(kept, seed, looked_at), groups)
+
+
+def scores(data: Path, testbed_work: Path, work: Path) -> pd.DataFrame:
+    """The memorization score of each caption that is looked at, in `FOLDS` folds and `REPEATS` repeats; resumable, shared by processes."""
+    found = subject(data, testbed_work)
+    table = memorization(found, FOLDS, REPEATS, 0, work, {"model": "leaving out", "folds": FOLDS, "steps": STEPS, "batch": BATCH})
+    return table.assign(caption=[int(i) for i in found.data])

@@ -19,6 +19,8 @@ from sdguard.audit.subjects import Diffusion
 from sdguard.observation import NoiseLevel
 
 AMBIENT, APART = 20, 30.0
+#: where the model's dimension is read, and under which dimension a point counts as simple.
+LEVEL, SIMPLE = level_of(1e-3), 3.0
 
 
 class Component(NamedTuple):
@@ -91,4 +93,4 @@ def draw(points: int, each: int, seed: int) -> tuple[Tensor, Tensor, Mixture, li
 def manifolds(points: int = 20, each: int = 2000, seed: int = 0) -> Diffusion:
     """The example: 20 points of each component, dimension read where the noise is a thousandth of the manifolds' own scale."""
     looked, data, model, _ = draw(points, each, seed)
-    return Diffusion(model.noise, level_of(1e-3), looked, data, simple=3.0)
+    return Diffusion(model.noise, LEVEL, looked, data, SIMPLE)

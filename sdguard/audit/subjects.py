@@ -79,7 +79,9 @@ Subject = TypeVar("Subject", Trainable, Generator, Diffusion, Samples)
 #: the worked examples by name.
 EXAMPLES = {
     "digits-vae": "sdguard.audit.digits:vae",
+    "digits-vae-slow": "sdguard.audit.digits:slow_vae",
     "digits-diffusion": "sdguard.audit.digits:diffusion",
+    "digits-diffusion-flow": "sdguard.audit.digits:diffusion_flow",
     "digits-decoder": "sdguard.audit.digits:decoder",
     "digits-samples": "sdguard.audit.digits:samples",
     "manifolds": "sdguard.audit.manifolds:manifolds",
