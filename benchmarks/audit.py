@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap, spearmanr
 from sklearn.metrics import roc_auc_score
 
+from benchmarks import agreement
 from benchmarks.running import measured, versions
 from sdguard.audit import digits, manifolds
 from sdguard.audit.density import concentration, log_volume, speed
@@ -36,6 +37,7 @@ TOP = 0.05
 COPY = 1 / 3
 
 app = typer.Typer(help="What the papers behind sdguard.audit claim, measured on small models.")
+app.command("agreement")(agreement.main)
 
 Out = Annotated[Path, typer.Option(help="Where the results go.")]
 Work = Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")]
@@ -295,8 +297,7 @@ def lid(out: Out = RESULTS) -> None:
     axis = figure.subplots()
     for verdict, part in table.groupby("verdict"):
         axis.errorbar(part.data, part.model, None, part.data_error, fmt="o", ms=3, lw=0.5, color=COLOURS[str(verdict)], label=verdict)
-    for row in rows:
-        axis.plot(row["dimension of the data"], row["of the model"], "k+", ms=12)
+    axis.plot(table.true_data, table.true_model, "k+", ms=12)
     axis.set(xlabel="the data's dimension (crosses: the truth)", ylabel="the model's dimension")
     axis.legend(fontsize=8)
     write("lid", table, {"rows": rows, "right": float((table.verdict == table.truth).mean())}, figure, out)

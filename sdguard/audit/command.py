@@ -95,7 +95,7 @@ def density(
         writable(out)
 
         def measure(rows: pd.DataFrame) -> pd.DataFrame:
-            z = latents[rows.latent.to_numpy()]
+            z = latents[rows.latent.tolist()]
             error = torch.zeros(len(z))
             if lanczos:
                 draws = torch.Generator().manual_seed(seed + int(rows.latent.iloc[0]))

@@ -79,6 +79,7 @@ class Denoiser(nn.Module):
         self.into = nn.Linear(d + 17, hidden)
         self.layers = nn.ModuleList(nn.Linear(hidden + 17, hidden) for _ in range(2))
         self.out = nn.Linear(hidden, d)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", 2.0 ** torch.arange(8) / 4)
 
     def forward(self, x: Tensor, level: NoiseLevel) -> Tensor:

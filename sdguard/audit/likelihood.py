@@ -100,7 +100,7 @@ def divergence(field: Callable[[Tensor], Tensor], x: Tensor, probes: Sequence[Te
     directions = probes if probes is not None else [basis.expand_as(x) for basis in torch.eye(x[0].numel()).to(x).view(-1, *x[0].shape)]
     with sdpa_kernel(SDPBackend.MATH):
         products = [jvp(field, (x,), (v.contiguous(),)) for v in directions]
-    total = sum((dot(v, product) for v, (_, product) in zip(directions, products, strict=True)), torch.zeros(len(x), dtype=x.dtype))
+    total = sum((dot(v, found[1]) for v, found in zip(directions, products, strict=True)), torch.zeros(len(x), dtype=x.dtype))
     return products[0][0], total / (len(probes) if probes is not None else 1)
 
 
