@@ -23,6 +23,7 @@ from scipy.stats import bootstrap, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import agreement
+from benchmarks.readme import markdown
 from benchmarks.running import measured, versions
 from sdguard.audit import digits, manifolds
 from sdguard.audit.density import concentration, log_volume, speed
@@ -64,8 +65,8 @@ def rank_correlation(one: Any, other: Any) -> dict[str, float]:
 
 MODELS = {
     "VAE": (digits.vae, 10, 4),
-    "VAE, a tenth of the learning rate": (digits.slow_vae, 10, 4),
-    "diffusion, bound": (digits.diffusion, 5, 4),
+    "VAE, a tenth of the learning rate": (digits.slow_vae, 10, 2),
+    "diffusion, bound": (digits.diffusion, 5, 2),
     "diffusion, probability flow": (digits.diffusion_flow, 5, 2),
 }
 
@@ -111,7 +112,7 @@ def told(table: pd.DataFrame) -> dict[str, Any]:
         "score and unseen log-likelihood": rank_correlation(table.score, table.unseen),
         "score and distance to the nearest other point": rank_correlation(table.score, table.distance),
         "score and sample ratio": rank_correlation(tested.score, tested.sample_ratio),
-        "sample ratio's AUC for the most memorized": float(roc_auc_score(top[tested.index], tested.sample_ratio)),
+        "AUC of the sample ratio for the most memorized": float(roc_auc_score(top[tested.index], tested.sample_ratio)),
         "most memorized with a sample ratio above 1": float((tested.sample_ratio[top[tested.index]] > 1).mean()),
         "all points with a sample ratio above 1": float((tested.sample_ratio > 1).mean()),
     }
@@ -175,11 +176,13 @@ def score(out: Out = RESULTS, work: Work = WORK) -> None:
     write("score", table.drop(columns="copies"), figures, draw_score(table, learning), out)
 
 
-SIZES, SEEDS, DRAWS, PATHS = (1797, 300, 100, 30, 10), 3, 4096, 100
+SIZES, SEEDS, DRAWS, PATHS = (1797, 300, 100, 30, 10), 2, 4096, 100
+#: root-mean-square difference, of pixels in [0, 1], under which two pictures are the same.
+SAME = 0.02
 
 
 def measure_density(jobs: pd.DataFrame) -> pd.DataFrame:
-    """Log volume, output density and the distance to what was memorized, at draws of the prior; paths between training points."""
+    """Log volume at draws of the prior, how often two draws give the same picture, and paths between training points."""
     parts = []
     for points, seed in jobs[["points", "seed"]].itertuples(index=False):
         model = digits.of_points(points, seed)
@@ -187,8 +190,7 @@ def measure_density(jobs: pd.DataFrame) -> pd.DataFrame:
         rows = torch.randperm(1797, generator=torch.Generator().manual_seed(seed))[:points]
         data = digits.digits()[rows]
         encoded, _ = model.encode(data)
-        drawn, own = model.decode(z), model.decode(encoded)
-        nearest_own = torch.cdist(drawn, own).amin(1) / 8
+        same = torch.pdist(model.decode(z)) < 8 * SAME  # root mean square over 64 pixels
         ends = torch.randint(points, (2, PATHS), generator=torch.Generator().manual_seed(2))
         start, end = encoded[ends[0]], encoded[ends[1]]
         apart = ends[0] != ends[1]
@@ -198,7 +200,7 @@ def measure_density(jobs: pd.DataFrame) -> pd.DataFrame:
                     "points": points,
                     "seed": seed,
                     "log_volume": log_volume(model.decode, z, 1e-6).numpy(),
-                    "nearest": nearest_own.numpy(),
+                    "same": float(same.double().mean()),
                     "concentration": float(concentration(model.decode, start[apart], end[apart], 200).mean()),
                     "training_loss": float(model.loss(data, torch.Generator().manual_seed(3)).mean()),
                 }
@@ -209,19 +211,19 @@ def measure_density(jobs: pd.DataFrame) -> pd.DataFrame:
 
 def draw_density(table: pd.DataFrame) -> Figure:
     """Maps of the volume over latent space, its quantiles against the number of points, and the speed along paths."""
-    figure = Figure(figsize=(14, 8))
-    grid = figure.add_gridspec(2, 5, height_ratios=(1, 1.05))
+    figure = Figure(figsize=(14, 7.4), layout="constrained")
+    grid = figure.add_gridspec(2, 5, height_ratios=(1, 1.3))
     side = torch.linspace(-3, 3, 160)
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=2).reshape(-1, 2)
     models = {points: digits.of_points(points) for points in SIZES}
     volumes = {points: log_volume(model.decode, plane, 1e-6).reshape(160, 160).numpy() for points, model in models.items()}
     low, high = np.quantile(np.stack(list(volumes.values())), [0.02, 0.998])
-    for i, points in enumerate(SIZES):
-        axis = figure.add_subplot(grid[0, i])
+    maps = [figure.add_subplot(grid[0, i]) for i in range(len(SIZES))]
+    for axis, points in zip(maps, SIZES, strict=True):
         shown = axis.imshow(volumes[points], origin="lower", extent=(-3, 3, -3, 3), vmin=low, vmax=high, cmap="magma")
         axis.set_title(f"{points} digits", fontsize=10)
         axis.tick_params(labelsize=7)
-    figure.colorbar(shown, ax=axis, label="log volume element", fraction=0.05)
+    figure.colorbar(shown, ax=maps, label="log volume element", fraction=0.012, pad=0.01)
     quantile, path = figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:])
     shares = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
     by_size = table.groupby("points").log_volume.quantile(list(shares)).unstack()
@@ -244,7 +246,7 @@ def density(out: Out = RESULTS, work: Work = WORK) -> None:
     """The output density of VAEs that memorize more and more: the same network and steps, on fewer and fewer digits."""
     torch.set_num_threads(1)
     jobs = pd.DataFrame([(points, seed) for points in SIZES for seed in range(SEEDS)], columns=["points", "seed"])
-    table = measured("density", jobs, measure_density, work, {"steps": 1500}, 1).drop(columns="steps")
+    table = measured("density", jobs, measure_density, work, {"steps": digits.STEPS, "limit": SAME}, 1).drop(columns=["steps", "limit"])
     if not PartialState().is_main_process:
         return
     rows = []
@@ -257,11 +259,17 @@ def density(out: Out = RESULTS, work: Work = WORK) -> None:
                 **{f"log volume, {share:.1%}".replace(".0%", "%"): float(by_seed[share].mean()) for share in by_seed},
                 "spread, 5% to 95%": float((by_seed[0.95] - by_seed[0.05]).mean()),
                 "spread over seeds": float((by_seed[0.95] - by_seed[0.05]).std()),
-                "draws near a training digit's own picture": float((part.nearest < 0.02).mean()),
+                "two draws are the same picture": float(part.groupby("seed").same.first().mean()),
                 "path length in its fastest tenth": float(part.groupby("seed").concentration.first().mean()),
             }
         )
-    write("density", table, {"rows": rows, "near": "root-mean-square difference under .02 of the range"}, draw_density(table), out)
+    write(
+        "density",
+        table,
+        {"rows": rows, "the same picture": f"root-mean-square difference under {SAME:g} of the range"},
+        draw_density(table),
+        out,
+    )
 
 
 @app.command()
@@ -301,3 +309,78 @@ def lid(out: Out = RESULTS) -> None:
     axis.set(xlabel="the data's dimension (crosses: the truth)", ylabel="the model's dimension")
     axis.legend(fontsize=8)
     write("lid", table, {"rows": rows, "right": float((table.verdict == table.truth).mean())}, figure, out)
+
+
+def interval(found: Mapping[str, float]) -> str:
+    """A rank correlation as people read it."""
+    return f"{found['rho']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+def readme_score(figures: Mapping[str, Any]) -> str:
+    """The README's table of the memorization score."""
+    rows = {
+        "trainings": lambda m: str(m["trainings"]),
+        "mean score, which is the train-test gap, nats": lambda m: f"{m['train-test gap (mean score)']:.1f}",
+        "95% and 99.9% quantile, nats": lambda m: f"{m['95% quantile']:.1f}, {m['99.9% quantile']:.1f}",
+        "median standard error, nats": lambda m: f"{m['median standard error']:.1f}",
+        "rank correlation with the left-out log-likelihood": lambda m: interval(m["score and unseen log-likelihood"]),
+        "with the distance to the nearest other digit": lambda m: interval(m["score and distance to the nearest other point"]),
+        "neighbours' test (AUC for the top 5%)": lambda m: f"{m['AUC of the sample ratio for the most memorized']:.2f}",
+    }
+    return markdown(["", *figures["models"]], [[name, *(cell(m) for m in figures["models"].values())] for name, cell in rows.items()])
+
+
+def readme_density(figures: Mapping[str, Any]) -> str:
+    """The README's table of the output density."""
+    rows = [
+        [
+            str(row["digits"]),
+            *(f"{row[f'log volume, {share}']:.1f}" for share in ("5%", "50%", "95%", "99.9%")),
+            f"{row['two draws are the same picture']:.2%}",
+            f"{row['path length in its fastest tenth']:.0%}",
+        ]
+        for row in figures["rows"]
+    ]
+    header = [
+        "digits trained on",
+        "log volume, 5%",
+        "50%",
+        "95%",
+        "99.9%",
+        "two draws are the same picture",
+        "path length in its fastest tenth",
+    ]
+    return markdown(header, rows)
+
+
+def readme_lid(figures: Mapping[str, Any]) -> str:
+    """The README's table of the known manifolds."""
+    rows = [
+        [
+            f"{row['dimension of the data']} and {row['of the model']}",
+            f"{row['data, estimated']:.1f} and {row['model, estimated']:.2f}",
+            row["truth"],
+            f"{row['verdicts right']:.0%}",
+        ]
+        for row in figures["rows"]
+    ]
+    return markdown(["dimension of the data and of the model", "estimated", "what it is", "verdicts that say so"], rows)
+
+
+def readme_agreement(figures: Mapping[str, Any]) -> str:
+    """The README's table of the agreement study."""
+
+    def cell(found: list[float]) -> str:
+        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
+
+    every, repeated = figures["correlations"], figures["correlations among the repeated"]
+    rows = [
+        [label, cell(every[name]["repetitions"]), cell(every[name]["copy_rate"]), cell(every[name]["score"]), cell(repeated[name]["score"])]
+        for name, label in agreement.MEASURES.items()
+        if name not in ("repetitions", "score")
+    ]
+    return markdown(["rank correlation of", "repetitions", "copy rate", "memorization score", "the same, repeated pictures only"], rows)
+
+
+#: what of each result stands in the README.
+TABLES = {"score": readme_score, "density": readme_density, "lid": readme_lid, "agreement": readme_agreement}

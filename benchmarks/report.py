@@ -20,6 +20,7 @@ import typer
 from adjustText import adjust_text
 from matplotlib.figure import Figure
 
+from benchmarks import audit
 from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
 from benchmarks.published import released
 from benchmarks.readme import README, markdown, put
@@ -314,5 +315,8 @@ def main(
         ]
         section("Overhead", "overhead SHAPE", text, table=as_html(rows_[["shape", *rows_.columns[:-1]]]), open=True)
         put("overhead", readme_overhead(overhead), readme)
+    for name, table_of in audit.TABLES.items():
+        if found := load(results / "audit", name):
+            put(f"audit-{name}", table_of(found), readme)
     (out / "report.html").write_text(jinja2.Template(PAGE.read_text(), autoescape=True).render(about=about, sections=sections))
     typer.echo(f"{out / 'report.html'}")

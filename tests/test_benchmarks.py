@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from benchmarks import detection, report
+from benchmarks import audit, detection, report
 from benchmarks.published import released
 from benchmarks.readme import put
 from benchmarks.running import measured
@@ -157,6 +157,10 @@ def test_the_readme_says_what_the_committed_results_say() -> None:
     assert report.readme_development(found["figures"]) in readme
     overhead = {p.stem.removeprefix("overhead-"): json.loads(p.read_text()) for p in sorted(report.RESULTS.glob("overhead-*.json"))}
     assert report.readme_overhead(overhead) in readme
+    for name, table_of in audit.TABLES.items():
+        found = report.load(report.RESULTS / "audit", name)
+        assert found is not None
+        assert table_of(found) in readme
 
 
 def test_samples_of_the_embedded_model_are_labelled_by_seed_and_never_pool_their_negatives() -> None:

@@ -15,7 +15,8 @@ COLOURS = {"OD-Mem": "#c0392b", "DD-Mem": "#2563a8", "neither": "#5b8c5a"}
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all."""
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=110, format="png")
     partial.replace(path)
