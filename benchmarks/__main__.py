@@ -2,7 +2,7 @@
 
 import typer
 
-from benchmarks import detection, development, matrix, overhead, prompt_sets, report, steering
+from benchmarks import audit, detection, development, matrix, overhead, prompt_sets, report, steering
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
 app.command("detection")(detection.main)
@@ -11,6 +11,7 @@ app.command("development")(development.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("prompt-sets")(prompt_sets.main)
+app.add_typer(audit.app, name="audit")
 app.command("report")(report.main)
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 import typer
 
-from benchmarks.running import as_png, measured, versions
+from benchmarks.running import as_png, versions
 from sdguard import GuardedPipeline, testbed
 from sdguard.calibration import PROFILE_FILE
 from sdguard.cli import generate_guarded
+from sdguard.measuring import measured
 from sdguard.processes import processes
 from sdguard.testbed.copies import SSCD, find_copies, load_targets
 from sdguard.testbed.world import words

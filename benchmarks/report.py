@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from PIL import Image
 
+from benchmarks import audit
 from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
 from benchmarks.published import Released, over_run, released
 from benchmarks.readme import README, markdown, put
@@ -403,6 +404,9 @@ def main(
         paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])
         tables["overhead"] = [opened("By shape and path", paths[["shape", *paths.columns[:-1]]])]
         put("overhead", readme_overhead(overhead), readme)
+    for name, table_of in audit.TABLES.items():
+        if found := load(results / "audit", name):
+            put(f"audit-{name}", table_of(found), readme)
     page = jinja2.Template(PAGE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     (out / "report.html").write_text(page.render(about=about, pictures=pictures, tables=tables))
     typer.echo(f"{out / 'report.html'}")

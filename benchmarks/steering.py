@@ -28,12 +28,13 @@ from rich.progress import track
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from benchmarks.running import as_png, from_png, measured, versions
+from benchmarks.running import as_png, from_png, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.calibration import PROFILE_FILE
 from sdguard.correction import Correction, corrected, movement
 from sdguard.families import Encoder
 from sdguard.hook import watched
+from sdguard.measuring import measured
 from sdguard.observation import Observation
 from sdguard.processes import processes
 from sdguard.steering import BASELINES, METHODS, Flagged, Method

@@ -1,4 +1,4 @@
-"""The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``, ``demo``.
+"""The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``, ``audit``, ``demo``.
 
 Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
 """
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sdguard.audit.command import app as audit
 from sdguard.config import GuardConfig
 
 BAD_INPUT, WITHHELD = 1, 3
@@ -30,6 +31,7 @@ SHOWN = 20
 COLOURS = {"clean": "green", "flagged": "yellow", "steered": "cyan", "withheld": "red"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")
+app.add_typer(audit, name="audit")
 
 
 @app.callback()
@@ -48,7 +50,7 @@ def one_sentence() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, TypeError, MemorizationError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError) as error:
         if os.environ.get("SDGUARD_DEBUG"):
             raise
         Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)

@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from benchmarks import detection, report
+from benchmarks import audit, detection, report
 from benchmarks.published import over_run, released, similarity, ssim
 from benchmarks.readme import put
-from benchmarks.running import measured
 from benchmarks.statistics import auc, bootstrap_weights, estimates, roc_band, true_positive_rate
+from sdguard.measuring import measured
 from sdguard.observation import Observation, from_noise
 from sdguard.reading import read
 from sdguard.signals.attention_entropy import ATTENTION_ENTROPY
@@ -108,7 +108,7 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 import pandas as pd
-from benchmarks.running import measured
+from sdguard.measuring import measured
 from sdguard.processes import processes
 
 def measure(part):
@@ -313,6 +313,10 @@ def test_the_readme_says_what_the_committed_results_say() -> None:
     assert report.readme_development(found["figures"]) in readme
     overhead = {p.stem.removeprefix("overhead-"): json.loads(p.read_text()) for p in sorted(report.RESULTS.glob("overhead-*.json"))}
     assert report.readme_overhead(overhead) in readme
+    for name, table_of in audit.TABLES.items():
+        found = report.load(report.RESULTS / "audit", name)
+        assert found is not None
+        assert table_of(found) in readme
 
 
 def headers(page: str) -> set[str]:
