@@ -332,7 +332,7 @@ def readme_overhead(found: dict[str, dict[str, Any]]) -> str:
         [
             f"{shape}, {result['about']['height']} px",
             row["path"],
-            f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+            f"{row['ratio']:.3f}" + (f" ({row['low']:.3f} to {row['high']:.3f})" if row.get("pairs") else ""),
             f"{row['memory ratio']:.3f}",
             str(row["extra evaluations"]),
         ]
