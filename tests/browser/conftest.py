@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(3000):
             assert process.poll() is None, log.read_text()
             try:
                 urllib.request.urlopen(url, timeout=5).close()
@@ -65,7 +65,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
         else:
-            pytest.fail(f"the app did not answer within two minutes: {log.read_text()}")
+            pytest.fail(f"the app did not answer within ten minutes: {log.read_text()}")
         yield Server(url, psutil.Process(process.pid))
         assert process.poll() is None, log.read_text()
         raised = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", log.read_text(), re.MULTILINE)
