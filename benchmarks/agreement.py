@@ -36,7 +36,7 @@ from sdguard.testbed.train import compositions, encode
 from sdguard.testbed.world import ORDINARY, pool, words
 
 SIGNALS = (GUIDANCE_NORM, SHARPNESS, OUTPUT_DENSITY_AHEAD)
-SEEDS, PROBES, REFERENCE, BATCH = 2, 8, 300, 16
+SEEDS, PROBES, REFERENCE, BATCH = 2, 8, 200, 16
 #: share of the reference pictures, those of the lowest data dimension, that are called simple.
 SIMPLE = 0.1
 RESAMPLES = 500
@@ -177,7 +177,7 @@ def main(
     drawn = [world.composition(rng) for _ in range(REFERENCE)]
     texts = [str(rng.choice(ORDINARY[1:])).format(object=words(o), scene=s) for _, o, s in drawn]
     looked = torch.cat([encode(pipe.vae, world.targets(captions))[scored.caption], encode(pipe.vae, np.stack([p for p, _, _ in drawn]))])
-    looked = looked * scale
+    looked = (looked * scale).contiguous()  # forward-mode group norm takes no other layout
     about = {"timestep": TIMESTEP, "probes": PROBES, "seeds": SEEDS, **versions()}
     read_at = measured("signals", table[["text"]], partial(read_signals, pipe, SIGNALS), work, about, BATCH)
     rows = pd.DataFrame({"text": [*table.text, *texts], "row": range(len(looked))})
