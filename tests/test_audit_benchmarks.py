@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import spearmanr
-from torch import Tensor
 
 pytest.importorskip("skdim")
 
 from benchmarks import agreement, leaving_out
 from benchmarks.audit import rank_correlation
-from sdguard.audit import digits
-from sdguard.audit.memorization import memorization
-from sdguard.audit.neighbours import nearest
-from sdguard.audit.subjects import LogLikelihood, Trainable
 from sdguard.testbed.world import pool
-
-
-def test_atypical_digits_are_memorized_most_and_a_lower_rate_memorizes_less(tmp_path: Path) -> None:
-    data = digits.digits()[:400]
-
-    def trainable(rate: float) -> Trainable:
-        def fit(points: Tensor, seed: int) -> LogLikelihood:
-            return digits.trained(digits.new_vae(seed), points, seed, 100, rate).log_likelihood
-
-        return Trainable(data, fit)
-
-    fast = memorization(trainable(3e-3), 4, 1, 0, tmp_path, {"rate": "fast"})
-    slow = memorization(trainable(3e-4), 4, 1, 0, tmp_path, {"rate": "slow"})
-    alone, _ = nearest(data.numpy(), data.numpy(), 2)
-    assert spearmanr(fast.score, alone[:, 1]).statistic > 0.3
-    assert fast.score.quantile(0.95) > 1.5 * slow.score.quantile(0.95)
-
-
-def test_both_likelihoods_of_a_diffusion_model_rank_digits_alike() -> None:
-    likelihoods = [digits.diffusion(name, epochs=15).fit(digits.digits()[:600], 0) for name in ("elbo", "flow")]
-    points = digits.digits()[600:700]
-    assert spearmanr(*(likelihood(points) for likelihood in likelihoods)).statistic > 0.8
 
 
 def test_a_captions_visits_follow_its_repetitions_and_what_is_left_out_is_never_shown() -> None:

@@ -64,7 +64,7 @@ def test_lanczos_finds_the_exact_volume_of_many_latents() -> None:
     known = log_volume(g, z)
     estimate = log_volume_lanczos(g, z, signs(z, 30), iterations=30)
     assert ((estimate.value - known) / estimate.standard_error).abs().max() < 4
-    torch.testing.assert_close(estimate.value, known, atol=2.0, rtol=0)
+    torch.testing.assert_close(estimate.value, known, atol=4.0, rtol=0)
 
 
 def test_a_resolution_bounds_the_volume_of_a_singular_generator() -> None:

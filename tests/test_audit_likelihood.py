@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from sdguard.audit.digits import VAE
+from sdguard.audit.digits import LATENTS, VAE
 from sdguard.audit.likelihood import divergence, elbo, gaussian, importance_sampled, level_of, levels_between, probability_flow, signs
 from sdguard.audit.manifolds import Mixture
 from sdguard.observation import NoiseLevel
@@ -55,7 +55,7 @@ def test_with_a_wrong_posterior_the_likelihood_rises_to_the_exact_one_with_sampl
 
 def test_the_vaes_binomial_likelihood_sums_to_one_over_a_pixels_levels() -> None:
     vae = VAE()
-    z = torch.randn(1, 8).expand(17, -1)
+    z = torch.randn(1, LATENTS).expand(17, -1)
     x = torch.full((17, 64), 8.0)
     base = vae.conditional(x, z)[0]
     x[:, 5] = torch.arange(17.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,7 +138,7 @@ from sdguard.audit.memorization import memorization
 from sdguard.audit.subjects import Trainable
 
 def fit(data, seed):
-    print("trained", seed, flush=True)
+    print(f"trained {seed}\\n", end="", flush=True)
     return lambda x: -(x - data.mean()) ** 2
 
 found = memorization(Trainable(torch.arange(8.0), fit), 4, 2, 0, Path(sys.argv[1]), {})
@@ -148,5 +149,5 @@ assert found.score.notna().all() and len(found) == 8
 def test_processes_share_the_trainings(tmp_path: Path, launch: Callable[..., str]) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     printed = launch(str(tmp_path / "work"), program=(str(tmp_path / "script.py"),))
-    seeds = [line.split("trained")[1].split()[0] for line in printed.splitlines() if "trained" in line]
+    seeds = re.findall(r"trained (\d+)", printed)
     assert len(seeds) == len(set(seeds)) == 8
