@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import spearmanr
+from torch import Tensor
 
 pytest.importorskip("skdim")
 
 from benchmarks import agreement, leaving_out
 from benchmarks.audit import rank_correlation
+from sdguard.audit import digits
+from sdguard.audit.likelihood import elbo, levels_between, probability_flow, signs
+from sdguard.audit.memorization import memorization
+from sdguard.audit.neighbours import nearest
+from sdguard.audit.subjects import LogLikelihood, Trainable
 from sdguard.testbed.world import pool
+
+
+def test_atypical_digits_are_memorized_most_and_a_lower_rate_memorizes_less(tmp_path: Path) -> None:
+    data = digits.digits()[:400]
+
+    def trainable(rate: float) -> Trainable:
+        def fit(points: Tensor, seed: int) -> LogLikelihood:
+            return digits.trained(digits.new_vae(seed), points, seed, 100, rate).log_likelihood
+
+        return Trainable(data, fit)
+
+    fast = memorization(trainable(3e-3), 4, 1, 0, tmp_path, {"rate": "fast"})
+    slow = memorization(trainable(3e-4), 4, 1, 0, tmp_path, {"rate": "slow"})
+    alone, _ = nearest(data.numpy(), data.numpy(), 2)
+    assert spearmanr(fast.score, alone[:, 1]).statistic > 0.3
+    assert fast.score.median() > 1.5 * slow.score.median()
+
+
+def test_both_likelihoods_of_a_diffusion_model_rank_digits_alike() -> None:
+    data, draws = digits.scaled(digits.digits()), torch.Generator().manual_seed(0)
+    model = digits.trained(digits.new_denoiser(0), data[:600], 0, 60, 1e-3)
+    points = data[600:700]
+    bound = elbo(model, points, levels_between(digits.LEAST_NOISE, digits.MOST_NOISE, 48), 4, draws)
+    flow = probability_flow(model, points, levels_between(digits.LEAST_NOISE, digits.MOST_NOISE, 16), signs(points, 8, draws))
+    assert spearmanr(bound, flow).statistic > 0.7
 
 
 def test_a_captions_visits_follow_its_repetitions_and_what_is_left_out_is_never_shown() -> None:
