@@ -37,7 +37,7 @@ from benchmarks.published import over_run, released
 from benchmarks.running import versions
 from benchmarks.statistics import estimates
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.cli import default_setting, load_pipeline
+from sdguard.commands import default_setting, load_pipeline
 from sdguard.decision import judge, judge_later
 from sdguard.measuring import measured
 from sdguard.observation import Observation, prediction_type

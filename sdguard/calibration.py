@@ -125,6 +125,12 @@ def split(count: int) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i % apart == 0], [i for i in range(count) if i % apart]
 
 
+def evenly(items: Sequence[str], count: int) -> list[str]:
+    """At most ``count`` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def call_setting(pipe: Any, steps: int, guidance_scale: float, height: int, width: int) -> dict[str, Any]:
     """The arguments of a pipeline's call that make a configuration; those it does not have are left out."""
     setting = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}

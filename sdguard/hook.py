@@ -154,6 +154,7 @@ class DenoiserHook(ModelHook):
         if not self.timesteps:
             self.start, self.dtype = private_copy(self.pipe.scheduler), sample.dtype
             self.evaluations, self.rows = torch.zeros(count, dtype=torch.long), torch.arange(count)
+            # all at once: one by one, between calls of the network, each would take several times as long
             self.levels = {t: noise_level(self.pipe.scheduler, t) for t in self.pipe.scheduler.timesteps.tolist()}
             self.patch_rows = int(kwargs["img_ids"][..., 1].max()) + 1 if self.family.sequence else 0
         self.timesteps.append(time * self.family.clock)

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from sdguard import GuardConfig, Profile, guard, testbed
 from sdguard.calibration import PROFILE_FILE
-from sdguard.cli import BadInput, app
+from sdguard.cli import app
+from sdguard.commands import BadInput
 from sdguard.demo import figures
 from sdguard.demo.landscape import REACH, SIDE, Landscape, landscape, potential, slice_of
 from sdguard.demo.runs import (

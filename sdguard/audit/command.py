@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdguard.commands import BadInput, one_sentence, writable
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -49,7 +51,6 @@ def score(
     Under 'accelerate launch', processes share the trainings. More repeats go on from fewer.
     """
     from sdguard.audit.subjects import Trainable, load
-    from sdguard.cli import one_sentence, writable
 
     with one_sentence():
         from sdguard.audit.figures import draw_scores
@@ -81,7 +82,6 @@ def density(
     import torch
 
     from sdguard.audit.subjects import Generator, load
-    from sdguard.cli import one_sentence, writable
 
     with one_sentence():
         import pandas as pd
@@ -126,7 +126,6 @@ def lid(
     import torch
 
     from sdguard.audit.subjects import Diffusion, load
-    from sdguard.cli import one_sentence, writable
 
     with one_sentence():
         import pandas as pd
@@ -164,14 +163,13 @@ def neighbours(
 ) -> None:
     """Nearest-neighbour tests, the baseline: is a generated point a copy, and does the model draw nearer than unseen data come?"""
     from sdguard.audit.subjects import Samples, load
-    from sdguard.cli import BadInput, one_sentence, writable
 
     with one_sentence():
         import pandas as pd
 
         from sdguard.audit.figures import draw_neighbours
         from sdguard.audit.neighbours import pixels, sample_ratio, second_ratio
-        from sdguard.testbed.copies import SSCD
+        from sdguard.testbed.copies import RATIO, SSCD
 
         if embedding not in ("pixels", "sscd"):
             raise BadInput(f"--embedding is {embedding!r}; it must be 'pixels' or 'sscd'.")
@@ -183,7 +181,7 @@ def neighbours(
         generated = pd.DataFrame({"second_ratio": second_ratio(samples.generated, samples.training, embed)})
         training = pd.DataFrame({"sample_ratio": sample_ratio(samples.training, samples.held_out, samples.generated, embed)})
     said = (
-        f"{(generated.second_ratio < 1 / 3).mean():.1%} of {len(generated)} generated points lie within a third of the second nearest's "
+        f"{(generated.second_ratio < RATIO).mean():.1%} of {len(generated)} generated points lie within a third of the second nearest's "
         f"distance; the model draws nearer than unseen data to {(training.sample_ratio > 1).mean():.1%} of {len(training)} training points;"
     )
     tables = {"neighbours-generated": generated, "neighbours-training": training}

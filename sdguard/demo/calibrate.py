@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from sdguard.demo import figures
-from sdguard.demo.page import QUICK, WORK, Updates, run_buttons, setting_of, stopped, told
+from sdguard.demo.page import QUICK, WORK, Updates, own_folder, run_buttons, setting_of, stops, told
 from sdguard.demo.runs import Model, Profiles, Setting, profile_known, profile_made, uploaded_prompts
 from sdguard.profile import Profile, ProfileError
 
@@ -55,7 +52,7 @@ def described(profile: Profile | None, setting: Setting, own: bool) -> str:
 
 def saved(profile: Profile) -> str:
     """The profile as a file among the app's own, as ``--profile`` and `GuardConfig` take it."""
-    path = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))) / "profile.json"
+    path = own_folder() / "profile.json"
     profile.save(path)
     return str(path)
 
@@ -117,7 +114,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
         }
 
     event = start.click(run, [profiles, file, *controls], [line, shown, download, profiles, start, stop], **WORK)
-    stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
+    stops(event, line, (start, stop))
     back.click(forget, controls, [profiles, shown, line, download], queue=False, **QUICK)
     gr.on(
         [*shows, *(control.change for control in controls[1:5])],

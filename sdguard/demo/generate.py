@@ -11,7 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from sdguard.demo import figures
-from sdguard.demo.page import QUICK, WORK, Updates, example_chips, run_buttons, setting_of, stopped, told
+from sdguard.demo.page import WORK, Updates, example_chips, run_buttons, setting_of, stops, told
 from sdguard.demo.runs import (
     MOST_GUIDANCE,
     MOST_IMAGES,
@@ -184,7 +184,7 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> li
         yield from told(lambda emit: compare(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
 
     event = gr.on([start.click, box.submit], run, [profiles, box, *setting], [line, shown, ran, profiles, why_box, start, stop], **WORK)
-    stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
+    stops(event, line, (start, stop))
     return setting
 
 

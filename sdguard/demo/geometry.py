@@ -9,8 +9,8 @@ import gradio as gr
 
 from sdguard.demo import figures
 from sdguard.demo.figures import MEMORIZED, ORDINARY, Line, chart
-from sdguard.demo.landscape import Landscape, landscape
-from sdguard.demo.page import QUICK, WORK, Updates, prompt_box, run_buttons, setting_of, stopped, told
+from sdguard.demo.landscape import FINE_ITERATIONS, ITERATIONS, REACH, SIDE, Landscape, landscape
+from sdguard.demo.page import WORK, Updates, prompt_box, run_buttons, setting_of, stops, told
 from sdguard.demo.runs import MOST_STEPS, Model
 
 EMPTY = (
@@ -27,16 +27,16 @@ def drawn(found: Landscape) -> str:
     calls = [float(i) for i in range(1, len(found.timesteps) + 1)]
     at = (found.step + 1.0, "chosen")
 
+    def lines(at: list[float], values: list[list[float]]) -> list[Line]:
+        return [Line(name, list(zip(at, row, strict=True)), colour) for name, row, colour in zip(names, values, colours, strict=True)]
+
     def over_calls(title: str, values: list[list[float]], label: str, caption: str) -> str:
-        lines = [Line(name, list(zip(calls, row, strict=True)), colour) for name, row, colour in zip(names, values, colours, strict=True)]
         ticks = [tick for tick in figures.ticks(1, calls[-1], 6) if tick >= 1]
-        return chart(title, lines, "denoiser call", label, caption=caption, x_ticks=ticks, upright=at)
+        return chart(title, lines(calls, values), "denoiser call", label, caption=caption, x_ticks=ticks, upright=at)
 
     def over_levels(title: str, values: list[list[float]], label: str, caption: str) -> str:
-        lines = [
-            Line(name, list(zip(found.levels, row, strict=True)), colour) for name, row, colour in zip(names, values, colours, strict=True)
-        ]
-        return chart(title, lines, "noise level (timestep)", label, caption=caption, x_range=(0.0, max(found.levels)))
+        shown = lines(found.levels, values)
+        return chart(title, shown, "noise level (timestep)", label, caption=caption, x_range=(0.0, max(found.levels)))
 
     d = found.dimensions
     parts = [
@@ -59,7 +59,7 @@ def drawn(found: Landscape) -> str:
             found.density,
             "nats",
             "Minus the log volume element of the denoised estimate at the run’s own points: how much of noise space is squeezed into "
-            "one picture. Two probes, 6 Lanczos steps.",
+            f"one picture. Two probes, {ITERATIONS} Lanczos steps.",
         ),
     ]
     surfaces = "".join(
@@ -68,10 +68,10 @@ def drawn(found: Landscape) -> str:
     )
     note = (
         f"A plane through each finished sample (the dot) at the noise of call {found.step + 1} (timestep {found.chosen:.0f}), along the "
-        "freest and the sharpest direction that 24 Lanczos steps find, four standard deviations of the noise to each side. Height is log p "
-        "of the prompt’s density against the sample, by least squares from the network’s score on 15 × 15 points, cut off "
-        f"{-FLOOR:.0f} nats below and {CEILING:.0f} above; equal scales. A memorized sample is the top of a spike that falls off both "
-        "ways; an ordinary one lies on a ridge, along which other pictures are as likely or likelier."
+        f"freest and the sharpest direction that {FINE_ITERATIONS} Lanczos steps find, {REACH:g} standard deviations of the noise to each "
+        "side. Height is log p of the prompt’s density against the sample, by least squares from the network’s score on "
+        f"{SIDE} × {SIDE} points, cut off {-FLOOR:.0f} nats below and {CEILING:.0f} above; equal scales. A memorized sample is the top of "
+        "a spike that falls off both ways; an ordinary one lies on a ridge, along which other pictures are as likely or likelier."
     )
     return (
         f'<div class="sg-charts sg-two">{"".join(parts)}</div><h3>The density around the sample</h3>'
@@ -117,4 +117,4 @@ def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[An
         [line, shown, profiles, start, stop],
         **WORK,
     )
-    stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
+    stops(event, line, (start, stop))

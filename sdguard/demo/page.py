@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -61,10 +64,21 @@ def told(
     yield end
 
 
+def own_folder() -> Path:
+    """A new folder among the app's own files, which are all that can be downloaded from it."""
+    return Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+
+
 def stopped(line: Any, buttons: tuple[Any, Any]) -> Updates:
     """The page after somebody has stopped what was running."""
     start, stop = buttons
     return {line: status("Stopped. Nothing is running."), start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+
+
+def stops(event: Any, line: Any, buttons: tuple[Any, Any]) -> None:
+    """Let the second of ``buttons`` end what ``event`` has started."""
+    start, stop = buttons
+    stop.click(lambda: stopped(line, buttons), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
 
 
 def run_buttons(text: str, name: str) -> tuple[gr.Button, gr.Button]:
@@ -94,7 +108,7 @@ def example_chips(examples: Sequence[Example], box: Any) -> None:
 
 
 def setting_of(model: Model, *values: Any) -> Setting:
-    """The setting that the page's controls show, in the order of `sdguard.demo.generate.Controls`; nothing is checked here."""
+    """The setting that the page's controls show, in the order of `sdguard.demo.generate.controls`; nothing is checked here."""
     prompt, seed, steps, guidance, images, percent, mode, steering = values
     usual = model.usual
     return Setting(

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from sdguard import testbed
-from sdguard.calibration import calibrate, fingerprint, known_profile, ordinary_prompts, split
-from sdguard.cli import BadInput, check_prompts, default_setting, load_pipeline
+from sdguard.calibration import calibrate, evenly, fingerprint, known_profile, ordinary_prompts, split
+from sdguard.commands import BadInput, check_prompts, default_setting, load_pipeline
 from sdguard.config import GuardConfig
 from sdguard.decision import BY_NAME
 from sdguard.explain import Explanation, explain
@@ -288,12 +288,6 @@ def profile_made(model: Model, setting: Setting, prompts: Sequence[str], emit: E
         width=size,
         progress=lambda done, total: emit(Progress(doing, done, total)),
     )
-
-
-def evenly(items: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` of the items, evenly spaced."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def profile_for(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> Profile:

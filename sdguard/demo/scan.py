@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pandas as pd
 
 from sdguard.demo import figures
-from sdguard.demo.page import QUICK, WORK, Updates, run_buttons, setting_of, stopped, told
+from sdguard.demo.page import WORK, Updates, own_folder, run_buttons, setting_of, stops, told
 from sdguard.demo.runs import MOST_SEEDS, SUFFIXES, Model, Scanned, scanned, uploaded_prompts
 from sdguard.prompt_files import write_table
 from sdguard.scanning import power_note
@@ -24,7 +21,7 @@ SHOWN = 200
 
 def saved(table: pd.DataFrame) -> list[str]:
     """The table as CSV and as JSON in a new folder among the app's own files."""
-    folder = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
+    folder = own_folder()
     write_table(table, folder / "scan.csv")
     table.to_json(folder / "scan.json", orient="records", indent=1, double_precision=15)
     return [str(folder / "scan.csv"), str(folder / "scan.json")]
@@ -88,4 +85,4 @@ def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
         yield from told(work, view, line, profiles, mine, (start, stop))
 
     event = start.click(run, [profiles, file, seeds, fdr, *controls], [line, shown, files, profiles, start, stop], **WORK)
-    stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
+    stops(event, line, (start, stop))

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from sdguard.demo import figures
-from sdguard.demo.page import QUICK, WORK, Updates, prompt_box, run_buttons, setting_of, stopped, told
+from sdguard.demo.page import WORK, Updates, prompt_box, run_buttons, setting_of, stops, told
 from sdguard.demo.runs import Model, Why, edited, why
 from sdguard.explain import heat
 from sdguard.report import GuardReport
@@ -95,7 +95,7 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
         )
 
     event = gr.on([start.click, box.submit], run, [profiles, box, *controls], [line, shown, reference, edit, profiles, start, stop], **WORK)
-    stop.click(lambda: stopped(line, (start, stop)), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
+    stops(event, line, (start, stop))
     gr.on(
         [edit.change, edit.submit], typed, [profiles, reference, edit, *controls], [verdict, profiles], trigger_mode="always_last", **WORK
     )

@@ -16,7 +16,8 @@ import typer
 
 from sdguard import GuardedPipeline, testbed
 from sdguard.calibration import PROFILE_FILE
-from sdguard.cli import generate_guarded, load_pipeline, save_all, verdict_table, writable
+from sdguard.cli import generate_guarded, save_all, verdict_table
+from sdguard.commands import load_pipeline, writable
 from sdguard.profile import Profile
 from sdguard.report import GuardReport
 from sdguard.testbed.copies import RATIO, Targets, load_targets
