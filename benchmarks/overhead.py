@@ -81,13 +81,13 @@ def profile(path: str, print_: dict[str, Any]) -> Profile:
     return Profile(print_, cascade, scores, values)
 
 
-def caller(pipe: Any, path: str, setting: dict[str, Any]) -> Callable[[], list[int]]:
+def caller(pipe: Any, path: str, setting: dict[str, Any], folder: Path) -> Callable[[], list[int]]:
     """Makes one picture along a path; gives the extra evaluations of each image."""
     call = {"num_inference_steps": setting["steps"], **{name: setting[name] for name in ("guidance_scale", "height", "width")}}
     extra = {"max_sequence_length": 77} if "3" in type(pipe).__name__ else {}
-    with tempfile.NamedTemporaryFile(suffix=".json", delete=False) as file:  # as users have it: looked up at every call
-        profile(path, fingerprint(pipe, **setting, inputs=extra)).save(Path(file.name))
-    config = GuardConfig(profile=file.name, on_failure="pass", steering=["rewording", "padding damping"])
+    file = folder / f"{path}.json"  # as users have it: looked up at every call
+    profile(path, fingerprint(pipe, **setting, inputs=extra)).save(file)
+    config = GuardConfig(profile=file, on_failure="pass", steering=["rewording", "padding damping"])
     target = pipe if path == "unguarded" else sdguard.guard(pipe, config)
 
     def run() -> list[int]:
@@ -129,19 +129,20 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or sdguard.families.default_size(pipe)
     setting = {"steps": steps, "guidance_scale": testbed.GUIDANCE_SCALE if shape == "embedded" else 7.5, "height": side, "width": side}
-    if alone:
-        caller(pipe, alone, setting)()
-        typer.echo(torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return
-    calls = {path: caller(pipe, path, setting) for path in ("unguarded", *PATHS)}
-    evaluations = {path: call() for path, call in calls.items()}  # also warms everything up
-    seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in PATHS}  # of the path, and of the unguarded call beside it
-    shuffle = random.Random(0)
-    for path in track(
-        [path for _ in range(rounds) for path in shuffle.sample(["clean"] * CLEAN_PAIRS + ["gray", "flagged"], CLEAN_PAIRS + 2)], shape
-    ):
-        pair = {name: timed(calls[name]) for name in shuffle.sample([path, "unguarded"], 2)}
-        seconds[path].append((pair[path], pair["unguarded"]))
+    with tempfile.TemporaryDirectory() as folder:
+        if alone:
+            caller(pipe, alone, setting, Path(folder))()
+            typer.echo(torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            return
+        calls = {path: caller(pipe, path, setting, Path(folder)) for path in ("unguarded", *PATHS)}
+        evaluations = {path: call() for path, call in calls.items()}  # also warms everything up
+        seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in PATHS}  # of the path, and of the unguarded call beside it
+        shuffle = random.Random(0)
+        for path in track(
+            [path for _ in range(rounds) for path in shuffle.sample(["clean"] * CLEAN_PAIRS + ["gray", "flagged"], CLEAN_PAIRS + 2)], shape
+        ):
+            pair = {name: timed(calls[name]) for name in shuffle.sample([path, "unguarded"], 2)}
+            seconds[path].append((pair[path], pair["unguarded"]))
     options = ["--size", str(side), "--steps", str(steps), "--dtype", dtype]
     unguarded = {"path": "unguarded", "seconds": statistics.median(base for pairs in seconds.values() for _, base in pairs)}
     memory = {path: peak(shape, path, options) for path in ("unguarded", *PATHS)}
