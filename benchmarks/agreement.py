@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks import leaving_out
-from benchmarks.running import versions
+from benchmarks.running import versions, write
 from sdguard import testbed
 from sdguard.audit.dimension import DATA, NEITHER, OVERFITTING, Dimension, aligned, classify, data_dimension, deficit, model_dimension
 from sdguard.audit.figures import COLOURS
@@ -160,8 +160,6 @@ def main(
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/audit"),
 ) -> None:
     """Every measure on the embedded model's pictures, and whether they agree; needs the world's data (sdguard.testbed.build_data)."""
-    from benchmarks.audit import write
-
     if not data.exists():
         typer.secho(f"{data} is not there: run 'python -m sdguard.testbed.build_data' first.", err=True, fg="red")
         raise typer.Exit(1)

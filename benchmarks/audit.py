@@ -8,7 +8,6 @@ the trainings.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,20 +22,20 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks import agreement
 from benchmarks.readme import markdown
-from benchmarks.running import versions
+from benchmarks.running import write
 from sdguard.audit import digits, manifolds
 from sdguard.audit.density import concentration, log_volume, speed
 from sdguard.audit.dimension import below, classify, data_dimension, model_dimension
-from sdguard.audit.figures import COLOURS, save
+from sdguard.audit.figures import COLOURS
 from sdguard.audit.memorization import memorization
 from sdguard.audit.neighbours import nearest, sample_ratio, second_ratio
 from sdguard.measuring import measured
 from sdguard.processes import processes
+from sdguard.testbed.copies import RATIO
 
 RESULTS = Path(__file__).parent / "results" / "audit"
 #: the share of points with the highest scores that is called the most memorized.
 TOP = 0.05
-COPY = 1 / 3
 
 app = typer.Typer(help="What the papers behind sdguard.audit claim, measured on small models.")
 app.command("agreement")(agreement.main)
@@ -44,15 +43,6 @@ app.command("agreement")(agreement.main)
 Out = Annotated[Path, typer.Option(help="Where the results go.")]
 Work = Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")]
 WORK = Path("build/audit")
-
-
-def write(name: str, table: pd.DataFrame, figures: Mapping[str, Any], figure: Figure, out: Path) -> None:
-    """The table, the figures in numbers with the versions they hang on, and the figure."""
-    out.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(out / f"{name}.parquet", index=False)
-    (out / f"{name}.json").write_text(json.dumps({"about": versions(), **figures}, indent=1) + "\n")
-    save(figure, out / f"{name}.png")
-    typer.echo(json.dumps(figures, indent=1))
 
 
 def rank_correlation(one: Any, other: Any) -> dict[str, float]:
@@ -94,7 +84,7 @@ def neighbour_tests() -> pd.DataFrame:
     found = pd.DataFrame({"point": range(len(data)), "distance": distances[:, 1], "sample_ratio": np.nan})
     samples = digits.samples(450)
     found.loc[training.numpy(), "sample_ratio"] = sample_ratio(samples.training, samples.held_out, samples.generated)
-    return found.assign(copies=float((second_ratio(samples.generated, samples.training) < COPY).mean()))
+    return found.assign(copies=float((second_ratio(samples.generated, samples.training) < RATIO).mean()))
 
 
 def told(table: pd.DataFrame) -> dict[str, Any]:
@@ -126,7 +116,7 @@ def draw_score(table: pd.DataFrame, learning: pd.DataFrame) -> Figure:
     for (rate, part), colour in zip(learning.groupby("rate"), ("#2563a8", "#c0392b"), strict=True):
         curve.plot(part.epoch, part.training, color=colour, label=f"training, rate {rate:g}")
         curve.plot(part.epoch, part["held out"], color=colour, ls="--", label=f"held out, rate {rate:g}")
-    curve.set(xlabel="epoch", ylabel="bound of log p(x), nats", ylim=(-130, None), title="no fall of the held-out likelihood")
+    curve.set(xlabel="epoch", ylabel="bound of log p(x), nats", ylim=(-130, None), title="the held-out likelihood levels off")
     curve.legend(fontsize=8)
     by_model = {str(name): part.set_index("point") for name, part in table.groupby("model", sort=False)}
     fast, slow = by_model["VAE"], by_model["VAE, a tenth of the learning rate"]
@@ -139,7 +129,7 @@ def draw_score(table: pd.DataFrame, learning: pd.DataFrame) -> Figure:
     against.set(xlabel="log-likelihood when left out, nats", ylabel="memorization score, nats", title="atypical points score high")
     ratio.scatter(fast.score, fast.sample_ratio, s=4, color="#2563a8")
     ratio.axhline(1, color="grey", ls=":", lw=1)
-    ratio.set(xlabel="memorization score, nats", ylabel="nearest held-out / nearest sample", title="the neighbours' test misses them")
+    ratio.set(xlabel="memorization score, nats", ylabel="nearest held-out / nearest sample", title="the neighbours' test")
     agree.scatter(fast.score, by_model["diffusion, bound"].score, s=4, color="#2563a8")
     agree.set(xlabel="score of the VAE, nats", ylabel="score of the diffusion model, nats", title="two models")
     most, least = fast.score.sort_values().index[::-1][:24], fast.score.abs().sort_values().index[:24]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,9 +16,8 @@ import numpy as np
 import pandas as pd
 import typer
 
-from benchmarks.running import as_png, versions
+from benchmarks.running import as_png, profile_digest, versions
 from sdguard import GuardedPipeline, testbed
-from sdguard.calibration import PROFILE_FILE
 from sdguard.cli import generate_guarded
 from sdguard.measuring import measured
 from sdguard.processes import processes
@@ -87,8 +85,7 @@ def main(
     plain.set_progress_bar_config(disable=True)
     (targets, _), sscd = load_targets(testbed.path(), plain.vae), SSCD()
     cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
-    profile = hashlib.sha256((testbed.path() / PROFILE_FILE).read_bytes()).hexdigest()[:12]
-    about = {"profile": profile, "steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "seeds": seeds, **versions()}
+    about = {"profile": profile_digest(), "steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "seeds": seeds, **versions()}
     captions = pd.read_parquet(testbed.path() / "prompts.parquet")
     captions = captions.loc[captions.split == split, ["text", "kind", "repetitions", "group", "object"]].reset_index(drop=True)
 

@@ -9,7 +9,6 @@ flags the sample and the unguarded one elsewhere: rows do not depend on their ne
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from rich.progress import track
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from benchmarks.running import as_png, from_png, versions
+from benchmarks.running import as_png, from_png, profile_digest, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.calibration import PROFILE_FILE
 from sdguard.correction import Correction, corrected, movement
@@ -243,7 +242,7 @@ def main(
     sscd, cut = RememberingSSCD(), json.loads((testbed.path() / "labels.json").read_text())["cut"]
     score = Alignment.load(testbed.path() / ALIGNMENT_FILE, sscd)
     state = processes()
-    about = {"profile": hashlib.sha256((testbed.path() / PROFILE_FILE).read_bytes()).hexdigest()[:12], **SETTING, **versions()}
+    about = {"profile": profile_digest(), **SETTING, **versions()}
 
     def made(name: str, samples: pd.DataFrame, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> tuple[np.ndarray, pd.DataFrame]:
         """Pictures and notes of every sample under a method."""
