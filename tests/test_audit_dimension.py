@@ -77,16 +77,35 @@ def test_a_point_is_not_its_own_neighbour() -> None:
 
 
 def test_every_kind_of_point_on_known_manifolds_is_told() -> None:
-    looked, data, model, of = manifolds.draw(points=20, each=2000, seed=0)
-    own = data_dimension(looked.numpy(), data.numpy())
-    found = model_dimension(model.noise, looked, level_of(1e-3))
+    drawn = manifolds.draw(points=20, each=2000, seed=0)
+    own = data_dimension(drawn.points.numpy(), drawn.data.numpy())
+    found = model_dimension(drawn.model.noise, drawn.points, level_of(1e-3))
     verdicts = classify(found, own, below(own, 3.0))
-    truth = np.array([component.truth for component in of])
+    truth = np.array([component.truth for component in drawn.of])
     assert set(truth) == {OVERFITTING, DATA, NEITHER}
     assert (verdicts == truth).mean() >= 0.97
     assert (
-        np.abs(found.value - [component.model for component in of]) < 0.05
+        np.abs(found.value - [component.model for component in drawn.of]) < 0.05
     ).mean() >= 0.9  # where points of a line overlap, it is a line
+
+
+def test_a_network_that_was_driven_to_a_point_has_lost_the_dimensions_of_its_manifold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained on draws of a subspace of three dimensions, and on one point of another such subspace."""
+    monkeypatch.setattr(manifolds, "COMPONENTS", (manifolds.Component(3, 3, NEITHER), manifolds.Component(3, 0, OVERFITTING)))
+    monkeypatch.setattr(manifolds, "AMBIENT", 6)
+    drawn = manifolds.draw(points=1, each=1500, seed=0)
+    found = model_dimension(manifolds.learned(drawn, epochs=60), drawn.points.float(), level_of(0.2))
+    assert found.value[0] == pytest.approx(3.0, abs=0.6)
+    assert found.value[1] == pytest.approx(0.0, abs=0.4)
+
+
+def test_draws_of_a_mixture_have_its_moments() -> None:
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)).Q
+    covariance = turn @ torch.diag(torch.tensor([2.0, 0.5, 0.1, 0.0], dtype=torch.double)) @ turn.T
+    mean = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.double)
+    x = manifolds.Mixture(mean[None], covariance[None]).sample(20_000, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(x.mean(0), mean, atol=0.04, rtol=0)
+    torch.testing.assert_close(torch.cov(x.T), covariance, atol=0.06, rtol=0)
 
 
 def test_a_claim_of_overfitting_errs_as_often_as_it_says() -> None:

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from sdguard.audit.digits import LATENTS, VAE
-from sdguard.audit.likelihood import divergence, elbo, gaussian, importance_sampled, level_of, levels_between, probability_flow, signs
+from sdguard.audit.digits import LATENTS, new_vae
+from sdguard.audit.likelihood import (
+    divergence,
+    elbo,
+    gaussian,
+    heun,
+    importance_sampled,
+    level_of,
+    levels_between,
+    probability_flow,
+    probability_flow_draws,
+    signs,
+)
 from sdguard.audit.manifolds import Mixture
 from sdguard.observation import NoiseLevel
 
@@ -54,7 +65,7 @@ def test_with_a_wrong_posterior_the_likelihood_rises_to_the_exact_one_with_sampl
 
 
 def test_the_vaes_binomial_likelihood_sums_to_one_over_a_pixels_levels() -> None:
-    vae = VAE()
+    vae = new_vae(0)
     z = torch.randn(1, LATENTS).expand(17, -1)
     x = torch.full((17, 64), 8.0)
     base = vae.conditional(x, z)[0]
@@ -70,12 +81,6 @@ def mixture() -> Mixture:
     return Mixture(torch.tensor([[1.0, 0, 0], [-1.0, 0.5, 0]], dtype=torch.double), torch.stack([spread, 0.3 * spread]))
 
 
-def drawn(count: int) -> Tensor:
-    """Points of `mixture`."""
-    found, which = mixture(), torch.randint(0, 2, (count,))
-    return found.means[which] + found.covariances[which].diagonal(dim1=1, dim2=2).sqrt() * torch.randn(count, 3, dtype=torch.double)
-
-
 def exact(found: Mixture, x: Tensor, sigma: float) -> Tensor:
     """log density of a mixture with noise of ``sigma`` added."""
     covariances = found.covariances + sigma**2 * torch.eye(3, dtype=torch.double)
@@ -84,13 +89,32 @@ def exact(found: Mixture, x: Tensor, sigma: float) -> Tensor:
 
 
 def test_the_probability_flow_gives_a_mixtures_exact_density() -> None:
-    found, x = mixture(), drawn(40)
+    found, x = mixture(), mixture().sample(40)
     error = probability_flow(found.noise, x, levels_between(0.02, 50.0, 150)) - exact(found, x, 0.02)
     assert error.abs().max() < 0.05
 
 
+def test_draws_of_the_probability_flow_have_the_mixtures_weights_means_and_variances() -> None:
+    found = mixture()
+    eps = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    x = probability_flow_draws(found.noise, eps, levels_between(0.01, 50.0, 60))
+    share = torch.special.ndtr(found.means[:, 0] / found.covariances[:, 0, 0].sqrt()).mean()
+    assert (x[:, 0] > 0).double().mean().item() == pytest.approx(share.item(), abs=0.025)
+    covariance = (found.covariances.mean(0) + torch.cov(found.means.T, correction=0)).diagonal()
+    torch.testing.assert_close(x.mean(0), found.means.mean(0), atol=0.06, rtol=0)
+    torch.testing.assert_close(x.var(0), covariance, atol=0.02, rtol=0.06)
+
+
+def test_the_probability_flow_is_undone_by_its_draws() -> None:
+    """Forth by Heun's steps and back by the same: the point itself, up to its denoising at the least noise."""
+    found, x = mixture(), mixture().sample(20)
+    levels = levels_between(0.004, 50.0, 250)
+    u, _ = heun(lambda u, level: (level.s / level.a * found.noise(level.a * u, level), torch.zeros(len(u)).double()), x, levels)
+    torch.testing.assert_close(probability_flow_draws(found.noise, levels[-1].a * u, levels), x, atol=2e-3, rtol=0)
+
+
 def test_the_probability_flow_with_probes_errs_by_the_probes_alone() -> None:
-    found, x = mixture(), drawn(40)
+    found, x = mixture(), mixture().sample(40)
     levels = levels_between(0.02, 50.0, 30)
     known = probability_flow(found.noise, x, levels)
     errors = torch.stack([probability_flow(found.noise, x, levels, signs(x, 1)) - known for _ in range(8)])
@@ -100,13 +124,13 @@ def test_the_probability_flow_with_probes_errs_by_the_probes_alone() -> None:
 
 def test_the_bound_is_tight_where_the_noise_prediction_is_exact() -> None:
     """Up to the least noise, which blurs the reconstruction, and the trapezoid rule."""
-    found, x = mixture(), drawn(300)
+    found, x = mixture(), mixture().sample(300)
     bound = elbo(found.noise, x, levels_between(0.01, 50.0, 80), draws=30, generator=torch.Generator().manual_seed(0)).mean()
     assert bound.item() == pytest.approx(exact(found, x, 0.0).mean().item(), abs=0.1)
 
 
 def test_a_worse_noise_prediction_lowers_the_bound() -> None:
-    found, x = mixture(), drawn(300)
+    found, x = mixture(), mixture().sample(300)
     levels = levels_between(0.05, 20.0, 30)
 
     def off(y: Tensor, level: NoiseLevel) -> Tensor:

@@ -104,25 +104,46 @@ def divergence(field: Callable[[Tensor], Tensor], x: Tensor, probes: Sequence[Te
     return products[0][0], total / (len(probes) if probes is not None else 1)
 
 
+def heun(field: Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]], u: Tensor, levels: Sequence[NoiseLevel]) -> tuple[Tensor, Tensor]:
+    """Follow ``du / d log sigma`` through ``levels``, and integrate a rate ``[B]`` along the way; ``field`` gives both.
+
+    In ``u = x_t / a`` and ``sigma = s / a`` the probability flow is ``du / d sigma = eps`` (Karras et al. 2022, eq. 1).
+    """
+    gained = torch.zeros(len(u), dtype=u.dtype)
+    for here, there in pairwise(levels):
+        h = log_sigma(there) - log_sigma(here)
+        first, rate = field(u, here)
+        second, rate_there = field(u + h * first, there)
+        u, gained = u + h / 2 * (first + second), gained + h / 2 * (rate + rate_there)
+    return u, gained
+
+
 @torch.no_grad()
 def probability_flow(noise: Noise, x: Tensor, levels: Sequence[NoiseLevel], probes: Sequence[Tensor] | None = None) -> Tensor:
     """log p(x) through the probability-flow ODE, ``[B]`` (Song et al. 2021, eq. 39 and 40), of the data with the least noise added.
 
-    In ``u = x_t / a`` and ``sigma = s / a`` the flow is ``du / d sigma = eps`` (Karras et al. 2022, eq. 1), whose divergence is
-    ``a tr(d eps / dx_t)``; Heun's steps from ``levels[0]`` to ``levels[-1]``, where ``a u`` is held for standard Gaussian.
-    Cost: two evaluations and two divergences a step.
+    The divergence of the flow (`heun`) is ``a tr(d eps / dx_t)``; from ``levels[0]`` to ``levels[-1]``, where ``a u`` is held for standard
+    Gaussian. Cost: two evaluations and two divergences a step.
     """
 
     def flow(u: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         sigma = level.s / level.a
         value, spreading = divergence(lambda v: noise(level.a * v, level), u, probes)
-        return sigma * value, sigma * spreading  # per unit of log sigma, in which steps are even
+        return sigma * value, sigma * spreading
 
-    u, gained = x.clone(), torch.zeros(len(x), dtype=x.dtype)
-    for here, there in pairwise(levels):
-        h = log_sigma(there) - log_sigma(here)
-        first, spreading = flow(u, here)
-        second, spreading_there = flow(u + h * first, there)
-        u, gained = u + h / 2 * (first + second), gained + h / 2 * (spreading + spreading_there)
-    most = levels[-1]
-    return gaussian(u, 0.0, -math.log(most.a)) + gained
+    u, gained = heun(flow, x, levels)
+    return gaussian(u, 0.0, -math.log(levels[-1].a)) + gained
+
+
+@torch.no_grad()
+def probability_flow_draws(noise: Noise, eps: Tensor, levels: Sequence[NoiseLevel]) -> Tensor:
+    """What the probability flow makes of standard Gaussian ``eps``, shaped alike: from ``levels[-1]`` down to ``levels[0]`` and to none.
+
+    The last step is Euler's, which is the denoised estimate. Cost: two evaluations a step and one for the last.
+    """
+
+    def flow(u: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        return level.s / level.a * noise(level.a * u, level), torch.zeros(len(u), dtype=u.dtype)
+
+    u, _ = heun(flow, eps / levels[-1].a, levels[::-1])
+    return u - flow(u, levels[0])[0]

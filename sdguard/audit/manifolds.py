@@ -1,7 +1,7 @@
-"""Worked example where everything is known: data on linear manifolds of known dimension, and models whose score is exact.
+"""Worked example where all is known: data on linear manifolds, models whose score is exact, and one that a network has learned.
 
 Each component is a Gaussian on a random linear subspace; the model's manifold is chosen beside the data's, so that every kind of point
-of Ross et al. 2024 (their figure 1) is there: learnt, overfitted to a point or to a line, and plain by itself.
+of Ross et al. 2024 (their figure 1) is there: learned, overfitted to a point or to a line, and plain by itself.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from sdguard.audit.dimension import DATA, NEITHER, OVERFITTING
 from sdguard.audit.likelihood import level_of
+from sdguard.audit.networks import Denoiser, seeded, trained
 from sdguard.audit.subjects import Diffusion
 from sdguard.observation import NoiseLevel
 
-AMBIENT, APART = 20, 30.0
+AMBIENT, APART = 20, 8.0
 #: where the model's dimension is read, and under which dimension a point counts as simple.
 LEVEL, SIMPLE = level_of(1e-3), 3.0
+#: training of the network: enough to drive it to points that are shown often, as a larger network is driven to pictures.
+EPOCHS, RATE = 300, 1e-3
 
 
 class Component(NamedTuple):
@@ -31,7 +34,7 @@ class Component(NamedTuple):
     truth: str
 
 
-#: learnt; overfitted to points and to lines; plain, and learnt.
+#: learned; overfitted to points and to lines; plain, and learned.
 COMPONENTS = (
     Component(8, 8, NEITHER),
     Component(8, 0, OVERFITTING),
@@ -47,6 +50,13 @@ class Mixture:
 
     means: Tensor
     covariances: Tensor
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws, ``[count, D]``."""
+        which = torch.randint(len(self.means), (count,), generator=generator)
+        eigenvalues, axes = self.axes
+        white = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return self.means[which] + torch.einsum("nde,ne->nd", axes[which], eigenvalues[which].clamp_min(0).sqrt() * white)
 
     @cached_property
     def axes(self) -> tuple[Tensor, Tensor]:
@@ -69,28 +79,51 @@ def subspaces(dimensions: list[int], generator: torch.Generator) -> Tensor:
     return torch.stack([basis[:, :d] @ basis[:, :d].T for d in dimensions])
 
 
-def draw(points: int, each: int, seed: int) -> tuple[Tensor, Tensor, Mixture, list[Component]]:
-    """``each`` data a component, of which the first ``points`` are looked at: these, the data, the model, and their components.
+class Drawn(NamedTuple):
+    """Data and models of `COMPONENTS`, in their order.
 
-    A model that is overfitted has a manifold of its own through every point that is looked at.
+    Attributes:
+        points: the points looked at, as many of each component, ``[n, D]``.
+        of: their components, ``[n]``.
+        data: draws of the data, points included, ``[N, D]``.
+        models: each component's own part of the model; where it is overfitted, a manifold through every point looked at.
     """
+
+    points: Tensor
+    of: list[Component]
+    data: Tensor
+    models: list[Mixture]
+
+    @property
+    def model(self) -> Mixture:
+        """The whole model."""
+        return Mixture(torch.cat([part.means for part in self.models]), torch.cat([part.covariances for part in self.models]))
+
+
+def draw(points: int, each: int, seed: int) -> Drawn:
+    """``each`` data a component, of which the first ``points`` are looked at."""
     generator = torch.Generator().manual_seed(seed)
-    looked, data, means, covariances, of = [], [], [], [], []
+    looked, data, models = [], [], []
     for i, component in enumerate(COMPONENTS):
         centre = torch.zeros(AMBIENT, dtype=torch.double)
         centre[i] = APART
         own, modelled = subspaces([component.data, component.model], generator)
         drawn = centre + torch.randn(each, AMBIENT, generator=generator, dtype=torch.double) @ own
-        own_mean = drawn[:points] if component.model < component.data else centre[None]
+        means = drawn[:points] if component.model < component.data else centre[None]
         looked.append(drawn[:points])
         data.append(drawn)
-        means.append(own_mean)
-        covariances.append(modelled.expand(len(own_mean), -1, -1))
-        of += [component] * points
-    return torch.cat(looked), torch.cat(data), Mixture(torch.cat(means), torch.cat(covariances)), of
+        models.append(Mixture(means, modelled.expand(len(means), -1, -1)))
+    return Drawn(torch.cat(looked), [component for component in COMPONENTS for _ in range(points)], torch.cat(data), models)
+
+
+def learned(drawn: Drawn, seed: int = 0, epochs: int = EPOCHS) -> Denoiser:
+    """A network trained on draws of the model, as many of each component as there are data: fewer points looked at come more often."""
+    generator, each = torch.Generator().manual_seed(seed), len(drawn.data) // len(COMPONENTS)
+    shown = torch.cat([part.sample(each, generator) for part in drawn.models]).float()
+    return trained(seeded(lambda: Denoiser(AMBIENT), seed), shown, seed, epochs, RATE)
 
 
 def manifolds(points: int = 20, each: int = 2000, seed: int = 0) -> Diffusion:
     """The example: 20 points of each component, dimension read where the noise is a thousandth of the manifolds' own scale."""
-    looked, data, model, _ = draw(points, each, seed)
-    return Diffusion(model.noise, LEVEL, looked, data, SIMPLE)
+    drawn = draw(points, each, seed)
+    return Diffusion(drawn.model.noise, LEVEL, drawn.points, drawn.data, SIMPLE)

@@ -1,0 +1,46 @@
+"""Where the training side's results go, and what its benchmarks share in writing them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap, spearmanr
+
+from benchmarks.running import versions
+from sdguard.audit.figures import save
+
+RESULTS, WORK = Path(__file__).parents[1] / "results" / "audit", Path("build/audit")
+Out = Annotated[Path, typer.Option(help="Where the results go.")]
+Work = Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")]
+#: the share of points with the highest scores that is called the most memorized.
+TOP = 0.05
+
+
+def write(name: str, table: pd.DataFrame, figures: Mapping[str, Any], figure: Figure, out: Path) -> None:
+    """The table, the figures in numbers with the versions they hang on, and the figure."""
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(out / f"{name}.parquet", index=False)
+    (out / f"{name}.json").write_text(json.dumps({"about": versions(), **figures}, indent=1) + "\n")
+    save(figure, out / f"{name}.png")
+    typer.echo(json.dumps(figures, indent=1))
+
+
+def rank_correlation(one: Any, other: Any) -> dict[str, float]:
+    """Spearman's rank correlation with its 95% percentile bootstrap interval over points."""
+    pair = (np.asarray(one), np.asarray(other))
+    found = bootstrap(
+        pair, lambda x, y: spearmanr(x, y).statistic, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=0
+    ).confidence_interval
+    return {"rho": float(spearmanr(*pair).statistic), "low": float(found.low), "high": float(found.high)}
+
+
+def interval(found: Mapping[str, float]) -> str:
+    """A rank correlation as people read it."""
+    return f"{found['rho']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
