@@ -38,8 +38,27 @@ def tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
+def settle(page: Page) -> None:
+    """Let the page take up what was opened or filled in: it does so after the event, and nobody clicks on within a millisecond."""
+    page.wait_for_timeout(400)
+
+
 def write(page: Page, box: str, text: str) -> None:
     page.locator(f"#{box} textarea").fill(text)
+    settle(page)
+
+
+def open_settings(page: Page) -> None:
+    page.get_by_role("button", name="Settings").click()
+    settle(page)
+
+
+def choose(page: Page, label: str, value: str) -> None:
+    """Put a number into one of the settings."""
+    field = page.get_by_label(label, exact=True)
+    field.fill(value)
+    field.press("Tab")
+    settle(page)
 
 
 def said(page: Page, verdict: str, pane: str = "generate-result") -> str:
@@ -104,10 +123,11 @@ def test_the_slider_is_moved_by_keyboard(page: Page) -> None:
 def test_an_example_fills_the_prompt_and_settings_are_obeyed(page: Page, embedded: Any, shot: Shot) -> None:
     page.get_by_role("button", name=TEMPLATE).click()
     expect(page.locator("#generate-prompt textarea")).to_have_value(TEMPLATE)
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Seed", exact=True).fill("3")
-    page.get_by_label("number input for Images").fill("2")
+    open_settings(page)
+    choose(page, "Seed", "3")
+    choose(page, "number input for Images", "2")
     page.get_by_label("Withhold it").check()
+    settle(page)
     page.locator("#generate-run").click()
     assert said(page, "withheld") == report_of(embedded, TEMPLATE, 3, mode="block").reason
     expect(page.locator("#generate-result .sg-card")).to_have_count(2)
@@ -246,15 +266,15 @@ def test_a_run_ends_when_its_page_is_closed(page: Page, server: Server, tmp_path
 
 
 def test_an_unknown_configuration_is_calibrated_with_progress_and_can_be_stopped(page: Page) -> None:
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Steps").fill("12")
+    open_settings(page)
+    choose(page, "number input for Steps", "12")
     page.locator("#generate-run").click()
     status = page.locator("#generate-status")
     expect(status).to_contain_text("No profile is known for 12 steps")
     page.locator("#generate-status progress[value]").wait_for()
     page.locator("#generate-stop").click()
     expect(status).to_contain_text("Stopped. Nothing is running.")
-    page.get_by_label("number input for Steps").fill("10")
+    choose(page, "number input for Steps", "10")
     generate(page, ORDINARY, "clean")
 
 
@@ -276,9 +296,8 @@ def test_ones_own_profile_is_ones_own(opened: Open, tmp_path: Path, shot: Shot) 
     path = tmp_path / "ordinary.txt"
     lines = (testbed.path() / "sdguard/ordinary_prompts.txt").read_text().splitlines()
     path.write_text("\n".join(lines[::28]))
-    one.get_by_role("button", name="Settings").click()
-    one.get_by_label("number input for False-positive rate, %").fill("5")
-    one.get_by_label("number input for False-positive rate, %").press("Tab")
+    open_settings(one)
+    choose(one, "number input for False-positive rate, %", "5")
     tab(one, "Calibrate")
     expect(one.locator("#calibrate-result")).to_contain_text("the model, or your cache")
     shot(one, "calibrate")
