@@ -21,7 +21,7 @@ from sdguard import GuardedPipeline, testbed
 from sdguard.cli import generate_guarded
 from sdguard.measuring import measured
 from sdguard.processes import processes
-from sdguard.testbed.copies import SSCD, find_copies, load_targets
+from sdguard.testbed.copies import SSCD, find_copies, load_targets, shipped_cut
 from sdguard.testbed.world import words
 
 #: captions, each with all its seeds.
@@ -84,7 +84,7 @@ def main(
     plain = testbed.load()
     plain.set_progress_bar_config(disable=True)
     (targets, _), sscd = load_targets(testbed.path(), plain.vae), SSCD()
-    cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
+    cut = shipped_cut(testbed.path())
     about = {"profile": profile_digest(), "steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "seeds": seeds, **versions()}
     captions = pd.read_parquet(testbed.path() / "prompts.parquet")
     captions = captions.loc[captions.split == split, ["text", "kind", "repetitions", "group", "object"]].reset_index(drop=True)

@@ -39,7 +39,7 @@ from sdguard.processes import processes
 from sdguard.steering import BASELINES, METHODS, Flagged, Method
 from sdguard.steering.ladder import climb, rungs
 from sdguard.testbed.alignment import ALIGNMENT_FILE, Alignment
-from sdguard.testbed.copies import SSCD, Targets, find_copies, load_targets
+from sdguard.testbed.copies import SSCD, Targets, find_copies, load_targets, shipped_cut
 
 BATCH = 16
 LADDER, NONE = "ladder", "none"
@@ -239,7 +239,7 @@ def main(
     every = pd.concat([captions.assign(seed=seed) for seed in range(seeds)]).sort_index(kind="stable")
     every = every[(every.kind != "ordinary") | (every.seed == 0)][["text", "kind", "repetitions", "object", "seed"]].reset_index(drop=True)
     targets, _ = load_targets(testbed.path(), pipe.vae)
-    sscd, cut = RememberingSSCD(), json.loads((testbed.path() / "labels.json").read_text())["cut"]
+    sscd, cut = RememberingSSCD(), shipped_cut(testbed.path())
     score = Alignment.load(testbed.path() / ALIGNMENT_FILE, sscd)
     state = processes()
     about = {"profile": profile_digest(), **SETTING, **versions()}

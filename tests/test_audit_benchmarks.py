@@ -98,7 +98,7 @@ def test_the_neighbours_tests_see_copies_and_points_drawn_near_and_no_copy_that_
     score = np.where(np.arange(60) < 6, 50.0, rng.normal(size=60))
     generated, points = neighbours.tested("pixels", Samples(made, training, held_out), pixels, score)
     moved = neighbours.second_ratio(neighbours.moved(made), training)
-    found = neighbours.told(generated.assign(moved_ratio=moved, copy=(np.arange(60) < 6).astype(float), kind="verbatim"), points)
+    found = neighbours.told(generated.assign(moved_ratio=moved, copied=(np.arange(60) < 6).astype(float), kind="verbatim"), points)
     assert found["verbatim: copies"] == 6
     assert found["generated points called copies"] == pytest.approx(0.1)
     assert found["verbatim: copies told from others (AUC)"] == 1.0
@@ -113,7 +113,7 @@ def test_verdicts_at_samples_are_counted_apart_for_copies_and_others() -> None:
     own = np.concatenate([np.full(40, 12.0), rng.normal(12, 1, 200)])
     zeros = np.zeros(240)
     made = agreement.verdicts(agreement.Dimension(model, zeros), agreement.Dimension(own, zeros), 40)
-    made = made.assign(copy_=np.arange(240) < 20, ordinary=np.arange(240) >= 40)
+    made = made.assign(copied=np.arange(240) < 20, ordinary=np.arange(240) >= 40)
     found = agreement.of_samples(made)
     assert found["copies"] == 20
     assert found["copies that are OD-Mem"] == 1.0

@@ -8,9 +8,10 @@ import typer
 
 from benchmarks.audit import agreement, density, gap, lid, neighbours, score
 
-app = typer.Typer(help="What the papers claim, measured on small models.")
-for module in (score, gap, density, lid, agreement, neighbours):
-    app.command(module.__name__.rpartition(".")[2])(module.main)
-
+CLAIMS = {"score": score, "gap": gap, "density": density, "lid": lid, "agreement": agreement, "neighbours": neighbours}
 #: what of each result stands in the README.
-TABLES = {module.__name__.rpartition(".")[2]: module.readme for module in (score, gap, density, lid, agreement, neighbours)}
+TABLES = {name: claim.readme for name, claim in CLAIMS.items()}
+
+app = typer.Typer(help="What the papers claim, measured on small models.")
+for name, claim in CLAIMS.items():
+    app.command(name)(claim.main)

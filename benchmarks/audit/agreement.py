@@ -8,7 +8,6 @@ the picture; the copy rate is the shipped label.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -22,22 +21,22 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.audit import leaving_out, pictures
-from benchmarks.audit.pictures import BATCH, DATA, Data
-from benchmarks.audit.results import RESULTS, WORK, Out, Work, write
+from benchmarks.audit.pictures import BATCH, WORLD, Data
+from benchmarks.audit.results import RESULTS, WORK, Out, Work, interval, write
 from benchmarks.readme import markdown
 from benchmarks.running import versions
 from sdguard import testbed
-from sdguard.audit.dimension import DATA as SIMPLE_DATA
-from sdguard.audit.dimension import NEITHER, OVERFITTING, Dimension, aligned, classify, data_dimension, deficit, model_dimension
+from sdguard.audit.dimension import DATA, NEITHER, OVERFITTING, Dimension, aligned, classify, data_dimension, deficit, model_dimension
 from sdguard.audit.figures import COLOURS
 from sdguard.audit.likelihood import signs
 from sdguard.audit.neighbours import nearest
+from sdguard.commands import one_sentence
 from sdguard.measuring import measured
 from sdguard.observation import NoiseLevel, Observation, noise_level, to_noise
 from sdguard.reading import read
 from sdguard.signals import GUIDANCE_NORM, OUTPUT_DENSITY_AHEAD, SHARPNESS, Signal
 from sdguard.signals.lid import TIMESTEP
-from sdguard.testbed.copies import SSCD, find_copies, load_targets
+from sdguard.testbed.copies import SSCD
 from sdguard.testbed.train import compositions
 
 SIGNALS = (GUIDANCE_NORM, SHARPNESS, OUTPUT_DENSITY_AHEAD)
@@ -132,10 +131,10 @@ def draw(table: pd.DataFrame, fresh: pd.DataFrame, made: pd.DataFrame, found: di
         axis.set_xticks(range(len(counts)), counts, fontsize=8)
         axis.set(title=MEASURES[name], xlabel="repetitions in an epoch of training")
         axis.legend(fontsize=7)
-    verdicts = {verdict: (table.verdict == verdict, COLOURS[verdict]) for verdict in (NEITHER, SIMPLE_DATA, OVERFITTING)}
+    verdicts = {verdict: (table.verdict == verdict, COLOURS[verdict]) for verdict in (NEITHER, DATA, OVERFITTING)}
     scatter(figure.add_subplot(grid[1, 1]), fresh, table, verdicts, "pictures")
     samples, ordinary = made[~made.ordinary], made[made.ordinary]
-    copies = {"copies": (samples.copy_, COLOURS[OVERFITTING]), "no copies": (~samples.copy_, COLOURS[NEITHER])}
+    copies = {"copies": (samples.copied, COLOURS[OVERFITTING]), "no copies": (~samples.copied, COLOURS[NEITHER])}
     scatter(figure.add_subplot(grid[1, 2]), ordinary, samples, copies, "samples")
     axis = figure.add_subplot(grid[1, 3:])
     names = list(MEASURES)
@@ -162,7 +161,7 @@ def apart(memorized: pd.DataFrame, simple: pd.DataFrame) -> dict[str, float]:
         "over-repeated that are OD-Mem": float((memorized.verdict == OVERFITTING).mean()),
         "simple": len(simple),
         "simple that are OD-Mem": float((simple.verdict == OVERFITTING).mean()),
-        "simple that are DD-Mem": float((simple.verdict == SIMPLE_DATA).mean()),
+        "simple that are DD-Mem": float((simple.verdict == DATA).mean()),
     }
 
 
@@ -189,21 +188,22 @@ def verdicts(model: Dimension, own: Dimension, count: int) -> pd.DataFrame:
 def of_samples(made: pd.DataFrame) -> dict[str, float]:
     """What dimension says of samples, those that are copies and the others."""
     samples = made[~made.ordinary]
-    copies, others = samples[samples.copy_], samples[~samples.copy_]
+    copies, others = samples[samples.copied], samples[~samples.copied]
     return {
         "samples": len(samples),
         "copies": len(copies),
         "copies that are OD-Mem": float((copies.verdict == OVERFITTING).mean()),
         "others that are OD-Mem": float((others.verdict == OVERFITTING).mean()),
         "samples of ordinary captions that are OD-Mem": float((made[made.ordinary].verdict == OVERFITTING).mean()),
-        "copies against others, by the model's dimension alone (AUC)": float(roc_auc_score(samples.copy_, -samples.dimension)),
-        "copies against others, by the deficit (AUC)": float(roc_auc_score(samples.copy_, samples.deficit)),
+        "copies against others, by the model's dimension alone (AUC)": float(roc_auc_score(samples.copied, -samples.dimension)),
+        "copies against others, by the deficit (AUC)": float(roc_auc_score(samples.copied, samples.deficit)),
     }
 
 
-def main(data: Data = DATA, out: Out = RESULTS, work: Work = WORK) -> None:
+def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
     """Every measure on the embedded model's pictures, and whether they agree; needs the world's data (sdguard.testbed.build_data)."""
-    looked = pictures.load(data)
+    with one_sentence():
+        looked = pictures.load(data)
     scored = leaving_out.scores(data, data.parent, work)
     pipe = testbed.load()
     pipe.set_progress_bar_config(disable=True)
@@ -222,10 +222,8 @@ def main(data: Data = DATA, out: Out = RESULTS, work: Work = WORK) -> None:
         model = Dimension(dims.dimension.to_numpy(), dims.dimension_error.to_numpy())
         found.append(verdicts(model, data_dimension(own_at, known), len(table)))
     every, made = found
-    targets, _ = load_targets(testbed.path(), pipe.vae)
-    cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
-    copies = find_copies(pictures.decode(pipe.vae, made_at), targets, SSCD(), cut)
-    made = made.assign(copy_=copies.copy, ordinary=np.arange(len(made)) >= len(table))
+    copied = pictures.copied(pipe.vae, pictures.decoded(pipe.vae, made_at), SSCD())
+    made = made.assign(copied=copied, ordinary=np.arange(len(made)) >= len(table))
     table = pd.concat([table, read_at[[s.name for s in SIGNALS]], every.iloc[: len(table)]], axis=1)
     fresh = every.iloc[len(table) :].reset_index(drop=True)
 
@@ -252,14 +250,9 @@ def main(data: Data = DATA, out: Out = RESULTS, work: Work = WORK) -> None:
 
 def readme(figures: Mapping[str, Any]) -> str:
     """The README's table."""
-
-    def cell(found: list[float]) -> str:
-        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
-
     every, repeated = figures["correlations"], figures["correlations among the repeated"]
+    shown = ((every, "repetitions"), (every, "copy_rate"), (every, "score"), (repeated, "score"))
     rows = [
-        [label, cell(every[name]["repetitions"]), cell(every[name]["copy_rate"]), cell(every[name]["score"]), cell(repeated[name]["score"])]
-        for name, label in MEASURES.items()
-        if name not in ("repetitions", "score")
+        [label, *(interval(*of[name][to]) for of, to in shown)] for name, label in MEASURES.items() if name not in ("repetitions", "score")
     ]
     return markdown(["rank correlation of", "repetitions", "copy rate", "memorization score", "the same, repeated pictures only"], rows)

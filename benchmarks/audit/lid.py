@@ -34,14 +34,14 @@ SIGMAS, SIGMA = (0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5), 0.15
 
 def component_of(points: Tensor) -> list[manifolds.Component]:
     """The component whose centre is nearest, for each point."""
-    centres = torch.zeros(len(manifolds.COMPONENTS), manifolds.AMBIENT, dtype=points.dtype)
-    centres.fill_diagonal_(manifolds.APART)
-    return [manifolds.COMPONENTS[i] for i in torch.cdist(points, centres).argmin(1).tolist()]
+    return [manifolds.COMPONENTS[i] for i in torch.cdist(points, manifolds.centres().to(points)).argmin(1).tolist()]
 
 
 def looked_at(noise: Noise, points: Tensor, of: list[manifolds.Component], data: Tensor, level: NoiseLevel, name: str) -> pd.DataFrame:
-    """Dimensions and verdicts, one row a point; the data's dimension is that at the nearest data point, lest a point beside a manifold
-    is taken for one of a high dimension."""
+    """Dimensions and verdicts, one row a point.
+
+    The data's dimension is that at the nearest data point, lest a point beside a manifold is taken for one of a high dimension.
+    """
     _, at = nearest(points.numpy(), data.numpy())
     own, found = data_dimension(data[at[:, 0]].numpy(), data.numpy()), model_dimension(noise, points, level)
     return pd.DataFrame(
@@ -99,9 +99,9 @@ def draw(table: pd.DataFrame, levels: pd.DataFrame) -> Figure:
 
 def main(out: Out = RESULTS) -> None:
     """Dimensions and verdicts on manifolds where all of it is known: of an exact score, and of a network that has learned it."""
+    torch.set_num_threads(1)
     drawn = manifolds.draw(POINTS, EACH, seed=0)
     exact = looked_at(drawn.model.noise, drawn.points, drawn.of, drawn.data, manifolds.LEVEL, EXACT)
-    torch.set_num_threads(1)
     drawn = manifolds.draw(SHOWN, EACH, seed=0)
     network, level = manifolds.learned(drawn), level_of(SIGMA)
     learned = looked_at(network, drawn.points.float(), drawn.of, drawn.data, level, LEARNED)

@@ -6,26 +6,26 @@ which samples are copies (the shipped criterion), and the memorization scores th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import typer
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.audit import pictures
-from benchmarks.audit.pictures import DATA, Data
+from benchmarks.audit.pictures import WORLD, Data, Pictures
 from benchmarks.audit.results import RESULTS, TOP, WORK, Out, Work, interval, rank_correlation, write
 from benchmarks.readme import markdown
 from sdguard import testbed
 from sdguard.audit import digits
 from sdguard.audit.neighbours import Embedding, pixels, sample_ratio, second_ratio
 from sdguard.audit.subjects import Samples
+from sdguard.commands import BadInput, one_sentence
 from sdguard.processes import processes
-from sdguard.testbed.copies import RATIO, SSCD, find_copies, load_targets
+from sdguard.testbed.copies import RATIO, SSCD
 
 #: pixels by which a copy is moved to the side.
 SHIFT = 2
@@ -54,9 +54,9 @@ def told(generated: pd.DataFrame, training: pd.DataFrame) -> dict[str, Any]:
         "sample ratio and memorization score": rank_correlation(training.sample_ratio, training.score),
     }
     for kind, part in generated.dropna(subset=["kind"]).groupby("kind"):
-        found[f"{kind}: copies"] = int(part["copy"].sum())
+        found[f"{kind}: copies"] = int(part.copied.sum())
         for name, ratio in (("second_ratio", "copies told from others (AUC)"), ("moved_ratio", "the same, moved (AUC)")):
-            found[f"{kind}: {ratio}"] = float(roc_auc_score(part["copy"], -part[name]))
+            found[f"{kind}: {ratio}"] = float(roc_auc_score(part.copied, -part[name]))
     return found
 
 
@@ -67,7 +67,7 @@ def draw(generated: pd.DataFrame, training: pd.DataFrame) -> Figure:
     for column, (name, axes) in enumerate(zip(names, figure.subplots(2, len(names)).T, strict=True)):
         part, of = generated[generated.test == name], training[training.test == name]
         bins = np.linspace(0, 1, 41)
-        groups = {"samples": part[part["copy"].isna()], "no copies": part[part["copy"] == 0], "copies": part[part["copy"] == 1]}
+        groups = {"samples": part[part.copied.isna()], "no copies": part[part.copied == 0], "copies": part[part.copied == 1]}
         for (label, some), colour in zip(groups.items(), ("#9aa4b0", "#5b8c5a", "#c0392b"), strict=True):
             if len(some):
                 axes[0].hist(some.second_ratio, bins=bins, color=colour, alpha=0.6, label=f"{label} ({len(some)})")
@@ -83,7 +83,7 @@ def draw(generated: pd.DataFrame, training: pd.DataFrame) -> Figure:
     return figure
 
 
-def of_digits(out: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+def of_digits(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The VAE's samples and training digits, by pixels, with the scores of ``score``."""
     scores = pd.read_parquet(out / "score.parquet")
     scores = scores[scores.model == "VAE"].set_index("point").score
@@ -91,35 +91,34 @@ def of_digits(out: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     return tested("digits, pixels", digits.samples(), pixels, scores[training.numpy()].to_numpy())
 
 
-def of_model(data: Any, out: Any, work: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+def of_model(looked: Pictures, out: Path, work: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The embedded model's samples of its captions and the captions' pictures, by pixels and by SSCD, with the scores of ``agreement``."""
-    looked, pipe = pictures.load(data), testbed.load()
+    pipe = testbed.load()
     pipe.set_progress_bar_config(disable=True)
     count, sscd = len(looked.captions), SSCD()
-    images = pictures.decode(pipe.vae, pictures.generated(pipe, looked.texts, work))[:count]
-    targets, _ = load_targets(testbed.path(), pipe.vae)
-    cut = json.loads((testbed.path() / "labels.json").read_text())["cut"]
-    copies = find_copies(images, targets, sscd, cut).copy
+    images = pictures.decoded(pipe.vae, pictures.generated(pipe, looked.texts, work))[:count]
+    copied = pictures.copied(pipe.vae, images, sscd).astype(float)
     scores = pd.read_parquet(out / "agreement.parquet").set_index("text").score.dropna()[looked.captions.text].to_numpy()
     rng = np.random.default_rng(91)  # as many unseen pictures as there are samples
     samples = Samples(images, looked.shown, np.stack([looked.world.composition(rng)[0] for _ in range(count)]))
+    kind = looked.captions.kind.where(looked.captions.kind == "template", "verbatim")
     parts = []
-    embeddings: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": pixels, "SSCD": sscd}
+    embeddings: dict[str, Embedding] = {"pixels": pixels, "SSCD": sscd}
     for name, embed in embeddings.items():
         generated, training = tested(f"embedded model, {name}", samples, embed, scores)
         ratio = second_ratio(moved(images), looked.shown, embed)
-        kind = looked.captions.kind.where(looked.captions.kind == "template", "verbatim")
-        parts.append((generated.assign(moved_ratio=ratio, copy=copies.astype(float), kind=kind), training))
+        parts.append((generated.assign(moved_ratio=ratio, copied=copied, kind=kind), training))
     return pd.concat([g for g, _ in parts]), pd.concat([t for _, t in parts])
 
 
-def main(data: Data = DATA, out: Out = RESULTS, work: Work = WORK) -> None:
+def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
     """Nearest-neighbour tests by pixels and by SSCD; needs the results of 'score' and 'agreement', and the world's data."""
-    for needed in ("score", "agreement"):
-        if not (out / f"{needed}.parquet").exists():
-            typer.secho(f"{out / needed}.parquet is not there: run 'python -m benchmarks audit {needed}' first.", err=True, fg="red")
-            raise typer.Exit(1)
-    parts = [of_digits(out), of_model(data, out, work)]
+    with one_sentence():
+        for needed in ("score", "agreement"):
+            if not (out / f"{needed}.parquet").exists():
+                raise BadInput(f"{out / needed}.parquet is not there: run 'python -m benchmarks audit {needed}' first.")
+        looked = pictures.load(data)
+    parts = [of_digits(out), of_model(looked, out, work)]
     if not processes().is_main_process:
         return
     generated, training = (pd.concat(some, ignore_index=True) for some in zip(*parts, strict=True))
@@ -144,7 +143,7 @@ def readme(figures: Mapping[str, Any]) -> str:
         f"copies of templates, moved by {SHIFT} pixels": auc("template: the same, moved (AUC)"),
         "training points drawn nearer than unseen ones come": share("training points drawn nearer than unseen ones come"),
         f"the {TOP:.0%} most memorized among them": share("most memorized among them"),
-        "rank correlation with the memorization score": lambda test: interval(test["sample ratio and memorization score"]),
+        "rank correlation with the memorization score": lambda test: interval(**test["sample ratio and memorization score"]),
     }
     tests = figures["tests"]
     return markdown(["", *tests], [[name, *(cell(test) for test in tests.values())] for name, cell in rows.items()])

@@ -16,7 +16,9 @@ from torch import Tensor
 from benchmarks.audit.leaving_out import chosen
 from benchmarks.running import versions
 from sdguard import testbed
+from sdguard.commands import BadInput
 from sdguard.measuring import measured
+from sdguard.testbed.copies import SSCD, decode, find_copies, load_targets, shipped_cut
 from sdguard.testbed.pictures import World
 from sdguard.testbed.train import encode
 from sdguard.testbed.world import ORDINARY, pool, words
@@ -24,7 +26,7 @@ from sdguard.testbed.world import ORDINARY, pool, words
 #: fresh compositions beside the pictures, and images a batch.
 REFERENCE, BATCH = 200, 16
 Data = Annotated[Path, typer.Option(help="world.npz of sdguard.testbed.build_data.")]
-DATA = Path("build/testbed/world.npz")
+WORLD = Path("build/testbed/world.npz")
 
 
 class Pictures(NamedTuple):
@@ -33,14 +35,12 @@ class Pictures(NamedTuple):
     Attributes:
         world: the prepared pictures they are made of.
         captions: rows of the pool, one a picture: text, kind, repetitions, group, copy_rate.
-        caption: which of the pool's captions they are, ``[n]``.
         shown: uint8 ``[n, H, W, 3]``.
         fresh: uint8 ``[m, H, W, 3]``, and ``fresh_texts``.
     """
 
     world: World
     captions: pd.DataFrame
-    caption: list[int]
     shown: np.ndarray
     fresh: np.ndarray
     fresh_texts: list[str]
@@ -57,17 +57,16 @@ class Pictures(NamedTuple):
 
 
 def load(data: Path) -> Pictures:
-    """The pictures of `chosen` captions; ends the command in one sentence where the world's data are not there."""
+    """The pictures of `chosen` captions; raises `BadInput` where the world's data are not there."""
     if not data.exists():
-        typer.secho(f"{data} is not there: run 'python -m sdguard.testbed.build_data' first.", err=True, fg="red")
-        raise typer.Exit(1)
+        raise BadInput(f"{data} is not there: run 'python -m sdguard.testbed.build_data' first.")
     world, captions, rng = World(data), pool(), np.random.default_rng(90)
     which = chosen(captions)
     labels = pd.read_parquet(testbed.path() / "prompts.parquet")[["text", "kind", "repetitions", "group", "copy_rate"]]
     drawn = [world.composition(rng) for _ in range(REFERENCE)]
     texts = [str(rng.choice(ORDINARY[1:])).format(object=words(o), scene=s) for _, o, s in drawn]
     shown = world.targets(tuple(captions[i] for i in which))
-    return Pictures(world, labels.iloc[which].reset_index(drop=True), which, shown, np.stack([p for p, _, _ in drawn]), texts)
+    return Pictures(world, labels.iloc[which].reset_index(drop=True), shown, np.stack([p for p, _, _ in drawn]), texts)
 
 
 def generate(pipe: Any, part: pd.DataFrame) -> pd.DataFrame:
@@ -86,8 +85,12 @@ def generated(pipe: Any, texts: Sequence[str], work: Path) -> Tensor:
     return torch.from_numpy(made).view(len(made), -1, side, side)
 
 
-@torch.no_grad()
-def decode(vae: Any, latents: Tensor) -> np.ndarray:
-    """The pictures of latents, uint8 ``[n, H, W, 3]``."""
-    pictures = torch.cat([vae.decode(some / vae.config.scaling_factor).sample for some in latents.split(32)])
-    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+def decoded(vae: Any, latents: Tensor) -> np.ndarray:
+    """The pictures of the denoiser's latents, uint8 ``[n, H, W, 3]``."""
+    return decode(vae, latents / vae.config.scaling_factor)
+
+
+def copied(vae: Any, images: np.ndarray, sscd: SSCD) -> np.ndarray:
+    """Which pictures are copies of a target by the shipped criterion, ``[n]`` of bool."""
+    targets, _ = load_targets(testbed.path(), vae)
+    return find_copies(images, targets, sscd, shipped_cut(testbed.path())).copy

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap, spearmanr
 
@@ -41,6 +42,20 @@ def rank_correlation(one: Any, other: Any) -> dict[str, float]:
     return {"rho": float(spearmanr(*pair).statistic), "low": float(found.low), "high": float(found.high)}
 
 
-def interval(found: Mapping[str, float]) -> str:
+def interval(rho: float, low: float, high: float) -> str:
     """A rank correlation as people read it."""
-    return f"{found['rho']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def percent(share: float) -> str:
+    """A share with one decimal, where it is not a whole percent."""
+    return f"{share:.1%}".replace(".0%", "%")
+
+
+def contact_sheet(axis: Axes, above: np.ndarray, below: np.ndarray, title: str) -> None:
+    """Two lots of pictures ``[n, h, w]``, eight in a row, n a multiple of eight, with a dark bar between them."""
+    framed = [np.pad(part, ((0, 0), (1, 1), (1, 1))) for part in (above, below)]
+    rows = [np.concatenate([np.hstack(list(part[k : k + 8])) for k in range(0, len(part), 8)]) for part in framed]
+    axis.imshow(np.concatenate([rows[0], np.full((4, rows[0].shape[1]), max(above.max(), below.max())), rows[1]]), cmap="gray_r")
+    axis.set(title=title)
+    axis.axis("off")

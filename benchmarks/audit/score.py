@@ -11,14 +11,13 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.audit.results import RESULTS, TOP, WORK, Out, Work, interval, rank_correlation, write
+from benchmarks.audit.results import RESULTS, TOP, WORK, Out, Work, contact_sheet, interval, rank_correlation, write
 from benchmarks.readme import markdown
 from sdguard.audit import digits
 from sdguard.audit.memorization import memorization
-from sdguard.audit.neighbours import nearest, sample_ratio, second_ratio
+from sdguard.audit.neighbours import nearest, sample_ratio
 from sdguard.audit.networks import trained
 from sdguard.processes import processes
-from sdguard.testbed.copies import RATIO
 
 MODELS = {
     "VAE": (digits.vae, 10, 4),
@@ -50,7 +49,7 @@ def neighbour_tests() -> pd.DataFrame:
     found = pd.DataFrame({"point": range(len(data)), "distance": distances[:, 1], "sample_ratio": np.nan})
     samples = digits.samples()
     found.loc[training.numpy(), "sample_ratio"] = sample_ratio(samples.training, samples.held_out, samples.generated)
-    return found.assign(copies=float((second_ratio(samples.generated, samples.training) < RATIO).mean()))
+    return found
 
 
 def told(table: pd.DataFrame) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def told(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def draw_score(table: pd.DataFrame, learning: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, learning: pd.DataFrame) -> Figure:
     """Curves; scores' spread at two rates; scores against unseen likelihood; the most memorized digits; neighbours' test."""
     figure = Figure(figsize=(13, 7.6))
     (curve, spread, against), (ratio, agree, pictures) = figure.subplots(2, 3)
@@ -100,10 +99,7 @@ def draw_score(table: pd.DataFrame, learning: pd.DataFrame) -> Figure:
     agree.set(xlabel="score of the VAE, nats", ylabel="score of the diffusion model, nats", title="two models")
     most, least = fast.score.sort_values().index[::-1][:24], fast.score.abs().sort_values().index[:24]
     data = digits.digits().numpy().reshape(-1, 8, 8)
-    rows = [np.concatenate([np.pad(data[i], 1) for i in part[k : k + 8]], axis=1) for part in (most, least) for k in (0, 8, 16)]
-    pictures.imshow(np.concatenate([*rows[:3], np.full((4, rows[0].shape[1]), 16.0), *rows[3:]]), cmap="gray_r")
-    pictures.set(title="highest scores (above), near zero (below)")
-    pictures.axis("off")
+    contact_sheet(pictures, data[most], data[least], "highest scores (above), near zero (below)")
     return figure
 
 
@@ -127,9 +123,8 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
         "rank correlation with the VAE's scores": {name: rank_correlation(fast, s) for name, s in scores.items() if name != "VAE"},
         "bound and probability flow": rank_correlation(scores["diffusion, bound"], scores["diffusion, probability flow"]),
         "held-out bound, last epoch against best": {f"{rate:g}": [float(r["last"]), float(r["max"])] for rate, r in ends.iterrows()},
-        "VAE's samples within a third of the second nearest's distance": float(table.copies.iloc[0]),
     }
-    write("score", table.drop(columns="copies"), figures, draw_score(table, learning), out)
+    write("score", table, figures, draw(table, learning), out)
 
 
 def readme(figures: Mapping[str, Any]) -> str:
@@ -139,8 +134,8 @@ def readme(figures: Mapping[str, Any]) -> str:
         "mean score, which is the train-test gap, nats": lambda m: f"{m['train-test gap (mean score)']:.1f}",
         "95% and 99.9% quantile, nats": lambda m: f"{m['95% quantile']:.1f}, {m['99.9% quantile']:.1f}",
         "median standard error, nats": lambda m: f"{m['median standard error']:.1f}",
-        "rank correlation with the left-out log-likelihood": lambda m: interval(m["score and unseen log-likelihood"]),
-        "with the distance to the nearest other digit": lambda m: interval(m["score and distance to the nearest other point"]),
+        "rank correlation with the left-out log-likelihood": lambda m: interval(**m["score and unseen log-likelihood"]),
+        "with the distance to the nearest other digit": lambda m: interval(**m["score and distance to the nearest other point"]),
         "neighbours' test (AUC for the top 5%)": lambda m: f"{m['AUC of the sample ratio for the most memorized']:.2f}",
     }
     return markdown(["", *figures["models"]], [[name, *(cell(m) for m in figures["models"].values())] for name, cell in rows.items()])

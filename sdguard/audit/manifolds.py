@@ -100,13 +100,16 @@ class Drawn(NamedTuple):
         return Mixture(torch.cat([part.means for part in self.models]), torch.cat([part.covariances for part in self.models]))
 
 
+def centres() -> Tensor:
+    """The centre of each component, ``[m, D]``."""
+    return APART * torch.eye(len(COMPONENTS), AMBIENT, dtype=torch.double)
+
+
 def draw(points: int, each: int, seed: int) -> Drawn:
     """``each`` data a component, of which the first ``points`` are looked at."""
     generator = torch.Generator().manual_seed(seed)
     looked, data, models = [], [], []
-    for i, component in enumerate(COMPONENTS):
-        centre = torch.zeros(AMBIENT, dtype=torch.double)
-        centre[i] = APART
+    for component, centre in zip(COMPONENTS, centres(), strict=True):
         own, modelled = subspaces([component.data, component.model], generator)
         drawn = centre + torch.randn(each, AMBIENT, generator=generator, dtype=torch.double) @ own
         means = drawn[:points] if component.model < component.data else centre[None]

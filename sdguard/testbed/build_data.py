@@ -44,6 +44,12 @@ def run(*command: str, cwd: Path) -> None:
         raise DataError(f"'{' '.join(command)}' failed: {last}")
 
 
+def pack(package: str, version: str, folder: Path) -> Path:
+    """Fetch an npm package into ``folder``; its archive. Raises `DataError` as `run` does."""
+    run("npm", "pack", "--silent", f"{package}@{version}", cwd=folder)
+    return folder / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
+
+
 def rasterise(icons: dict, name: str) -> np.ndarray:
     """One icon of an iconify set as RGBA uint8 ``[OBJECT_SIZE, OBJECT_SIZE, 4]``."""
     import resvg_py
@@ -61,8 +67,7 @@ def objects(folder: Path) -> np.ndarray:
     """All objects in all styles, uint8 ``[style, object, OBJECT_SIZE, OBJECT_SIZE, 4]``."""
     drawn = []
     for style in STYLES:
-        run("npm", "pack", "--silent", f"@iconify-json/{style}@{ICON_PACKAGES[style]}", cwd=folder)
-        with tarfile.open(folder / f"iconify-json-{style}-{ICON_PACKAGES[style]}.tgz") as archive:
+        with tarfile.open(pack(f"@iconify-json/{style}", ICON_PACKAGES[style], folder)) as archive:
             member = archive.extractfile("package/icons.json")
             icons = json.load(member) if member else {"icons": {}}
         if missing := [name for name in OBJECTS if name not in icons["icons"]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 #: a copy is nearer to its target than this share of the distance to the nearest other target.
 RATIO = 1 / 3
@@ -102,14 +104,25 @@ def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) ->
     return Copies(nearest, ratio, similarity, np.nan_to_num(similarity, nan=-1) >= cut)
 
 
+def shipped_cut(model: Path) -> float:
+    """The SSCD similarity of a copy at least, by which the shipped labels were measured."""
+    return float(json.loads((model / "labels.json").read_text())["cut"])
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> np.ndarray:
+    """The pictures of latents ``[n, ...]``, which are not scaled, uint8 ``[n, H, W, 3]``."""
+    pictures = [vae.decode(some.to(vae.device, vae.dtype)).sample.float().clamp(-1, 1) for some in latents.split(32)]
+    return ((torch.cat(pictures) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 @torch.no_grad()
 def round_trip(vae: Any, pictures: np.ndarray) -> np.ndarray:
     """Pictures (uint8 ``[n, H, W, 3]``) encoded and decoded again."""
     out = []
     for start in range(0, len(pictures), 32):
         x = torch.from_numpy(pictures[start : start + 32]).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-        decoded = vae.decode(vae.encode(x).latent_dist.mean).sample
-        out.append(((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        out.append(decode(vae, vae.encode(x).latent_dist.mean))
     return np.concatenate(out)
 
 
