@@ -2,7 +2,7 @@
 
 import sys
 
-from sdguard.cli import app
+from sdguard.cli.main import app
 
 if __name__ == "__main__":
     app(["demo", *sys.argv[1:]])

@@ -37,13 +37,13 @@ from benchmarks.published import over_run, released
 from benchmarks.running import versions
 from benchmarks.statistics import estimates
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.commands import default_setting, load_pipeline
-from sdguard.decision import judge, judge_later
-from sdguard.measuring import measured
+from sdguard.cli.commands import default_setting, load_pipeline
+from sdguard.decision.cascade import judge, judge_later
+from sdguard.denoiser.probe import read
+from sdguard.files.measuring import measured
+from sdguard.files.processes import processes
 from sdguard.observation import Observation, prediction_type
-from sdguard.processes import processes
-from sdguard.reading import read
-from sdguard.scanning import guarded_profile
+from sdguard.scan.scan import guarded_profile
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.signals.signal import NoPart

@@ -18,9 +18,9 @@ import typer
 
 from benchmarks.running import as_png, profile_digest, versions
 from sdguard import GuardedPipeline, testbed
-from sdguard.cli import generate_guarded
-from sdguard.measuring import measured
-from sdguard.processes import processes
+from sdguard.cli.main import generate_guarded
+from sdguard.files.measuring import measured
+from sdguard.files.processes import processes
 from sdguard.testbed.copies import SSCD, find_copies, load_targets, shipped_cut
 from sdguard.testbed.world import words
 

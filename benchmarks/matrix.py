@@ -43,7 +43,7 @@ def main() -> None:
     """Run the tests and rewrite the table."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = str(README.parent / "tests" / "test_families.py")
+        tests = str(README.parent / "tests" / "denoiser" / "test_families.py")
         subprocess.run([sys.executable, "-m", "pytest", "-q", tests, "-k", TEST, f"--junitxml={report}"], check=False)
         found = results(report)
     put("matrix", table(found))

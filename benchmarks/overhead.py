@@ -32,8 +32,9 @@ from scipy.stats import quantile_test
 
 import sdguard
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.calibration import fingerprint
-from sdguard.decision import Cascade, Scale, Stage
+from sdguard.decision.calibration import fingerprint
+from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.denoiser.families import default_size
 
 SHAPES = Path(__file__).parent / "shapes"
 PROMPT = "a zebra in snow"
@@ -127,7 +128,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = built(shape, getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or sdguard.families.default_size(pipe)
+    side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or default_size(pipe)
     setting = {"steps": steps, "guidance_scale": testbed.GUIDANCE_SCALE if shape == "embedded" else 7.5, "height": side, "width": side}
     with tempfile.TemporaryDirectory() as folder:
         if alone:

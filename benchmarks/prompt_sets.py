@@ -33,7 +33,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
 from sdguard import testbed
-from sdguard.prompt_files import prompt_column, read_table
+from sdguard.files.prompt_files import prompt_column, read_table
 
 COLUMNS = ("prompt", "set", "kind", "source", "cluster", "target", "repetitions")
 #: rows whose overlap with all others is held in memory at a time.
@@ -50,7 +50,7 @@ class PromptSet:
         source: where its ordinary prompts come from.
         origin: repository the file was taken from.
         licence: under which it is published.
-        column: that holds the prompts; by default as in `sdguard.prompt_files.prompt_column`.
+        column: that holds the prompts; by default as in `sdguard.files.prompt_files.prompt_column`.
         target: the column that refers to the training image, if any.
     """
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdguard.geometry import dot, exact_product, norm, spread
-from sdguard.lookahead import independent_noise
+from sdguard.geometry.hessian import dot, exact_product, norm, spread
+from sdguard.geometry.rollout import independent_noise
 from sdguard.observation import Observation, denoised, from_noise
 from sdguard.signals.attention_entropy import attention_paid, entropy
 from sdguard.signals.signal import Signal

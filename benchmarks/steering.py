@@ -29,17 +29,17 @@ from sklearn.metrics.pairwise import polynomial_kernel
 
 from benchmarks.running import as_png, from_png, profile_digest, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
-from sdguard.calibration import PROFILE_FILE
 from sdguard.correction import Correction, corrected, movement
-from sdguard.families import Encoder
-from sdguard.hook import watched
-from sdguard.measuring import measured
+from sdguard.decision.calibration import PROFILE_FILE
+from sdguard.denoiser.families import Encoder
+from sdguard.denoiser.hook import watched
+from sdguard.files.measuring import measured
+from sdguard.files.processes import processes
 from sdguard.observation import Observation
-from sdguard.processes import processes
 from sdguard.steering import BASELINES, METHODS, Flagged, Method
 from sdguard.steering.ladder import climb, rungs
-from sdguard.testbed.alignment import ALIGNMENT_FILE, Alignment
 from sdguard.testbed.copies import SSCD, Targets, find_copies, load_targets, shipped_cut
+from sdguard.testbed.object_classifier import ALIGNMENT_FILE, Alignment
 
 BATCH = 16
 LADDER, NONE = "ladder", "none"

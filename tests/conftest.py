@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdguard import testbed
-from sdguard.calibration import fingerprint
-from sdguard.decision import Cascade, Scale, Stage
+from sdguard.decision.calibration import fingerprint
+from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.decision.profile import Profile
 from sdguard.observation import NoiseLevel, Observation, noise_level
-from sdguard.profile import Profile
 
 STEPS, GUIDANCE, SIZE = 3, 4.0, 16
 

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import sdguard
 from sdguard import Profile
 from sdguard.correction import Correction
-from sdguard.decision import Cascade, Scale, Stage
+from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.steering import Flagged
 from sdguard.steering.ladder import Outcome
 

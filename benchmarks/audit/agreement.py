@@ -30,10 +30,10 @@ from sdguard.audit.dimension import DATA, NEITHER, OVERFITTING, Dimension, align
 from sdguard.audit.figures import COLOURS
 from sdguard.audit.likelihood import signs
 from sdguard.audit.neighbours import nearest
-from sdguard.commands import one_sentence
-from sdguard.measuring import measured
+from sdguard.cli.commands import one_sentence
+from sdguard.denoiser.probe import read
+from sdguard.files.measuring import measured
 from sdguard.observation import NoiseLevel, Observation, noise_level, to_noise
-from sdguard.reading import read
 from sdguard.signals import GUIDANCE_NORM, OUTPUT_DENSITY_AHEAD, SHARPNESS, Signal
 from sdguard.signals.lid import TIMESTEP
 from sdguard.testbed.copies import SSCD

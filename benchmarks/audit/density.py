@@ -19,8 +19,8 @@ from benchmarks.audit.results import RESULTS, WORK, Out, Work, percent, write
 from benchmarks.readme import markdown
 from sdguard.audit import digits
 from sdguard.audit.density import concentration, log_volume, speed
-from sdguard.measuring import measured
-from sdguard.processes import processes
+from sdguard.files.measuring import measured
+from sdguard.files.processes import processes
 
 
 class Trained(NamedTuple):

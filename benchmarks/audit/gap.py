@@ -25,7 +25,7 @@ from benchmarks.readme import markdown
 from sdguard.audit.memorization import log_likelihoods, scores
 from sdguard.audit.networks import VAE, seeded, trained
 from sdguard.audit.subjects import LogLikelihood, Trainable
-from sdguard.processes import processes
+from sdguard.files.processes import processes
 from sdguard.testbed.build_data import DataError, pack
 
 PACKAGE, VERSION = "mnist", "1.1.0"

@@ -23,8 +23,8 @@ from sdguard import testbed
 from sdguard.audit import digits
 from sdguard.audit.neighbours import Embedding, pixels, sample_ratio, second_ratio
 from sdguard.audit.subjects import Samples
-from sdguard.commands import BadInput, one_sentence
-from sdguard.processes import processes
+from sdguard.cli.commands import BadInput, one_sentence
+from sdguard.files.processes import processes
 from sdguard.testbed.copies import RATIO, SSCD
 
 #: pixels by which a copy is moved to the side.

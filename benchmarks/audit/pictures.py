@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.audit.leaving_out import chosen
 from benchmarks.running import versions
 from sdguard import testbed
-from sdguard.commands import BadInput
-from sdguard.measuring import measured
+from sdguard.cli.commands import BadInput
+from sdguard.files.measuring import measured
 from sdguard.testbed.copies import SSCD, decode, find_copies, load_targets, shipped_cut
 from sdguard.testbed.pictures import World
 from sdguard.testbed.train import encode

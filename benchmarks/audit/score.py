@@ -17,7 +17,7 @@ from sdguard.audit import digits
 from sdguard.audit.memorization import memorization
 from sdguard.audit.neighbours import nearest, sample_ratio
 from sdguard.audit.networks import trained
-from sdguard.processes import processes
+from sdguard.files.processes import processes
 
 MODELS = {
     "VAE": (digits.vae, 10, 4),

@@ -16,7 +16,7 @@ from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdguard.audit.likelihood import gaussian
-from sdguard.geometry import Estimate, HessianProduct, averaged, norm, spectrum
+from sdguard.geometry.hessian import Estimate, HessianProduct, averaged, norm, spectrum
 
 #: latents ``[B, ...]`` -> outputs ``[B, ...]``, each row on its own.
 Generate = Callable[[Tensor], Tensor]

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sdguard.audit.subjects import Trainable
-from sdguard.measuring import measured
+from sdguard.files.measuring import measured
 
 
 class Scores(NamedTuple):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdguard.audit.likelihood import importance_sampled
-from sdguard.geometry import spread
+from sdguard.geometry.hessian import spread
 from sdguard.observation import NoiseLevel
 
 BATCH, HIDDEN, IMPORTANCE_SAMPLES = 128, 256, 128

@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sdguard.demo import calibrate, generate, geometry, scan, why
+from sdguard.demo import calibrate_tab, generate_tab, geometry_tab, scan_tab, why_tab
 from sdguard.demo.page import prompt_box
 from sdguard.demo.runs import LARGEST_FILE, Model
 
@@ -75,17 +75,17 @@ def build(model: Model) -> gr.Blocks:
         why_box.unrender()
         with gr.Tabs(elem_classes="sg-tabs"):
             with gr.Tab("Generate", id="generate"):
-                setting = generate.tab(model, box, profiles, why_box)
+                setting = generate_tab.tab(model, box, profiles, why_box)
             with gr.Tab("Why", id="why"):
-                why.tab(model, why_box, profiles, setting)
+                why_tab.tab(model, why_box, profiles, setting)
             with gr.Tab("Geometry", id="geometry"):
-                geometry.tab(model, (first, ordinary), profiles, setting)
+                geometry_tab.tab(model, (first, ordinary), profiles, setting)
             with gr.Tab("Scan", id="scan"):
-                scan.tab(model, profiles, setting)
+                scan_tab.tab(model, profiles, setting)
             with gr.Tab("Calibrate", id="calibrate") as last:
-                calibrate.tab(model, [page.load, last.select], profiles, setting)
+                calibrate_tab.tab(model, [page.load, last.select], profiles, setting)
         gr.HTML(FOOTER.format(model="the embedded model" if model.name == "embedded" else escape(model.name)))
-        generate.endpoint(model)
+        generate_tab.endpoint(model)
     return page
 
 

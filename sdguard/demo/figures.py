@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdguard.decision import BY_NAME
-from sdguard.profile import SERIES, Profile
-from sdguard.report import GuardReport
+from sdguard.decision.cascade import BY_NAME
+from sdguard.decision.profile import SERIES, Profile
+from sdguard.guarded.report import GuardReport
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 44

@@ -12,10 +12,21 @@ from scipy.sparse.linalg import lsqr
 from torch import Tensor
 
 from sdguard.demo.runs import BadInput, Emit, Model, Progress, Setting
-from sdguard.geometry import Score, branch_product, difference_product, dot, extreme_directions, flipd, log_volume, spectrum, spread, trace
-from sdguard.lookahead import probe
+from sdguard.denoiser.probe import read
+from sdguard.geometry.hessian import (
+    Score,
+    branch_product,
+    difference_product,
+    dot,
+    extreme_directions,
+    flipd,
+    log_volume,
+    spectrum,
+    spread,
+    trace,
+)
+from sdguard.geometry.rollout import probe
 from sdguard.observation import Observation, denoised
-from sdguard.reading import read
 
 #: Lanczos iterations for the density at every call, and for the spectrum at the chosen one.
 ITERATIONS, FINE_ITERATIONS = 6, 24

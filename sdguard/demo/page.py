@@ -13,10 +13,10 @@ from typing import Any
 
 import gradio as gr
 
+from sdguard.decision.profile import Profile
 from sdguard.demo.figures import status
 from sdguard.demo.runs import LONGEST_PROMPT, Emit, Example, Model, Profiles, Progress, Setting, streamed
-from sdguard.profile import Profile
-from sdguard.run import MemorizationError
+from sdguard.guarded.run import MemorizationError
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def example_chips(examples: Sequence[Example], box: Any) -> None:
 
 
 def setting_of(model: Model, *values: Any) -> Setting:
-    """The setting that the page's controls show, in the order of `sdguard.demo.generate.controls`; nothing is checked here."""
+    """The setting that the page's controls show, in the order of `sdguard.demo.generate_tab.controls`; nothing is checked here."""
     prompt, seed, steps, guidance, images, percent, mode, steering = values
     usual = model.usual
     return Setting(

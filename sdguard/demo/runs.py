@@ -18,20 +18,20 @@ from PIL import Image
 from torch import nn
 
 from sdguard import testbed
-from sdguard.calibration import calibrate, evenly, fingerprint, known_profile, ordinary_prompts, split
-from sdguard.commands import BadInput, check_prompts, default_setting, load_pipeline
-from sdguard.config import GuardConfig
-from sdguard.decision import BY_NAME
-from sdguard.explain import Explanation, explain
-from sdguard.families import default_size, denoiser_of
+from sdguard.cli.commands import BadInput, check_prompts, default_setting, load_pipeline
+from sdguard.decision.calibration import calibrate, evenly, fingerprint, known_profile, ordinary_prompts, split
+from sdguard.decision.cascade import BY_NAME
+from sdguard.decision.profile import SERIES, Profile, scores_needed
+from sdguard.denoiser.families import default_size, denoiser_of
+from sdguard.denoiser.probe import shown
+from sdguard.denoiser.replay import private_copy
+from sdguard.explain.explanation import Explanation, explain
+from sdguard.files.prompt_files import read_prompts
+from sdguard.guarded.config import GuardConfig
+from sdguard.guarded.pipeline import guard
+from sdguard.guarded.report import GuardReport
 from sdguard.observation import Observation, denoised
-from sdguard.pipeline import guard
-from sdguard.profile import SERIES, Profile, scores_needed
-from sdguard.prompt_files import read_prompts
-from sdguard.reading import shown
-from sdguard.report import GuardReport
-from sdguard.restart import private_copy
-from sdguard.scanning import ranked, scan, watched_reports
+from sdguard.scan.scan import ranked, scan, watched_reports
 from sdguard.testbed.copies import RATIO, Targets, load_targets
 
 #: what the server takes at most, whatever a page or a client sends.

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from sdguard.geometry import dot, norm
-from sdguard.lookahead import LOOK_AHEAD_STEPS, estimate
+from sdguard.geometry.hessian import dot, norm
+from sdguard.geometry.rollout import LOOK_AHEAD_STEPS, estimate
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 

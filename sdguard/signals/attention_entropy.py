@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdguard.capture import captured
+from sdguard.denoiser.capture import captured
 from sdguard.observation import Observation
 from sdguard.signals.signal import NoPart, Signal
 

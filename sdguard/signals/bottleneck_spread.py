@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
-from sdguard.capture import captured
-from sdguard.lookahead import LOOK_AHEAD_STEPS, trajectory
+from sdguard.denoiser.capture import captured
+from sdguard.geometry.rollout import LOOK_AHEAD_STEPS, trajectory
 from sdguard.observation import Observation
 from sdguard.signals.signal import NoPart, Signal
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sdguard.geometry import norm
+from sdguard.geometry.hessian import norm
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 

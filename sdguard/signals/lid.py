@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from sdguard.geometry import branch_product, difference_product, flipd, trace
-from sdguard.lookahead import look_ahead, probe
+from sdguard.geometry.hessian import branch_product, difference_product, flipd, trace
+from sdguard.geometry.rollout import look_ahead, probe
 from sdguard.observation import Branch, Observation
 from sdguard.signals.signal import Signal
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from sdguard.geometry import branch_product, log_volume, norm
-from sdguard.lookahead import LOOK_AHEAD_STEPS, look_ahead, probe
+from sdguard.geometry.hessian import branch_product, log_volume, norm
+from sdguard.geometry.rollout import LOOK_AHEAD_STEPS, look_ahead, probe
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sdguard.lookahead import grid, trajectory
+from sdguard.geometry.rollout import grid, trajectory
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 

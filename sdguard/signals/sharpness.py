@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from sdguard.geometry import branch_product, difference_product, extreme_eigenvalues, norm
-from sdguard.lookahead import probe
+from sdguard.geometry.hessian import branch_product, difference_product, extreme_eigenvalues, norm
+from sdguard.geometry.rollout import probe
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from sdguard.geometry import norm
-from sdguard.lookahead import trajectory
+from sdguard.geometry.hessian import norm
+from sdguard.geometry.rollout import trajectory
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sdguard.correction import Correction
-from sdguard.lookahead import independent_noise
+from sdguard.geometry.rollout import independent_noise
 from sdguard.steering.flagged import Flagged, Method
 
 #: words or numbers put in, and the noise's standard deviation as a share of the embedding's.

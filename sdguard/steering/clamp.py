@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.geometry import norm, spread
+from sdguard.decision.profile import Profile
+from sdguard.geometry.hessian import norm, spread
 from sdguard.observation import Observation, denoised
-from sdguard.profile import Profile
 from sdguard.steering.flagged import Flagged, Method
 
 #: half width of the band in standard deviations of ordinary prompts.

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdguard.attribution import norm_gradient, token_shares
 from sdguard.correction import Correction
-from sdguard.geometry import dot, norm
-from sdguard.lookahead import probe
+from sdguard.explain.attribution import norm_gradient, token_shares
+from sdguard.geometry.hessian import dot, norm
+from sdguard.geometry.rollout import probe
 from sdguard.observation import Observation
 from sdguard.steering.flagged import Flagged, Method
 

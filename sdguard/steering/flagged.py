@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from sdguard.correction import Correction
-from sdguard.families import Encoder
+from sdguard.decision.profile import Profile, quantile
+from sdguard.denoiser.families import Encoder
 from sdguard.observation import Observation
-from sdguard.profile import Profile, quantile
 from sdguard.steering.wording import Rewriter, Wording, candidates, first_ordinary
 
 #: a corrected prompt may pull as hard as this share of ordinary prompts do.

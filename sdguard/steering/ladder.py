@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdguard.correction import Correction
-from sdguard.profile import Profile
+from sdguard.decision.profile import Profile
 from sdguard.steering import METHODS
 from sdguard.steering.flagged import Flagged, Method
 from sdguard.steering.verification import Verification, verify

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdguard.families import Encoder
-from sdguard.lookahead import estimate
+from sdguard.decision.profile import Profile, Rung
+from sdguard.denoiser.families import Encoder
+from sdguard.denoiser.probe import read
+from sdguard.geometry.rollout import estimate
 from sdguard.observation import Observation
-from sdguard.profile import Profile, Rung
-from sdguard.reading import read
 from sdguard.steering import METHODS
 from sdguard.steering.flagged import Flagged
 from sdguard.steering.ladder import attempt

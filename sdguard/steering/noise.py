@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.geometry import norm, spread
-from sdguard.lookahead import independent_start
+from sdguard.geometry.hessian import norm, spread
+from sdguard.geometry.rollout import independent_start
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.flagged import Flagged, Method

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from sdguard.alignment import alignment
 from sdguard.correction import Correction, corrected, movement
-from sdguard.lookahead import estimate, independent_start, look_ahead
+from sdguard.decision.profile import quantile
+from sdguard.geometry.alignment import alignment
+from sdguard.geometry.rollout import estimate, independent_start, look_ahead
 from sdguard.observation import Observation
-from sdguard.profile import quantile
 from sdguard.signals.agreement import correlation
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.flagged import Flagged

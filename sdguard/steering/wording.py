@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sdguard.attribution import norms_without
-from sdguard.families import Encoder
+from sdguard.denoiser.families import Encoder
+from sdguard.explain.attribution import norms_without
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.words import bare, without

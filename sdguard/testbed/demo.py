@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import typer
 
 from sdguard import GuardedPipeline, testbed
-from sdguard.calibration import PROFILE_FILE
-from sdguard.cli import generate_guarded, save_all, verdict_table
-from sdguard.commands import load_pipeline, writable
-from sdguard.profile import Profile
-from sdguard.report import GuardReport
+from sdguard.cli.commands import load_pipeline, writable
+from sdguard.cli.main import generate_guarded, save_all, verdict_table
+from sdguard.decision.calibration import PROFILE_FILE
+from sdguard.decision.profile import Profile
+from sdguard.guarded.report import GuardReport
 from sdguard.testbed.copies import RATIO, Targets, load_targets
 
 KINDS = ("verbatim", "template", "ordinary")

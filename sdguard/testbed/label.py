@@ -19,10 +19,10 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from sdguard.calibration import weights_digest
+from sdguard.decision.calibration import weights_digest
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
-from sdguard.testbed.alignment import ALIGNMENT_FILE, fit_alignment
 from sdguard.testbed.copies import SSCD, Targets, find_copies, round_trip
+from sdguard.testbed.object_classifier import ALIGNMENT_FILE, fit_alignment
 from sdguard.testbed.pictures import SIZE, World
 from sdguard.testbed.train import COMPOSITIONS, shown_counts
 from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool, words

@@ -21,7 +21,7 @@ from playwright.sync_api import Page, expect
 
 from browser.conftest import Server
 from sdguard import GuardConfig, guard, testbed
-from sdguard.report import GuardReport
+from sdguard.guarded.report import GuardReport
 
 Shot = Callable[[Page, str], None]
 Open = Callable[..., Page]

@@ -1,0 +1,179 @@
+"""A profile: what ordinary prompts look like on one configuration, and the decision that follows from it."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta, betabinom
+
+from sdguard.decision.cascade import Cascade, Scale, Stage
+
+FORMAT = 4
+#: free signals whose course over a whole run is measured.
+SERIES = ("guidance_norm", "denoised_norm")
+
+
+class ProfileError(ValueError):
+    """A profile is missing, damaged, made for another configuration, or too small for the rate asked of it."""
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that at least ``share`` of ascending ``values``, a new one counted in, lie at or under (the last, if they are too few)."""
+    return values[min(len(values), math.ceil(share * (len(values) + 1))) - 1]
+
+
+def scores_needed(false_positive_rate: float) -> int:
+    """How many scores of ordinary prompts a false-positive rate needs at least."""
+    return math.ceil(1 / false_positive_rate) - 1
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A steering method as measured on memorized prompts.
+
+    Attributes:
+        method: its name.
+        cured: the share of prompts on which it passed verification.
+        cost: mean evaluations a sample, verification included.
+        moved: mean change of the prediction that is followed, as a share of what guidance adds.
+    """
+
+    method: str
+    cured: float
+    cost: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Ordinary prompts on one model, scheduler, step count, guidance scale, size and precision.
+
+    Attributes:
+        fingerprint: everything that moves the statistics; a profile is refused where one entry differs.
+        cascade: the stages of the decision, fitted on a part of the prompts.
+        scores: the score of every other prompt's run, later calls included, ascending; the threshold and the p-values rest on these.
+        values: each of the cascade's signals, and ``alignment``, on the prompts it was fitted on, ascending.
+        series: ``(mean, standard deviation)`` of the signals in `SERIES` at every call.
+        timesteps: those of the calls.
+        words: how many of the prompts hold each word.
+        ladder: steering methods in the order in which they are tried, learnt from memorized prompts; empty where none were known.
+        format: version of the file format.
+    """
+
+    fingerprint: dict[str, Any]
+    cascade: Cascade
+    scores: list[float]
+    values: dict[str, list[float]]
+    series: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    timesteps: list[float] = field(default_factory=list)
+    words: dict[str, int] = field(default_factory=dict)
+    ladder: list[Rung] = field(default_factory=list)
+    format: int = FORMAT
+
+    @property
+    def prompts(self) -> int:
+        """How many ordinary prompts stand behind the threshold."""
+        return len(self.scores)
+
+    @property
+    def frequency(self) -> dict[str, float]:
+        """The share of all its ordinary prompts that holds each word."""
+        count = self.prompts + len(self.values["guidance_norm"])
+        return {word: holding / count for word, holding in self.words.items()}
+
+    def p_value(self, score: float) -> float:
+        """Conformal p-value: the share of ordinary prompts, the new one counted in, that score at least as high.
+
+        Under exchangeability P(p <= alpha) <= alpha for an ordinary prompt (Vovk et al. 2005, ch. 2): the score is fixed by the
+        cascade, and the cascade was fitted on other prompts.
+        """
+        at_least = self.prompts - bisect.bisect_left(self.scores, score)
+        return (1 + at_least) / (1 + self.prompts)
+
+    def threshold(self, false_positive_rate: float) -> float:
+        """The smallest calibrated score above which ``p_value <= false_positive_rate``.
+
+        Raises:
+            ProfileError: the prompts are too few for this rate; the message says how many are needed.
+        """
+        return self.scores[self.prompts - self.allowed(false_positive_rate)]
+
+    def allowed(self, false_positive_rate: float) -> int:
+        """How many of ``prompts + 1`` exchangeable scores may be flagged; raises as `threshold` does if none."""
+        allowed = math.floor(false_positive_rate * (1 + self.prompts))
+        if not allowed:
+            needed, have = scores_needed(false_positive_rate), f"this profile has {self.prompts}"
+            raise ProfileError(f"A false-positive rate of {false_positive_rate:g} needs at least {needed} scored ordinary prompts; {have}.")
+        return allowed
+
+    def false_positive_interval(self, false_positive_rate: float, of: int | None = None, confidence: float = 0.95) -> tuple[float, float]:
+        """Where the realised false-positive rate lies with this confidence, among ``of`` further ordinary prompts, or in the long run.
+
+        With n scores and k allowed ones the long-run rate of a continuous score is Beta(k, n + 1 - k) distributed over draws of the
+        calibration prompts (Vovk 2012, 1209.2673), and the count among m further prompts beta-binomial.
+        """
+        k, tails = self.allowed(false_positive_rate), [(1 - confidence) / 2, (1 + confidence) / 2]
+        if of is None:
+            low, high = beta.ppf(tails, k, self.prompts + 1 - k)
+        else:
+            low, high = betabinom.ppf(tails, of, k, self.prompts + 1 - k) / of
+        return float(low), float(high)
+
+    def agreement_limit(self, share: float = 0.99) -> float:
+        """The agreement that ``share`` of ordinary prompts stay under: what a steered sample must reach."""
+        return quantile(self.values["agreement"], share)
+
+    def alignment_limit(self, share: float = 0.99) -> float:
+        """The alignment that ``share`` of ordinary prompts stay above: what a steered sample must reach."""
+        return -quantile([-value for value in reversed(self.values["alignment"])], share)
+
+    def at(self, name: str, timestep: float) -> tuple[float, float]:
+        """Mean and standard deviation of a signal of `SERIES` at ``timestep``, interpolated between the calls it was measured at."""
+        order = np.argsort(self.timesteps)
+        known = np.asarray(self.timesteps)[order]
+        mean, std = (np.interp(timestep, known, column[order]) for column in np.asarray(self.series[name]).T)
+        return float(mean), float(std)
+
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """Raise `ProfileError` naming what differs, if this profile was not made for ``fingerprint``."""
+        names = dict.fromkeys([*fingerprint, *self.fingerprint])
+        if differing := [name for name in names if self.fingerprint.get(name) != fingerprint.get(name)]:
+            what = "; ".join(f"{name} is {fingerprint.get(name)!r}, the profile's is {self.fingerprint.get(name)!r}" for name in differing)
+            raise ProfileError(f"The profile does not match this run: {what}.")
+
+    def save(self, path: Path) -> None:
+        """Write the profile as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(asdict(self)))
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a profile; raises `ProfileError` in one sentence if the file is missing, damaged or of another format."""
+        try:
+            fields = json.loads(path.read_text())
+            stages = tuple(Stage(tuple(stage["signals"]), stage["weights"], stage["bound"]) for stage in fields["cascade"]["stages"])
+            scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
+            later = tuple(Scale(**scale) for scale in fields["cascade"]["later"])
+            series = {name: [(float(mean), float(std)) for mean, std in pairs] for name, pairs in fields["series"].items()}
+            ladder = [Rung(**rung) for rung in fields["ladder"]]
+            profile = cls(**{**fields, "cascade": Cascade(stages, scales, later), "series": series, "ladder": ladder})
+            lists = [*profile.values.values(), *([v for pair in pairs for v in pair] for pairs in series.values())]
+            numbers = [*profile.scores, *(v for values in lists for v in values), *profile.timesteps]
+            whole = all(map(math.isfinite, numbers)) and all(profile.values.get(name) for name in profile.cascade.signals)
+        except OSError as error:
+            raise ProfileError(f"The profile {path} cannot be read: {error.strerror}.") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.") from None
+        if profile.format != FORMAT or len(profile.scores) < 2 or not whole:
+            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.")
+        return profile

@@ -1,0 +1,126 @@
+"""The tab on which a profile is looked at, and made from one's own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from sdguard.decision.profile import Profile, ProfileError
+from sdguard.demo import figures
+from sdguard.demo.page import QUICK, WORK, Updates, own_folder, run_buttons, setting_of, stops, told
+from sdguard.demo.runs import Model, Profiles, Setting, profile_known, profile_made, uploaded_prompts
+
+
+def described(profile: Profile | None, setting: Setting, own: bool) -> str:
+    """The profile that a run of this setting goes by, in words and as a histogram."""
+    if profile is None:
+        return figures.hint(
+            f"No profile is known for {setting.steps} steps at guidance {setting.guidance:g}: the next run makes one, or make one here "
+            "from your own prompts."
+        )
+    try:
+        threshold = profile.threshold(setting.rate)
+        low, high = profile.false_positive_interval(setting.rate)
+    except ProfileError as error:
+        return figures.status(str(error), "error")
+    print_ = profile.fingerprint
+    pairs = [
+        ("where it is from", "your own prompts, in this session" if own else "the model, or your cache"),
+        ("pipeline", f"{print_['pipeline']}, {print_['scheduler']}"),
+        (
+            "configuration",
+            f"{print_['steps']} steps, guidance {print_['guidance_scale']:g}, {print_['width']} × {print_['height']}, "
+            f"{print_['dtype'].split('.')[-1]}",
+        ),
+        ("ordinary prompts", f"{profile.prompts:,} scored"),
+        (f"threshold at {setting.rate:.1%}", f"{threshold:+.2f}"),
+        ("realised rate in the long run, 95%", f"{low:.1%} to {high:.1%}"),
+        ("signals of the decision", ", ".join(figures.plain(name).lower() for name in profile.cascade.signals)),
+    ]
+    if profile.ladder:
+        pairs.append(("steering, in the order learnt", ", ".join(rung.method for rung in profile.ladder)))
+    chart = figures.histogram(
+        "Scores of ordinary prompts",
+        profile.scores,
+        threshold,
+        caption=f"At most {setting.rate:.1%} of ordinary prompts reach the threshold. Scores of prompts that did not fit the cascade.",
+    )
+    return f'<div class="sg-profile">{figures.facts(pairs)}{chart}</div>'
+
+
+def saved(profile: Profile) -> str:
+    """The profile as a file among the app's own, as ``--profile`` and `GuardConfig` take it."""
+    path = own_folder() / "profile.json"
+    profile.save(path)
+    return str(path)
+
+
+def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> None:
+    """Lay the tab out; ``shows`` are the events at which the profile in use is looked up."""
+    with gr.Row(elem_classes="sg-columns"):
+        with gr.Column(scale=5, min_width=300):
+            file = gr.File(
+                label="Your ordinary prompts",
+                file_count="single",
+                type="filepath",
+                height=150,
+                elem_id="calibrate-file",
+            )
+            start, stop = run_buttons("Calibrate", "calibrate")
+            back = gr.Button("Back to the model’s own profile", variant="secondary", elem_id="calibrate-back")
+            line = gr.HTML(
+                figures.status(
+                    "Give prompts that are ordinary for you and known not to be memorized; 1% needs about 150. The profile holds "
+                    "for your session only, for the steps and guidance of the Generate tab."
+                ),
+                elem_id="calibrate-status",
+            )
+            download = gr.File(label="Profile, for --profile", interactive=False, visible=False, elem_id="calibrate-download")
+        with gr.Column(scale=8, min_width=300):
+            shown = gr.HTML(figures.hint("The profile in use appears here."), elem_id="calibrate-result")
+
+    def looked(mine: Profiles, *values: Any) -> str:
+        asked = setting_of(model, "-", *values)
+        return described(profile_known(model, asked, mine), asked, (asked.steps, asked.guidance) in mine)
+
+    def run(mine: Any, path: str | None, *values: Any) -> Iterator[Updates]:
+        asked = setting_of(model, "-", *values)
+
+        def work(emit: Any) -> None:
+            asked.checked(model)
+            profile = profile_made(model, asked, uploaded_prompts(path).tolist(), emit)
+            emit(profile)
+            emit((profile,))
+
+        def view(made: tuple[Profile]) -> Updates:
+            (profile,) = made
+            text = f"Done: {profile.prompts:,} prompts scored. Your runs go by this profile from now on."
+            return {
+                line: figures.status(text, "done"),
+                shown: described(profile, asked, True),
+                download: gr.update(value=saved(profile), visible=True),
+            }
+
+        yield from told(work, view, line, profiles, mine, (start, stop))
+
+    def forget(*values: Any) -> Updates:
+        return {
+            profiles: {},
+            shown: looked({}, *values),
+            line: figures.status("Your runs go by the model’s own profile again."),
+            download: gr.update(visible=False),
+        }
+
+    event = start.click(run, [profiles, file, *controls], [line, shown, download, profiles, start, stop], **WORK)
+    stops(event, line, (start, stop))
+    back.click(forget, controls, [profiles, shown, line, download], queue=False, **QUICK)
+    gr.on(
+        [*shows, *(control.change for control in controls[1:5])],
+        looked,
+        [profiles, *controls],
+        shown,
+        queue=False,
+        **QUICK,
+    )

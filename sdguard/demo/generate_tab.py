@@ -1,0 +1,229 @@
+"""The tab on which a prompt is run without and with the guard."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from sdguard.demo import figures
+from sdguard.demo.page import WORK, Updates, example_chips, run_buttons, setting_of, stops, told
+from sdguard.demo.runs import (
+    MOST_GUIDANCE,
+    MOST_IMAGES,
+    MOST_STEPS,
+    BadInput,
+    Comparison,
+    Course,
+    Model,
+    Setting,
+    compare,
+    profile_known,
+    streamed,
+)
+from sdguard.guarded.run import MemorizationError
+from sdguard.steering import METHODS
+from sdguard.testbed.copies import RATIO
+
+EMPTY = "Press Generate: the picture without the guard and the one with it appear here, with a slider between them."
+EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised estimate, and each signal against ordinary prompts."
+
+
+def controls(model: Model) -> list[Any]:
+    """Seed, steps, guidance, images, false-positive rate in per cent, mode, steering: in the order of `page.setting_of`."""
+    with gr.Accordion("Settings", open=False):
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images")
+        steps = gr.Slider(2, MOST_STEPS, model.usual["num_inference_steps"], step=1, label="Steps")
+        guidance = gr.Slider(0, MOST_GUIDANCE, model.usual["guidance_scale"], step=0.5, label="Guidance scale")
+        rate = gr.Slider(0.2, 10, 1, step=0.1, label="False-positive rate, %", info="The share of ordinary prompts that may be flagged.")
+        mode = gr.Radio(
+            [("Steer it away", "steer"), ("Only report", "observe"), ("Withhold it", "block")],
+            value="steer",
+            label="What happens to a flagged image",
+        )
+        steering = gr.Dropdown(
+            list(METHODS),
+            label="Steering methods, in order",
+            multiselect=True,
+            info="Left empty: the order this model’s profile has learnt.",
+        )
+    return [seed, steps, guidance, images, rate, mode, steering]
+
+
+def card(model: Model, found: Comparison, row: int) -> str:
+    """One image: the slider, the verdict once there is one, the nearest training picture."""
+    before, after = (course.images[row] if course.images else shown_so_far(course, row) for course in (found.unguarded, found.guarded))
+    if before is None:
+        return figures.hint("The first estimate is on its way.")
+    parts = [figures.slider(before, after or before, f"{found.setting.prompt}, seed {found.setting.seed + row}")]
+    told_of = []
+    if found.done:
+        report = found.reports[row]
+        told_of.append(figures.verdict(report))
+        told_of.append(
+            figures.facts(
+                [
+                    ("p-value", f"{report.p_value:.3g}" if report.p_value is not None else "–"),
+                    ("denoiser evaluations", f"{found.unguarded.evaluations[row]} → {found.guarded.evaluations[row]}"),
+                    ("milliseconds" + (f", all {found.setting.images}" if found.setting.images > 1 else ""), cost(found)),
+                    ("seed", str(found.setting.seed + row)),
+                ]
+            )
+        )
+    if found.nearest and model.targets is not None:
+        target = Image.fromarray(model.targets.pictures[found.nearest[row]])
+        told_of.append(nearest(target, model.captions[found.nearest[row]], found, row))
+    elif found.done:
+        told_of.append(
+            figures.hint("The nearest training picture is shown for the embedded model only: this one’s training data is not known.")
+        )
+    return f'<article class="sg-card"><div>{"".join(parts)}</div><div>{"".join(told_of)}</div></article>'
+
+
+def shown_so_far(course: Course, row: int) -> Image.Image | None:
+    """The newest denoised estimate, of the first image only."""
+    return course.estimates[max(course.estimates)] if course.estimates and row == 0 else None
+
+
+def cost(found: Comparison) -> str:
+    return f"{1000 * found.unguarded.seconds:,.0f} → {1000 * found.guarded.seconds:,.0f}"
+
+
+def nearest(target: Image.Image, caption: str, found: Comparison, row: int) -> str:
+    """The memorized picture that the unguarded image is nearest to, and whether either image is a copy of it."""
+    words = [f"Unguarded: {ratio_words(found.ratios_before[row])}"]
+    if found.done:
+        withheld = found.reports[row].verdict == "withheld"
+        words.append("Guarded: withheld" if withheld else f"Guarded: {ratio_words(found.ratios_after[row])}")
+    lines = "".join(f"<li>{line}</li>" for line in words)
+    shown = figures.picture(target, f"“{caption}”", 128, "sg-nearest")
+    return f'<div class="sg-training"><h4>Nearest training picture</h4>{shown}<ul>{lines}</ul></div>'
+
+
+def ratio_words(ratio: float) -> str:
+    """The distance ratio of the copy criterion in words."""
+    return f"{'a copy' if ratio < RATIO else 'no copy'} ({ratio:.2f} of the distance to the next one; under {RATIO:.2f} is a copy)"
+
+
+def result(model: Model, found: Comparison) -> str:
+    """The images of a comparison as far as they have come."""
+    count = found.setting.images
+    return (
+        f'<div class="sg-cards sg-{"one" if count == 1 else "many"}">' + "".join(card(model, found, row) for row in range(count)) + "</div>"
+    )
+
+
+def course(found: Comparison) -> str:
+    """How both runs went: their estimates, their signals, and where the decision fell."""
+    setting, profile = found.setting, found.profile
+    strips = "".join(
+        figures.filmstrip(title, sorted(run.estimates.items()), run.images[0] if run.images else None)
+        for title, run in (("Without the guard", found.unguarded), ("With the guard", found.guarded))
+        if run.estimates
+    )
+    runs = [("without the guard", found.unguarded, figures.UNGUARDED), ("with the guard", found.guarded, figures.GUARDED)]
+    charts = [
+        figures.signal_chart(
+            name,
+            profile,
+            setting.rate,
+            setting.steps,
+            [(text, run.timesteps, run.series[name][0], colour) for text, run, colour in runs if name in run.series],
+        )
+        for name in ("guidance_norm", "denoised_norm")
+    ]
+    marks = [
+        (f"seed {setting.seed + row}", report.score, figures.GUARDED)
+        for row, report in enumerate(found.reports)
+        if report.score is not None
+    ]
+    marks = [("this prompt", value, colour) for _, value, colour in marks[:1]] + [("", value, colour) for _, value, colour in marks[1:]]
+    title = f"The score against {profile.prompts:,} ordinary prompts"
+    caption = f"From the threshold on an image is flagged: at most {setting.rate:.1%} of ordinary prompts are."
+    charts.insert(0, figures.histogram(title, profile.scores, profile.threshold(setting.rate), marks, caption))
+    return f'<div class="sg-strips">{strips}</div><div class="sg-charts">{"".join(charts)}</div>'
+
+
+def line_of(found: Comparison) -> str:
+    """How far a comparison has come, in words."""
+    calls = found.setting.steps
+    if found.done:
+        return figures.status(f"Done: {cost(found)} milliseconds without and with the guard.".replace("→", "and"), "done")
+    name, run, base = ("With", found.guarded, 0.5) if found.unguarded.images else ("Without", found.unguarded, 0.0)
+    done = min(len(run.timesteps), calls)
+    return figures.status(f"{name} the guard: denoiser call {done} of {calls}", "busy", base + 0.5 * done / calls)
+
+
+def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> list[Any]:
+    """Lay the tab out; returns its `controls`, whose setting the other tabs share."""
+    with gr.Row(elem_classes="sg-columns"):
+        with gr.Column(scale=5, min_width=300):
+            box.render()
+            start, stop = run_buttons("Generate", "generate")
+            example_chips(model.examples, box)
+            setting = controls(model)
+        with gr.Column(scale=8, min_width=300):
+            line = gr.HTML(figures.status("Choose an example or write a prompt, then press Generate."), elem_id="generate-status")
+            shown = gr.HTML(figures.hint(EMPTY), elem_id="generate-result")
+    with gr.Column(elem_classes="sg-section"):
+        gr.HTML("<h3>While it ran</h3>")
+        ran = gr.HTML(figures.hint(EMPTY_COURSE), elem_id="generate-course")
+
+    def run(mine: Any, *values: Any) -> Iterator[Updates]:
+        asked = setting_of(model, *values)
+
+        def view(found: Comparison) -> Updates:
+            updates: Updates = {line: line_of(found), shown: result(model, found), ran: course(found)}
+            return {**updates, why_box: found.setting.prompt} if found.done else updates
+
+        yield from told(lambda emit: compare(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
+
+    event = gr.on([start.click, box.submit], run, [profiles, box, *setting], [line, shown, ran, profiles, why_box, start, stop], **WORK)
+    stops(event, line, (start, stop))
+    return setting
+
+
+def png(image: Image.Image) -> str:
+    """An image as a PNG in base64."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def endpoint(model: Model) -> None:
+    """The API: ``/generate``, with the limits of the page."""
+
+    def generate(
+        prompt: str,
+        seed: int = 0,
+        images: int = 1,
+        steps: int = model.usual["num_inference_steps"],
+        guidance: float = model.usual["guidance_scale"],
+        false_positive_rate: float = 0.01,
+        mode: str = "steer",
+        steering: list[str] | None = None,
+    ) -> dict[str, Any]:
+        """Run a prompt without and with the guard: ``reports``, and the pictures ``unguarded`` and ``guarded`` as PNG in base64."""
+        asked = Setting(prompt, seed, steps, guidance, images, false_positive_rate, mode, tuple(steering or ()))
+        try:
+            asked = asked.checked(model)
+            if profile_known(model, asked, {}) is None:
+                raise BadInput(f"No profile is known for {steps} steps at guidance {guidance:g}: run 'sdguard calibrate' for it first.")
+            events = [event for event in streamed(lambda emit: compare(model, asked, {}, emit)) if event is not None]
+        except (ValueError, TypeError, MemorizationError) as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        found: Comparison = events[-1]
+        return {
+            "reports": [vars(report) for report in found.reports],
+            "unguarded": [png(image) for image in found.unguarded.images],
+            "guarded": [png(image) for image in found.guarded.images],
+            "milliseconds": [1000 * found.unguarded.seconds, 1000 * found.guarded.seconds],
+        }
+
+    limits = {name: WORK[name] for name in ("concurrency_limit", "concurrency_id")}
+    gr.api(generate, api_name="generate", **limits)

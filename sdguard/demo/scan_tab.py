@@ -1,0 +1,88 @@
+"""The tab that ranks the prompts of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from sdguard.demo import figures
+from sdguard.demo.page import WORK, Updates, own_folder, run_buttons, setting_of, stops, told
+from sdguard.demo.runs import MOST_SEEDS, SUFFIXES, Model, Scanned, scanned, uploaded_prompts
+from sdguard.files.prompt_files import write_table
+from sdguard.scan.scan import power_note
+
+EMPTY = "Choose a file of prompts and press Scan: they appear here, the most suspicious first. No pictures are made."
+#: rows on the page; the files have all.
+SHOWN = 200
+
+
+def saved(table: pd.DataFrame) -> list[str]:
+    """The table as CSV and as JSON in a new folder among the app's own files."""
+    folder = own_folder()
+    write_table(table, folder / "scan.csv")
+    table.to_json(folder / "scan.json", orient="records", indent=1, double_precision=15)
+    return [str(folder / "scan.csv"), str(folder / "scan.json")]
+
+
+def shown_table(table: pd.DataFrame) -> str:
+    """The first rows, for people; discoveries are marked."""
+    rows = [
+        (
+            rank,
+            row.prompt,
+            f"{row.score:+.2f}",
+            f"{row.p_value:.2g}",
+            f"{row.q_value:.2g}",
+            "discovered" if row.discovered else row.error or "",
+        )
+        for rank, row in enumerate(table.head(SHOWN).itertuples(), start=1)
+    ]
+    return figures.table(("rank", "prompt", "score", "p", "q", ""), rows, "prompts by p-value")
+
+
+def summary(found: Scanned, seeds: int, fdr: float) -> str:
+    """What came out, in sentences."""
+    table = found.table
+    shown = f" The first {SHOWN} are shown; the files have all." if len(table) > SHOWN else ""
+    sentence = (
+        f"{int(table.discovered.sum())} of {len(table):,} prompts discovered at a false discovery rate of {fdr:.0%}, "
+        f"{table.evaluations.mean():.1f} denoiser evaluations a prompt, {found.seconds:.1f} seconds.{shown}"
+    )
+    return " ".join(filter(None, [sentence, power_note(found.profile, seeds, int(table.p_value.notna().sum()), fdr)]))
+
+
+def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
+    """Lay the tab out."""
+    with gr.Row(elem_classes="sg-columns"):
+        with gr.Column(scale=5, min_width=300):
+            file = gr.File(label="Prompts", file_count="single", type="filepath", height=150, elem_id="scan-file")
+            seeds = gr.Slider(1, MOST_SEEDS, 1, step=1, label="Seeds a prompt")
+            fdr = gr.Slider(1, 50, 5, step=1, label="False discovery rate, %", info="The share of discoveries that may be ordinary.")
+            start, stop = run_buttons("Scan", "scan")
+            files = gr.File(
+                label="Ranked table: CSV and JSON", file_count="multiple", interactive=False, visible=False, elem_id="scan-downloads"
+            )
+        with gr.Column(scale=8, min_width=300):
+            line = gr.HTML(
+                figures.status(f"One prompt a line, or a column called prompt, caption or text: {', '.join(SUFFIXES)}, 2 MB at most."),
+                elem_id="scan-status",
+            )
+            shown = gr.HTML(figures.hint(EMPTY), elem_id="scan-result")
+
+    def run(mine: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:
+        asked = setting_of(model, "-", *values)
+
+        def work(emit: Any) -> None:
+            scanned(model, uploaded_prompts(path), int(count), percent / 100, asked, mine, emit)
+
+        def view(found: Scanned) -> Updates:
+            text = figures.status(summary(found, int(count), percent / 100), "done")
+            return {line: text, shown: shown_table(found.table), files: gr.update(value=saved(found.table), visible=True)}
+
+        yield from told(work, view, line, profiles, mine, (start, stop))
+
+    event = start.click(run, [profiles, file, seeds, fdr, *controls], [line, shown, files, profiles, start, stop], **WORK)
+    stops(event, line, (start, stop))

@@ -1,0 +1,120 @@
+"""Reading a pipeline: what its denoiser shows for some prompts, without making their pictures."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import ClassifierFreeGuidance, ModularPipeline
+from PIL import Image
+from torch import Tensor
+
+from sdguard.correction import Correction
+from sdguard.denoiser.families import GUIDANCE, Encoder
+from sdguard.denoiser.hook import watched
+from sdguard.denoiser.replay import private_copy
+from sdguard.observation import Observation
+
+
+class _Enough(BaseException):
+    """Ends a run once everything has been read; no `Exception`, which modular pipelines would log as an error of theirs."""
+
+
+class _Reader:
+    """Hands the first ``calls`` observations to ``look`` and then ends the run; with ``calls`` None the run goes to its end."""
+
+    def __init__(self, look: Callable[[Observation], None], calls: int | None) -> None:
+        self.corrections: dict[int, Correction] = {}
+        self.look, self.calls = look, calls
+
+    def reads(self, step: int) -> bool:
+        return True
+
+    def observe(self, observation: Observation) -> None:
+        self.look(observation)
+        if observation.step + 1 == self.calls:
+            raise _Enough
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Within the block the pipeline, or the loops among a modular one's blocks, show no progress bar."""
+    blocks = [pipe]
+    if isinstance(pipe, ModularPipeline):
+        blocks = [pipe._blocks]
+        for block in blocks:
+            blocks.extend(block.sub_blocks.values())
+    shown = [block for block in blocks if hasattr(block, "set_progress_bar_config")]
+    before = [dict(getattr(block, "_progress_bar_config", {})) for block in shown]
+    for block, config in zip(shown, before, strict=True):
+        block.set_progress_bar_config(**{**config, "disable": True})
+    try:
+        yield
+    finally:
+        for block, config in zip(shown, before, strict=True):
+            block.set_progress_bar_config(**config)
+
+
+@functools.cache
+def plain_guider(**options: Any) -> ClassifierFreeGuidance:
+    """Guidance and nothing else; made once, as it warns each time that it is new in diffusers."""
+    return ClassifierFreeGuidance(**options)
+
+
+@contextmanager
+def beside(pipe: Any, setting: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Within the block a modular pipeline runs with a scheduler and plain guidance of its own, so that a run of it may be under way.
+
+    Gives what of ``setting`` its call takes, the rest of it being the guider's; for any other pipeline all of it.
+    """
+    if not isinstance(pipe, ModularPipeline):
+        yield setting
+        return
+    options = {name: setting[name] for name in GUIDANCE if name in setting}
+    before = pipe.guider, pipe.scheduler
+    pipe.guider, pipe.scheduler = copy.copy(plain_guider(**options)), private_copy(pipe.scheduler)
+    try:
+        yield {name: value for name, value in setting.items() if name not in options}
+    finally:
+        pipe.guider, pipe.scheduler = before
+
+
+def for_each(count: int, value: Any) -> Any:
+    """A picture or a text for each of ``count`` prompts, where ``value`` is a single one; everything else as it is."""
+    if isinstance(value, (Image.Image, str)):
+        return [value] * count
+    if isinstance(value, Tensor) and value.ndim >= 3 and len(value) == 1:
+        return value.expand(count, *value.shape[1:])
+    return value
+
+
+@contextmanager
+def shown(pipe: Any, given: dict[str, Any], look: Callable[[Observation], None], calls: int | None = None) -> Iterator[None]:
+    """Within the block ``look`` is shown the first ``calls`` denoiser calls (all of them with None) of a run given ``given``.
+
+    After the last of so many the run ends, and with it the block; with None it goes on as it would unwatched, to the same picture.
+    """
+    try:
+        with quiet(pipe), watched(Encoder(pipe, given), _Reader(look, calls)):
+            yield
+    except _Enough:
+        pass
+
+
+def read(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], look: Callable[[Observation], None], calls: int | None = 1, **setting: Any
+) -> None:
+    """Show ``look`` the first ``calls`` denoiser calls (all of them with None) of one run of ``prompts``, one seed each.
+
+    ``setting`` goes to the pipeline, and to a modular one's guider, a single picture or text in it as one for each prompt; of an
+    IP-Adapter's pictures there is one an adapter, whatever the number of prompts. No picture is decoded. Cost: 2 denoiser evaluations a
+    prompt and call.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with beside(pipe, setting) as given, shown(pipe, given, look, calls):
+        inputs = {name: value if name.startswith("ip_adapter") else for_each(len(prompts), value) for name, value in given.items()}
+        pipe(prompt=list(prompts), generator=generators, output_type="latent", **inputs)

@@ -1,0 +1,261 @@
+"""The guard for diffusers' modular pipelines, as a guider."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextlib import ExitStack
+from typing import Any
+
+from diffusers import ClassifierFreeGuidance, ModularPipeline
+from torch import Tensor, nn
+
+from sdguard.correction import Correction
+from sdguard.decision.calibration import profile_of
+from sdguard.decision.profile import ProfileError
+from sdguard.denoiser.families import GUIDANCE, Encoder, denoiser_of, family_of
+from sdguard.denoiser.hook import PER_ROW, Call, DenoiserHook, hung, kept
+from sdguard.guarded.config import GuardConfig
+from sdguard.guarded.report import GuardReport
+from sdguard.guarded.run import GuardedRun
+from sdguard.observation import Observation
+
+#: how far an embedding may be from the one it should be, token by token: batches of another size round differently.
+SAME = 0.1
+
+#: where among the denoiser's arguments an IP-Adapter's pictures are.
+IMAGES = (("added_cond_kwargs", "image_embeds"), ("joint_attention_kwargs", "ip_adapter_image_embeds"))
+
+
+class GuardedGuidance(ClassifierFreeGuidance):
+    """Classifier-free guidance that guards the text-to-image runs of a modular pipeline.
+
+    ``pipe.update_components(guider=GuardedGuidance(pipe, guidance_scale=5.0))``, then ``pipe(prompt=...)`` as ever; ``reports`` has one
+    `GuardReport` per image of the last run. Images that are not flagged are bit-identical to those under `ClassifierFreeGuidance`. A guider
+    is handed no texts and no pictures, from which three things follow. Prompts are reworded only where ``prompts`` has them. A negative
+    prompt has to be in ``inputs``, since it is part of what is calibrated. And what is withheld is not blanked afterwards: its latents are
+    set to zero at every step from the one that flagged it on, so that the decoder draws its picture of nothing.
+
+    One run at a time: pipelines that share a denoiser or a scheduler are not to run at once.
+
+    Cost: as under `GuardedPipeline`; a call without guidance that the guard reads pays one evaluation an image.
+
+    Args:
+        pipe: the modular pipeline whose guider this is to be.
+        guard: how to guard, by default `GuardConfig()`.
+        inputs: what else every call of the pipeline is given that moves the statistics: ``negative_prompt``, ``max_sequence_length``,
+            ``timesteps``, ``original_size`` and their like. A run with another negative prompt or other timesteps is refused; the rest is
+            believed.
+        guidance: the arguments of `ClassifierFreeGuidance`.
+
+    Attributes:
+        prompts: set to the prompts of the next run, and forgotten after it: one text, or a list as long as the call's.
+        reports: of the last run; empty until its first call has been judged.
+
+    Raises:
+        TypeError: the pipeline's class is not supported; the message names it.
+        ValueError: in a run: it is no text-to-image run of a whole schedule, or has other prompts or another negative prompt than said.
+        ProfileError: in a run: the profile given does not match it, or calibration is forbidden and none is known.
+        MemorizationError: in a run, with ``on_failure="raise"``.
+    """
+
+    def __init__(
+        self, pipe: ModularPipeline, guard: GuardConfig | None = None, inputs: dict[str, Any] | None = None, **guidance: Any
+    ) -> None:
+        if not isinstance(pipe, ModularPipeline):
+            raise TypeError(f"{type(pipe).__name__} is no modular pipeline: it is guarded by sdguard.guard.")
+        family_of(pipe)
+        super().__init__(**guidance)
+        self.pipe, self.guard, self.inputs = pipe, guard or GuardConfig(), inputs or {}
+        self.prompts: str | list[str] | None = None
+        self.reports: list[GuardReport] = []
+        self.seam: Seam | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `ClassifierFreeGuidance` that make what this guider is now."""
+        held = vars(self)
+        return {name: held[name] if name in held else held[f"_{name}"] for name in GUIDANCE}
+
+    def new(self, **changes: Any) -> GuardedGuidance:
+        """The same guider with some of its arguments changed."""
+        return type(self)(**{"pipe": self.pipe, "guard": self.guard, "inputs": self.inputs, **self.options, **changes})
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+        """Note the step that begins; the first begins a run."""
+        super().set_state(step, num_inference_steps, timestep)
+        if step == 0:
+            if self.seam is not None:  # of a run that an error may have ended between two calls
+                self.seam.leave()
+            self.reports, self.seam = [], Seam(self)
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        """Have the next call of the denoiser noted."""
+        super().prepare_models(denoiser)
+        if denoiser is not denoiser_of(self.pipe) or self.pipe.guider is not self:
+            raise ValueError("This GuardedGuidance was made for another pipeline than the one that runs.")
+        assert self.seam is not None
+        self.seam.await_call(denoiser)
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        """Note no further call; one that has come has ended that itself."""
+        super().cleanup_models(denoiser)
+        assert self.seam is not None
+        self.seam.leave()
+
+    def __call__(self, data: list[Any]) -> Any:
+        """Judge the step whose calls are over, and guide what comes of it."""
+        assert self.seam is not None
+        for branch, prediction in zip(data, self.seam.judged(), strict=True):
+            branch.noise_pred = prediction
+        guided = super().__call__(data)
+        self.seam.await_step([report.row for report in self.reports if report.verdict == "withheld"])
+        return guided
+
+    def begin(self, first: Observation) -> GuardedRun:
+        """The watcher of a run, from its first call. Cost: none where the profile is known, else `calibrate`'s, in runs of their own."""
+        pipe, inputs = self.pipe, dict(self.inputs)
+        if family_of(pipe).blank:  # with none at all the pipeline gives the prompt to both branches
+            inputs.setdefault("negative_prompt", "")
+        encoder = Encoder(pipe, inputs)
+        self.check_null(encoder, first)
+        prompts = self.prompts_of(encoder, first)
+        usual = inspect.signature(ClassifierFreeGuidance).parameters
+        unusual = {name: value for name, value in self.options.items() if name != "guidance_scale" and value != usual[name].default}
+        height, width = (side * pipe.vae_scale_factor for side in first.x.shape[2:])
+        setting = {"steps": self._num_inference_steps, "guidance_scale": self.guidance_scale, "height": height, "width": width}
+        profile = profile_of(pipe, self.guard, **setting, inputs=inputs | unusual)
+        if profile.timesteps and profile.timesteps != pipe.scheduler.timesteps.tolist():
+            raise ProfileError("The profile does not match this run: its timesteps are others; custom ones go into the guider's inputs.")
+        run = GuardedRun(self.guard, profile, prompts, encoder)
+        self.reports = run.reports
+        return run
+
+    def check_null(self, encoder: Encoder, first: Observation) -> None:
+        """Raise `ValueError` if a run has another negative prompt than ``inputs`` say."""
+        negative = encoder.given.get("negative_prompt")
+        wanted = encoder.both([""])[1] if negative is None else encoder([negative])
+        if self._is_cfg_enabled() and not same(first.null_condition, wanted):
+            raise ValueError(f"The guider's inputs say that the negative prompt is {negative!r}, and in this run it is another.")
+
+    def prompts_of(self, encoder: Encoder, first: Observation) -> list[str | None]:
+        """The prompt of each image; raises `ValueError` if they are not those of the run."""
+        told, self.prompts = self.prompts, None
+        texts, images = [told] if isinstance(told, str) else told, first.run_rows
+        if texts is None:
+            return [None] * images
+        if not texts or images % len(texts):
+            raise ValueError(f"The guider was told {len(texts)} prompts, and this run makes {images} images.")
+        each = images // len(texts)
+        if not same(first.condition, encoder(texts).repeat_interleave(each, dim=0)):
+            raise ValueError("The prompts that the guider was told are not those of this run.")
+        return [text for text in texts for _ in range(each)]
+
+
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two text conditions, ``[n, T, E]`` and ``[n or 1, T, E]``, are those of the same texts."""
+    if found.shape[1:] != wanted.shape[1:]:
+        return False
+    found, wanted = found.float(), wanted.float()
+    return bool(((found - wanted).norm(dim=-1) <= SAME * wanted.norm(dim=-1)).all())
+
+
+class Opening:
+    """The watcher of a guider's run: the guard's, from the first call on, which says how many images of which size there are."""
+
+    def __init__(self, guider: GuardedGuidance) -> None:
+        self.guider = guider
+        self.run: GuardedRun | None = None
+        self.corrections: dict[int, Correction] = {}
+
+    def reads(self, step: int) -> bool:
+        return self.run.reads(step) if self.run else True
+
+    def observe(self, observation: Observation) -> None:
+        if self.run is None:
+            self.run = self.guider.begin(observation)
+            self.corrections = self.run.corrections
+        self.run.observe(observation)
+
+
+class Seam(DenoiserHook):
+    """The hook of one run of a guider. It stands around the denoiser, and around ``scheduler.step``, for one call at a time.
+
+    It is gone when that call begins, whatever becomes of it, and a step is judged between its calls of the denoiser and the scheduler's:
+    the pipeline is free then, and the corrected branches go to the guider as they are.
+    """
+
+    def __init__(self, guider: GuardedGuidance) -> None:
+        super().__init__(Opening(guider), Encoder(guider.pipe, guider.inputs))
+        self.guider = guider
+        self.calls: list[Call] = []
+        self.module: Any = None
+        self.standing = ExitStack()
+
+    def leave(self) -> None:
+        """Take away what still stands."""
+        self.standing.close()
+
+    def await_call(self, denoiser: nn.Module) -> None:
+        """Stand around the denoiser until it is called."""
+        self.leave()
+        self.module = denoiser
+        self.standing.enter_context(hung(denoiser, self))
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.strange(kwargs):
+            return self.fn_ref.original_forward(*args, **kwargs)
+        self.leave()
+        kwargs = self.named(args, kwargs)
+        if not self.calls:
+            self.begin(kwargs, len(kwargs[self.family.sample]))
+            kwargs = self.redirect(kwargs)
+        output = self.fn_ref.original_forward(**kwargs)
+        self.calls.append(kept(kwargs, output[0]))
+        return output
+
+    def judged(self) -> list[Tensor]:
+        """What the step's calls gave, in their order, as the watcher's corrections want it."""
+        (text, *null), self.calls = self.calls, []
+        if len(self.timesteps) == 1:
+            self.check(*text)
+        if null:
+            return list(reversed(self.look_at_both(self.module, null[0], text).chunk(2)))
+        return [text[1] if self.idle else self.look(self.module, *text)]
+
+    def check(self, kwargs: dict[str, Any], output: Tensor) -> None:
+        """Raise `ValueError` if a run's first call is not that of a text-to-image run of a whole schedule."""
+        scheduler, given = self.pipe.scheduler, [name for name in PER_ROW if kwargs.get(name) is not None]
+        images = [(kwargs.get(name) or {}).get(entry) for name, entry in IMAGES]
+        whole = self.timesteps[0] == scheduler.timesteps[0] and scheduler.num_inference_steps == self.guider._num_inference_steps
+        found = {
+            "has a ControlNet": any("residual" in name or "controlnet" in name for name in given),
+            "has an IP-Adapter": any(image is not None for image in images),
+            "fills in a mask": kwargs[self.family.sample].shape[1] != output.shape[1],
+            "does not go through its whole schedule": not whole,
+        }
+        if reasons := [reason for reason, is_so in found.items() if is_so]:
+            raise ValueError(f"GuardedGuidance guards text-to-image runs only; this one {' and '.join(reasons)}.")
+
+    @property
+    def rescale(self) -> float:
+        return float(self.guider.guidance_rescale)
+
+    def await_step(self, withheld: list[int]) -> None:
+        """Stand around ``scheduler.step`` until it is called, for the rows that arrive and those that are withheld."""
+        scheduler = self.pipe.scheduler
+        original, before = scheduler.step, {name: value for name, value in vars(scheduler).items() if name == "step"}
+
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self.leave()
+            output = self.step(original)(*args, **kwargs)
+            output[0][withheld] = 0
+            return output
+
+        def restore() -> None:
+            vars(scheduler).pop("step")
+            vars(scheduler).update(before)
+
+        vars(scheduler)["step"] = step
+        self.standing.callback(restore)

@@ -1,0 +1,42 @@
+"""Calibrate the embedded model; ``python -m sdguard.testbed.make_profile`` writes the profile it ships with.
+
+The decision rests on the calibration split's never-memorized captions alone, the ladder on the development split's memorized ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow.parquet as pq
+import typer
+from rich.progress import Progress
+
+from sdguard import testbed
+from sdguard.decision.calibration import PROFILE_FILE, PROMPTS_FILE, calibrate
+from sdguard.denoiser.families import default_size
+from sdguard.steering.learning import learn_ladder
+
+
+def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = Path(__file__).parent / "model") -> None:
+    """Write the calibration captions and the profile measured on them into the pipeline directory."""
+    rows = pq.read_table(model / "prompts.parquet").to_pylist()
+    prompts = [row["text"] for row in rows if row["split"] == "calibration"]
+    pipe = testbed.load()
+    size = default_size(pipe)
+    setting: dict[str, Any] = {"steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "height": size, "width": size}
+    memorized = [row["text"] for row in rows if row["split"] == "development" and row["copy_rate"] >= 0.5]
+    with Progress() as bar:
+        task = bar.add_task("calibrating", total=len(prompts))
+        profile = calibrate(pipe, prompts, **setting, progress=lambda done, _: bar.update(task, completed=done))
+        ladder = bar.add_task("learning the ladder", total=len(memorized))
+        profile = learn_ladder(pipe, profile, memorized, **setting, progress=lambda done, _: bar.update(ladder, completed=done))
+    profile.save(model / PROFILE_FILE)
+    (model / PROMPTS_FILE).write_text("\n".join(prompts) + "\n")
+    for rung in profile.ladder:
+        typer.echo(f"{rung.method}: cured {rung.cured:.0%} at {rung.cost:.0f} evaluations, moved {rung.moved:.2f}")
+    typer.echo(f"{model / PROFILE_FILE}: {profile.prompts} ordinary prompts, a score above {profile.threshold(0.01):.3f} is flagged at 1%")
+
+
+if __name__ == "__main__":
+    typer.run(main)

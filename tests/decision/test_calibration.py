@@ -1,0 +1,203 @@
+"""Profiles: conformal p-values, thresholds, files, and what is refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdguard.decision.calibration import calibrate, fingerprint, loaded
+from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.decision.profile import Profile, ProfileError, Rung
+from sdguard.denoiser.probe import read
+from sdguard.steering.learning import learn_ladder
+
+values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
+
+
+def profile(norms: list[float]) -> Profile:
+    cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
+    course = {"guidance_norm": [(1.0, 0.1), (2.0, 0.3)]}
+    ladder = [Rung("rewording", 0.9, 20.0, 0.4)]
+    return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, course, [900.0, 100.0], {"cat": 2}, ladder)
+
+
+@given(values, st.floats(0.001, 200))
+def test_p_value_falls_as_the_norm_rises(norms: list[float], norm: float) -> None:
+    made = profile(norms)
+    assert 1 / (1 + len(norms)) <= made.p_value(norm * 1.5) <= made.p_value(norm) <= 1
+
+
+@given(values, st.sampled_from([0.05, 0.1, 0.3]))
+def test_no_more_ordinary_prompts_are_flagged_than_promised(norms: list[float], rate: float) -> None:
+    """Leave-one-out over any sample is the exchangeability argument itself: at most ``rate`` of its members are flagged."""
+    flagged = 0
+    for i, norm in enumerate(norms):
+        rest = [v for j, v in enumerate(norms) if j != i]
+        flagged += len(rest) > 0 and profile(rest).p_value(norm) <= rate
+    assert flagged <= rate * len(norms) + 1e-9
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=20, max_size=60), st.sampled_from([0.05, 0.1, 0.3]))
+def test_threshold_and_p_value_are_one_decision(norms: list[float], rate: float) -> None:
+    made = profile(norms)
+    limit = made.threshold(rate)
+    assert made.p_value(limit * 1.0001) <= rate
+    assert made.p_value(limit) > rate
+
+
+def test_a_rate_the_prompts_cannot_support_says_how_many_are_needed() -> None:
+    with pytest.raises(ProfileError, match="at least 99 scored ordinary prompts; this profile has 3"):
+        profile([1, 2, 3]).threshold(0.01)
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    made = profile([3.0, 1.0, 2.0])
+    made.save(tmp_path / "deep" / "profile.json")
+    assert Profile.load(tmp_path / "deep" / "profile.json") == made
+
+
+def test_a_profile_file_is_read_again_once_it_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    for scores in ([1.0, 2.0], [1.0, 3.0]):
+        profile(scores).save(path)
+        assert loaded(path).scores == scores
+    path.unlink()
+    with pytest.raises(ProfileError, match="cannot be read"):
+        loaded(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"steps": 1}',
+        '{"fingerprint": {}, "cascade": {"stages": [], "scales": {}}, "scores": [], "values": {}, "series": {}}',
+    ],
+)
+def test_a_damaged_profile_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text(text)
+    with pytest.raises(ProfileError, match="is not a profile of sdguard, or it is damaged"):
+        Profile.load(tmp_path / "profile.json")
+
+
+def test_a_profile_of_another_format_is_refused(tmp_path: Path) -> None:
+    profile([1, 2]).save(tmp_path / "profile.json")
+    fields = json.loads((tmp_path / "profile.json").read_text())
+    (tmp_path / "profile.json").write_text(json.dumps({**fields, "format": 99}))
+    with pytest.raises(ProfileError):
+        Profile.load(tmp_path / "profile.json")
+
+
+def test_a_profile_of_another_configuration_is_refused_by_name() -> None:
+    with pytest.raises(ProfileError, match="steps is 50, the profile's is 3"):
+        profile([1, 2]).check({"steps": 50})
+
+
+def test_fingerprint_moves_with_weights_scheduler_and_setting(tiny: Any) -> None:
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    first = fingerprint(tiny, **setting)
+    assert fingerprint(tiny, **setting) == first
+    assert fingerprint(tiny, **{**setting, "steps": 4}) != first
+    tiny.scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config, beta_end=0.02)
+    assert fingerprint(tiny, **setting)["scheduler_config"] != first["scheduler_config"]
+    next(iter(tiny.unet.parameters())).data.add_(1e-3)
+    assert fingerprint(tiny, **setting)["weights"] != first["weights"]
+
+
+def test_calibration_is_deterministic_and_independent_of_batching(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"a cat number {i}" for i in range(6)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    whole = calibrate(tiny, prompts, **setting)
+    monkeypatch.setattr("sdguard.decision.calibration.BATCH", 4)
+    parts = calibrate(tiny, prompts, **setting)
+    assert parts.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3)
+    assert parts.values["agreement"] == pytest.approx(whole.values["agreement"], abs=1e-3)
+    assert [len(course) for course in whole.series.values()] == [3, 3]
+    assert len(whole.timesteps) == 3
+    assert len(whole.cascade.later) == 2
+    assert whole.words["cat"] == 6
+
+
+def test_calibration_needs_prompts(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="at least 4 ordinary prompts; 0 given"):
+        calibrate(tiny, [], steps=3, guidance_scale=4.0, height=16, width=16)
+
+
+def test_make_profile_fixture_matches(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    made = profile_for(tiny, 2.0)
+    made.check(fingerprint(tiny, steps=3, guidance_scale=4.0, height=16, width=16))
+
+
+@given(st.integers(100, 2000), st.sampled_from([0.01, 0.05]))
+def test_the_interval_of_the_realised_rate_holds_its_mean_and_narrows(prompts: int, rate: float) -> None:
+    made, larger = profile([float(i) for i in range(prompts)]), profile([float(i) for i in range(4 * prompts)])
+    low, high = made.false_positive_interval(rate)
+    assert low < made.allowed(rate) / (prompts + 1) < high
+    assert made.false_positive_interval(rate, of=50)[1] > high
+    assert larger.false_positive_interval(rate)[1] - larger.false_positive_interval(rate)[0] < high - low
+
+
+def test_a_killed_calibration_goes_on_where_it_stopped(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"a cat number {i}" for i in range(9)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    monkeypatch.setattr("sdguard.decision.calibration.BATCH", 2)
+    whole = calibrate(tiny, prompts, **setting)
+    asked: list[str] = []
+
+    def counted(pipe: Any, batch: list[str], *args: Any, **kwargs: Any) -> None:
+        asked.extend(batch)
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        read(pipe, batch, *args, **kwargs)
+
+    monkeypatch.setattr("sdguard.decision.calibration.read", counted)
+    journal = tmp_path / "profile.json"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny, prompts, **setting, journal=journal)
+    before = len(asked)
+    assert calibrate(tiny, prompts, **setting, journal=journal) == whole
+    assert len(asked) - before < before + len(whole.scores)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_known_memorized_prompts_fit_the_weights_and_nothing_else(tiny: Any) -> None:
+    prompts = [f"a cat number {i}" for i in range(12)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    plain = calibrate(tiny, prompts, **setting)
+    labelled = calibrate(tiny, prompts, memorized=["a zebra at sea", "a rose at sea"], **setting)
+    assert labelled.values == plain.values
+    assert labelled.cascade.scales == plain.cascade.scales
+    assert labelled.cascade.stages[0].weights != plain.cascade.stages[0].weights
+
+
+def test_a_series_is_read_between_its_calls() -> None:
+    made = profile([1.0, 2.0])
+    assert made.at("guidance_norm", 500.0) == pytest.approx((1.5, 0.2))
+    assert made.at("guidance_norm", 5000.0) == pytest.approx((1.0, 0.1))
+
+
+def test_limits_of_verification_are_those_of_99_in_100_ordinary_prompts() -> None:
+    made = replace(profile([1.0, 2.0]), values={"agreement": [i / 1000 for i in range(200)], "alignment": [i / 100 for i in range(200)]})
+    assert made.agreement_limit() == pytest.approx(0.198)
+    assert made.alignment_limit() == pytest.approx(0.01)
+
+
+def test_a_ladder_is_learnt_from_memorized_prompts_alone_and_the_same_each_time(tiny: Any) -> None:
+    prompts = [f"a cat number {i}" for i in range(8)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    profile = calibrate(tiny, prompts, **setting)
+    assert not profile.ladder
+    lenient = replace(profile, values={**profile.values, "agreement": [2.0] * 100, "alignment": [-1e9] * 100})
+    learnt = learn_ladder(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting)
+    assert {"embedding descent", "padding damping", "attention attenuation"} <= {rung.method for rung in learnt.ladder}
+    assert all(rung.cured > 0 and rung.cost > 0 for rung in learnt.ladder)
+    assert replace(learnt, ladder=[]) == lenient
+    assert learn_ladder(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting) == learnt
+    assert not learn_ladder(tiny, replace(lenient, values={**lenient.values, "agreement": [-2.0] * 100}), prompts[:1], **setting).ladder

@@ -1,0 +1,413 @@
+"""The demo without its page: streaming, limits, what runs find, the geometry against densities in closed form, and that text stays text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from sdguard import GuardConfig, Profile, guard, testbed
+from sdguard.cli.commands import BadInput
+from sdguard.cli.main import app
+from sdguard.decision.calibration import PROFILE_FILE
+from sdguard.demo import figures
+from sdguard.demo.landscape import REACH, SIDE, Landscape, landscape, potential, slice_of
+from sdguard.demo.runs import (
+    Comparison,
+    Emit,
+    Model,
+    Progress,
+    Setting,
+    Stopped,
+    Why,
+    compare,
+    embedded_examples,
+    evenly,
+    profile_known,
+    profile_made,
+    scanned,
+    stoppable,
+    streamed,
+    uploaded_prompts,
+    why,
+)
+from sdguard.explain.explanation import explain
+from sdguard.guarded.report import GuardReport
+from sdguard.testbed.copies import load_targets
+
+STEPS, GUIDANCE = testbed.STEPS, testbed.GUIDANCE_SCALE
+CALL: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+ORDINARY = "a zebra in fog"
+
+
+@pytest.fixture(scope="session")
+def model(embedded: Any) -> Model:
+    return Model("embedded", embedded, CALL, *load_targets(testbed.path(), embedded.vae), embedded_examples())
+
+
+@pytest.fixture(scope="session")
+def profile() -> Profile:
+    return Profile.load(testbed.path() / PROFILE_FILE)
+
+
+def emitted(work: Callable[[Emit], None]) -> list[Any]:
+    events: list[Any] = []
+    work(events.append)
+    return events
+
+
+# streaming
+
+
+def test_what_is_emitted_comes_in_order_and_errors_come_through() -> None:
+    def work(emit: Emit) -> None:
+        emit("a")
+        emit(1)
+        emit(2.0)
+        raise ValueError("no")
+
+    events = streamed(work)
+    assert [next(events), next(events), next(events)] == ["a", 1, 2.0]
+    with pytest.raises(ValueError, match="no"):
+        next(events)
+
+
+def test_a_slow_reader_gets_the_newest_and_the_last_of_each_kind() -> None:
+    def work(emit: Emit) -> None:
+        for number in range(50):
+            emit(number)
+        emit("end")
+
+    events = streamed(work)
+    first = next(events)
+    time.sleep(1)
+    assert [event for event in events if event is not None] == [49, "end"]
+    assert first in range(49)
+
+
+def test_without_news_none_comes() -> None:
+    ready = threading.Event()
+
+    def work(emit: Emit) -> None:
+        ready.wait(10)
+        emit("late")
+
+    events = streamed(work)
+    assert next(events) is None
+    ready.set()
+    assert [event for event in events if event is not None] == ["late"]
+
+
+def test_closing_ends_the_work_in_the_middle_of_a_denoiser_call() -> None:
+    entered, ended = threading.Event(), threading.Event()
+
+    class Slow(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            entered.set()
+            time.sleep(0.02)
+            return x
+
+    denoiser = torch.nn.Sequential(*(Slow() for _ in range(500)))
+    stoppable(denoiser)
+
+    def work(emit: Emit) -> None:
+        try:
+            emit("begun")
+            denoiser(torch.zeros(1))
+        except Stopped:
+            ended.set()
+            raise
+
+    events = streamed(work)
+    assert next(events) == "begun"
+    assert entered.wait(5)
+    events.close()
+    assert ended.wait(2)  # all of it would take ten seconds
+    assert denoiser[:2](torch.zeros(1)).shape == (1,)  # nobody else is stopped
+
+
+# limits
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"prompt": "  "}, "Write a prompt first"),
+        ({"prompt": "x" * 601}, "601 characters"),
+        ({"prompt": "panda " * 90}, "would be cut"),
+        ({"images": 5}, "number of images must lie between 1 and 4"),
+        ({"images": 0}, "number of images"),
+        ({"steps": 101}, "number of steps"),
+        ({"guidance": float("nan")}, "guidance scale"),
+        ({"guidance": "7"}, "guidance scale"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"rate": 0.0}, "false_positive_rate"),
+        ({"mode": "off"}, "mode"),
+        ({"steering": ("magic",)}, "steering has 'magic'"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence(changed: dict[str, Any], says: str, model: Model) -> None:
+    with pytest.raises(ValueError, match=says) as refused:
+        Setting(**{"prompt": ORDINARY, **changed}).checked(model)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_prompts_is_checked(tmp_path: Path) -> None:
+    good = tmp_path / "good.txt"
+    good.write_text("a cat\n\na dog\n")
+    assert uploaded_prompts(str(good)).to_dict() == {0: "a cat", 2: "a dog"}
+    large = tmp_path / "large.txt"
+    large.write_bytes(b"a cat in snow\n" * 150_000)
+    for path, says in (
+        (None, "Choose a file"),
+        (tmp_path / "x.parquet", "of a kind that is not taken"),
+        (tmp_path / "passwd", "of a kind"),
+        (large, "2.1 MB; 2 MB"),
+    ):
+        with pytest.raises(BadInput, match=says) as refused:
+            uploaded_prompts(str(path) if path else None)
+        assert str(tmp_path) not in str(refused.value)
+
+
+def test_evenly_keeps_the_ends_and_the_order() -> None:
+    assert evenly([str(i) for i in range(10)], 5) == ["0", "2", "4", "6", "8"]
+    assert evenly(["a", "b"], 5) == ["a", "b"]
+
+
+# runs
+
+
+@pytest.mark.parametrize("mode", ["steer", "observe", "block"])
+def test_a_comparison_is_the_two_plain_calls(mode: str, model: Model, embedded: Any, memorized: dict[str, Any]) -> None:
+    setting = Setting(memorized["text"], memorized["copied_seeds"][0], images=2, mode=mode)
+    generators = [[torch.Generator().manual_seed(setting.seed + i) for i in range(2)] for _ in range(2)]
+    plain = embedded([setting.prompt] * 2, generator=generators[0], **CALL).images
+    output = guard(embedded, GuardConfig(mode))([setting.prompt] * 2, generator=generators[1], **CALL)  # type: ignore[arg-type]
+    events = emitted(lambda emit: compare(model, setting, {}, emit))
+    found = events[-1]
+    assert isinstance(found, Comparison)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.unguarded.images, plain, strict=True))
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.guarded.images, output.images, strict=True))
+    assert found.reports == output.guard
+    assert found.guarded.evaluations == [2 * STEPS + report.extra_evaluations for report in output.guard]
+    assert found.copied(0) == (True, mode == "observe")
+    assert model.captions[found.nearest[0]] == memorized["text"]
+    assert len(events) > 2 * STEPS
+
+
+def test_a_course_ends_at_its_picture(model: Model, memorized: dict[str, Any]) -> None:
+    found = emitted(lambda emit: compare(model, Setting(memorized["text"]), {}, emit))[-1]
+    for course in (found.unguarded, found.guarded):
+        assert sorted(course.estimates) == list(range(STEPS))
+        last = np.asarray(course.estimates[STEPS - 1], float) - np.asarray(course.images[0], float)
+        assert np.abs(last).mean() < 1
+        assert course.timesteps == sorted(course.timesteps, reverse=True)
+        assert len(course.series["guidance_norm"][0]) == STEPS
+        assert course.seconds > 0
+    assert found.guarded.series["guidance_norm"][0] == pytest.approx(found.reports[0].series["guidance_norm"])
+
+
+def test_a_run_has_a_scheduler_of_its_own(model: Model) -> None:
+    twin = model.own()
+    assert twin.unet is model.pipe.unet
+    assert twin.scheduler is not model.pipe.scheduler
+    twin.scheduler.set_timesteps(3)
+    assert model.own().scheduler.num_inference_steps != 3
+    assert profile_known(model, Setting(ORDINARY), {}) is not None
+
+
+def test_sessions_profiles_come_first_and_unknown_configurations_are_known_as_such(model: Model, profile: Profile) -> None:
+    assert profile_known(model, Setting(ORDINARY, steps=17), {}) is None
+    assert profile_known(model, Setting(ORDINARY, steps=17), {(17, 2.5): profile}) is profile
+
+
+def test_another_model_has_no_training_pictures(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    other = Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0})
+    setting = Setting("a cat", steps=3, guidance=4.0, images=2)
+    found = emitted(lambda emit: compare(other, setting, {(3, 4.0): profile_for(tiny, 1e6)}, emit))[-1]
+    assert found.done
+    assert [report.verdict for report in found.reports] == ["clean"] * 2
+    assert found.nearest == found.ratios_before == found.ratios_after == []
+    assert [np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.unguarded.images, found.guarded.images, strict=True)] == [
+        True
+    ] * 2
+
+
+def test_too_few_prompts_for_a_rate_are_refused_before_anything_is_measured(model: Model) -> None:
+    with pytest.raises(BadInput, match="needs 99 scored prompts; of 12 prompts 8 are scored"):
+        profile_made(model, Setting(ORDINARY), ["a cat"] * 12, print)
+    with pytest.raises(BadInput, match="of 2 prompts 0 are scored"):
+        profile_made(model, Setting(ORDINARY), ["a cat"] * 2, print)
+
+
+def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any, memorized: dict[str, Any]) -> None:
+    setting = Setting(memorized["text"], 1)
+    found = emitted(lambda emit: why(model, setting, {}, emit))[-1]
+    assert isinstance(found, Why)
+    assert found.explanation == explain(embedded, memorized["text"], 1, **CALL)
+    generator = torch.Generator().manual_seed(1)
+    expected = guard(embedded, GuardConfig("observe"))(memorized["text"], generator=generator, **CALL).guard[0]
+    assert (found.report.verdict, found.report.score, found.report.signals) == (expected.verdict, expected.score, expected.signals)
+
+
+def test_a_scan_counts_what_is_done_and_ranks(model: Model, memorized: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([ORDINARY] + [f"a cat in snow {i}" for i in range(9)] + [memorized["text"]]))
+    events = emitted(lambda emit: scanned(model, uploaded_prompts(str(path)), 1, 0.05, Setting("-"), {}, emit))
+    done = [event.done for event in events if isinstance(event, Progress)]
+    assert done == sorted(done)
+    assert done[-1] == 11
+    assert events[-1].table.prompt.iloc[0] == memorized["text"]
+    assert len(events[-1].table) == 11
+
+
+def test_the_examples_are_of_every_kind() -> None:
+    examples = embedded_examples()
+    assert list(dict.fromkeys(example.kind for example in examples)) == ["verbatim", "template", "ordinary", "near miss"]
+    assert len({example.text for example in examples}) == len(examples)
+
+
+# geometry
+
+
+@pytest.mark.parametrize("sharpness", [(1.0, 1.0), (0.2, 1.0)])
+def test_a_slice_of_a_gaussian_is_its_log_density(sharpness: tuple[float, float]) -> None:
+    d, scale = 12, 0.7
+    basis = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(1)))[0]
+    precision = torch.linspace(sharpness[0], sharpness[1], d) / scale**2
+    matrix = basis @ torch.diag(precision) @ basis.T
+    centre = torch.randn(1, d, 1, 1, generator=torch.Generator().manual_seed(2))
+
+    def score(x: Tensor) -> Tensor:
+        return -((x - centre).flatten(1) @ matrix).view_as(x)
+
+    start = torch.randn(1, d, 1, 1, generator=torch.Generator().manual_seed(3))
+    found = slice_of(score, centre, scale, start, d)
+    expected = -(found.offsets[None, :] ** 2 * sharpness[0] + found.offsets[:, None] ** 2 * sharpness[1]) / 2
+    assert found.heights == pytest.approx(expected, abs=0.02)
+    assert found.steepness == pytest.approx(sharpness, rel=0.01)
+    assert found.rest < 0.01
+    assert found.offsets[[0, -1]].tolist() == pytest.approx([-REACH, REACH])
+
+
+def test_a_potential_of_a_mixture_is_its_log_density() -> None:
+    at = np.linspace(-3, 3, 49)
+    y, x = np.meshgrid(at, at, indexing="ij")
+    parts = [(0.7, -1.0, 0.0, 0.6), (0.3, 1.2, 0.8, 0.5)]
+    densities = [w * np.exp(-((x - mx) ** 2 + (y - my) ** 2) / (2 * v)) / v for w, mx, my, v in parts]
+    total = np.sum(densities, axis=0)
+    along = sum(p * (mx - x) / v for p, (_, mx, _, v) in zip(densities, parts, strict=True)) / total
+    across = sum(p * (my - y) / v for p, (_, _, my, v) in zip(densities, parts, strict=True)) / total
+    heights, rest = potential(along, across, at[1] - at[0])
+    expected = np.log(total) - np.log(total)[24, 24]
+    assert heights == pytest.approx(expected, abs=0.03)
+    assert rest < 0.01
+
+
+def test_what_is_no_gradient_is_told() -> None:
+    at = np.linspace(-1, 1, 21)
+    y, x = np.meshgrid(at, at, indexing="ij")
+    heights, rest = potential(-y, x, at[1] - at[0])
+    assert rest > 0.9  # not quite 1: along the edges of the grid nothing tells a rotation from a slope
+    assert np.abs(heights).max() < 0.2
+    _, mixed = potential(-x - y, -y + x, at[1] - at[0])
+    assert mixed == pytest.approx(0.5**0.5 * rest, abs=0.02)
+
+
+def test_a_memorized_prompt_leaves_fewer_directions_free(model: Model, memorized: dict[str, Any]) -> None:
+    events = emitted(lambda emit: landscape(model, [memorized["text"], ORDINARY], Setting(ORDINARY), 6, emit))
+    found = events[-1]
+    assert isinstance(found, Landscape)
+    assert all(isinstance(event, Progress) for event in events[:-1])
+    assert found.dimensions == 1024
+    assert [len(row) for row in (*found.free, *found.density)] == [STEPS] * 4
+    assert [len(row) for row in found.lid] == [len(found.levels)] * 2
+    assert np.sum(found.weights, axis=1) == pytest.approx([1, 1], abs=1e-4)
+    assert found.free[0][6] < found.free[1][6]
+    assert found.slices[0].steepness[0] > found.slices[1].steepness[0]
+    assert found.slices[0].heights.shape == (SIDE, SIDE)
+    with pytest.raises(BadInput, match="step must lie between 1 and 10; it is 11"):
+        landscape(model, [ORDINARY, ORDINARY], Setting(ORDINARY), 10, print)
+
+
+# figures
+
+WICKED = '<img src=x onerror="alert(1)">'
+
+
+def test_text_stays_text(profile: Profile) -> None:
+    image = Image.new("RGB", (4, 4))
+    report = GuardReport(WICKED, 0, "flagged", 1.0, 0.5, 0.01, error=WICKED)
+    drawn = [
+        figures.status(WICKED, "error", 0.5),
+        figures.hint(WICKED),
+        figures.slider(image, image, WICKED),
+        figures.picture(image, WICKED),
+        figures.verdict(report),
+        figures.facts([(WICKED, WICKED)]),
+        figures.filmstrip(WICKED, [(0, image)]),
+        figures.words([WICKED], [0.5], WICKED),
+        figures.table([WICKED], [[WICKED]]),
+        figures.chart(WICKED, [figures.Line(WICKED, [(0.0, 1.0)], "sg-red")], WICKED, WICKED, caption=WICKED),
+        figures.histogram(WICKED, profile.scores, 1.0, [(WICKED, 2.0, "sg-red")], WICKED),
+    ]
+    for html in drawn:
+        assert "<img src=x" not in html
+        assert "&lt;img" in html
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert figures.ticks(0, 10) == pytest.approx([0, 2, 4, 6, 8, 10])
+    assert figures.ticks(-0.15, 1.15) == pytest.approx([0, 0.5, 1])
+    assert figures.ticks(3, 3) == [3]
+    for low, high in ((3.2, 4.1), (-7, 1000), (0.001, 0.002)):
+        found = figures.ticks(low, high)
+        assert 2 <= len(found) <= 8
+        assert low - 1e-9 <= min(found)
+        assert max(found) <= high + 1e-9
+
+
+def test_the_threshold_at_later_calls_is_where_the_guard_flags(profile: Profile) -> None:
+    from sdguard.decision.cascade import judge_later
+
+    for call, bound in enumerate(figures.later_threshold(profile, 0.01), start=1):
+        scores = judge_later(torch.tensor([bound * 0.999, bound * 1.001]), call, profile.cascade)
+        threshold = profile.threshold(0.01)
+        assert scores[0] < threshold < scores[1]
+
+
+# the command
+
+
+def test_without_gradio_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for name in [name for name in sys.modules if name.startswith("sdguard.demo.")]:
+        if name.rpartition(".")[2] in ("app", "page", "generate", "why", "geometry", "scan", "calibrate"):
+            monkeypatch.delitem(sys.modules, name)
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert result.stderr.split() == ["The", "demo", "needs", "Gradio:", "pip", "install", "'sdguard[demo]'."]
+
+
+def test_a_model_that_is_none_is_one_sentence() -> None:
+    pytest.importorskip("gradio")
+    result = CliRunner().invoke(app, ["demo", "--model", "no/such/model"])
+    assert result.exit_code == 1
+    assert "There is no model at no/such/model" in " ".join(result.stderr.split())
+
+
+def test_the_guard_does_not_know_the_demo() -> None:
+    code = "import sys, sdguard.cli.main; print([name for name in sys.modules if 'gradio' in name or name.startswith('sdguard.demo')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,305 @@
+"""The guard's invariants on a tiny pipeline and on the embedded model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+
+import sdguard
+from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
+from sdguard.correction import Correction
+from sdguard.decision import calibration as calibration_module
+from sdguard.decision.cascade import Scale
+from sdguard.guarded import run as run_module
+from sdguard.observation import denoised
+from sdguard.steering import Flagged
+from sdguard.steering.ladder import Outcome
+
+PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
+SETTING: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
+MakeProfile = Callable[..., Profile]
+
+
+def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
+    return pipe(prompts, generator=generators, **{**SETTING, **extra})
+
+
+def norms(pipe: Any, profile_for: MakeProfile, prompts: list[str] = PROMPTS) -> list[float]:
+    """The first-step guidance norms the guard reads for `call`."""
+    guarded = sdguard.guard(pipe, GuardConfig(mode="observe", profile=profile_for(pipe, 1e6)))
+    return [report.signals["guidance_norm"]["value"] for report in call(guarded, prompts).guard]
+
+
+def flag_strongest(pipe: Any, profile_for: MakeProfile, agreement: float = 0.99) -> tuple[Profile, int]:
+    """A profile under which only the image that pulls hardest is flagged, and that image's row."""
+    found = norms(pipe, profile_for)
+    ordered = sorted(found)
+    return profile_for(pipe, (ordered[-1] + ordered[-2]) / 2, agreement), found.index(ordered[-1])
+
+
+SCHEDULERS = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_unflagged_images_are_bit_identical_and_free(scheduler: Any, tiny: Any, profile_for: MakeProfile) -> None:
+    tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
+    plain = call(tiny).images
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6))))
+    assert np.array_equal(output.images, plain)
+    assert [(report.verdict, report.extra_evaluations) for report in output.guard] == [("clean", 0)] * 3
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_a_steered_image_leaves_its_neighbours_bit_identical(
+    scheduler: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
+    profile, row = flag_strongest(tiny, profile_for)
+    monkeypatch.setattr(run_module, "climb", always_passes)
+    plain = call(tiny).images
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile)))
+    for i, report in enumerate(output.guard):
+        assert np.array_equal(output.images[i], plain[i]) == (i != row)
+        assert report.verdict == ("steered" if i == row else "clean")
+        assert (report.extra_evaluations > 0) == (i == row)
+
+
+def always_passes(flagged: Flagged, methods: Any) -> list[Outcome]:
+    texts = [str(prompt).split()[0] for prompt in flagged.prompts]
+    conditions = zip(flagged.encoder(texts), texts, strict=True)
+    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": text}]) for c, text in conditions]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_an_image_flagged_late_is_started_again_and_its_neighbours_are_not_disturbed(
+    scheduler: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the second call's norm gives it away; the picture is the one that steering from the first call on gives."""
+    tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
+    monkeypatch.setattr(run_module, "climb", always_passes)
+    plain = call(tiny).images
+    watching = profile_for(tiny, 1e6)
+    series = [report.series["guidance_norm"][1] for report in call(sdguard.guard(tiny, GuardConfig("observe", profile=watching))).guard]
+    row = series.index(max(series))
+    bound = (sorted(series)[-1] + sorted(series)[-2]) / 2
+    late = profile_for(tiny, 1e6, later=(Scale(False, 0.0, bound / 1e6),))
+    output = call(sdguard.guard(tiny, GuardConfig(profile=late)))
+    assert [report.flagged_at for report in output.guard] == [1 if i == row else None for i in range(3)]
+    assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != row)
+    assert output.guard[row].verdict == "steered"
+    if scheduler is not EulerAncestralDiscreteScheduler:  # its noise is the row's own, not the generator's
+        asked = call(tiny, [prompt.split()[0] if i == row else prompt for i, prompt in enumerate(PROMPTS)]).images
+        np.testing.assert_allclose(output.images[row], asked[row], atol=1e-4)
+
+
+def test_nothing_is_called_steered_without_verification(tiny: Any, profile_for: MakeProfile) -> None:
+    """An agreement limit no sample can meet: whatever descent did to the norm, the image is withheld and blank."""
+    profile, row = flag_strongest(tiny, profile_for, agreement=-1.0)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile)))
+    assert output.guard[row].verdict == "withheld"
+    assert output.images[row].max() == 0
+    assert not output.guard[row].steering["passed"]
+
+
+def test_on_failure_pass_lets_the_unsteered_image_through(tiny: Any, profile_for: MakeProfile) -> None:
+    profile, row = flag_strongest(tiny, profile_for, agreement=-1.0)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile, on_failure="pass")))
+    assert output.guard[row].verdict == "flagged"
+    assert np.array_equal(output.images, call(tiny).images)
+
+
+def test_on_failure_raise_raises_and_leaves_the_pipeline_usable(tiny: Any, profile_for: MakeProfile) -> None:
+    profile, row = flag_strongest(tiny, profile_for, agreement=-1.0)
+    plain = call(tiny).images
+    with pytest.raises(MemorizationError, match=f"Image {row}"):
+        call(sdguard.guard(tiny, GuardConfig(profile=profile, on_failure="raise")))
+    assert np.array_equal(call(tiny).images, plain)
+
+
+def test_observe_changes_nothing(tiny: Any, profile_for: MakeProfile) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+    output = call(sdguard.guard(tiny, GuardConfig(mode="observe", profile=profile)))
+    assert output.guard[row].verdict == "flagged"
+    assert np.array_equal(output.images, call(tiny).images)
+
+
+def test_block_withholds_only_the_flagged_image(tiny: Any, profile_for: MakeProfile) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+    output = call(sdguard.guard(tiny, GuardConfig(mode="block", profile=profile)))
+    assert [report.verdict == "withheld" for report in output.guard] == [i == row for i in range(3)]
+    assert all((image.max() == 0) == (i == row) for i, image in enumerate(output.images))
+
+
+@pytest.mark.parametrize("on_failure", ["withhold", "pass"])
+def test_an_error_inside_a_signal_reaches_the_report(
+    on_failure: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(observation: Any, cascade: Any) -> Any:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(run_module, "judge", broken)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6), on_failure=on_failure)))
+    assert all(report.error == "RuntimeError: no luck" for report in output.guard)
+    assert all(report.verdict == ("withheld" if on_failure == "withhold" else "flagged") for report in output.guard)
+    assert "no luck" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_leaves_no_trace(fails: bool, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: dict(vars(part)) for name, part in tiny.components.items() if part is not None}
+    attributes = dict(vars(tiny))
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e-6, -1.0), on_failure="raise" if fails else "withhold"))
+    if fails:
+        with pytest.raises(MemorizationError):
+            call(guarded)
+    else:
+        call(guarded)
+    assert sdguard.unguard(guarded) is tiny
+    assert "forward" not in vars(tiny.unet)
+    assert not hasattr(tiny.unet, "_diffusers_hook")
+    assert {name: list(vars(part)) for name, part in tiny.components.items() if part is not None} == {k: list(v) for k, v in before.items()}
+    assert all(vars(tiny)[name] is value for name, value in attributes.items() if not name.startswith("_"))
+
+
+def test_the_stand_in_is_the_pipeline_to_everyone(tiny: Any) -> None:
+    guarded = sdguard.guard(tiny)
+    assert isinstance(guarded, StableDiffusionPipeline)
+    assert guarded.unet is tiny.unet
+    assert guarded.to("cpu") is guarded
+    guarded.scheduler = DDIMScheduler()
+    assert tiny.scheduler is guarded.scheduler
+    assert sdguard.unguard(tiny) is tiny
+    assert sdguard.unguard(sdguard.guard(guarded)) is tiny
+
+
+def test_a_tuple_stays_a_tuple(tiny: Any, profile_for: MakeProfile) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
+    images, flags = call(guarded, return_dict=False)
+    assert len(images) == len(guarded.guard_reports) == 3
+    assert flags is None
+
+
+@pytest.mark.parametrize("output_type", ["pil", "pt", "latent"])
+def test_withheld_images_are_blank_in_every_form(output_type: str, tiny: Any, profile_for: MakeProfile) -> None:
+    output = call(sdguard.guard(tiny, GuardConfig(mode="block", profile=profile_for(tiny, 1e-6))), output_type=output_type)
+    assert all(np.asarray(image).max() == 0 for image in output.images)
+
+
+def test_images_per_prompt_get_a_report_each(tiny: Any, profile_for: MakeProfile) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
+    output = guarded(["a cat", "a dog"], num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), **SETTING)
+    assert [report.prompt for report in output.guard] == ["a cat", "a cat", "a dog", "a dog"]
+    assert all(len(report.series["guidance_norm"]) == 3 for report in output.guard)
+
+
+def test_prompt_embeds_are_guarded_too(tiny: Any, profile_for: MakeProfile) -> None:
+    embeds, negative = tiny.encode_prompt("a cat", "cpu", 1, True)
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e-6), mode="observe"))
+    output = guarded(prompt_embeds=embeds, negative_prompt_embeds=negative, **SETTING)
+    assert (output.guard[0].prompt, output.guard[0].verdict) == (None, "flagged")
+
+
+def test_a_rows_norm_does_not_depend_on_batch_or_place(tiny: Any, profile_for: MakeProfile) -> None:
+    together = norms(tiny, profile_for)
+    guarded = sdguard.guard(tiny, GuardConfig(mode="observe", profile=profile_for(tiny, 1e6)))
+    for i, prompt in enumerate(PROMPTS):
+        alone = guarded(prompt, generator=torch.Generator().manual_seed(7 + i), **SETTING).guard[0]
+        assert alone.signals["guidance_norm"]["value"] == pytest.approx(together[i], rel=1e-5)
+
+
+def test_an_unsupported_pipeline_is_refused_by_name(tiny: Any) -> None:
+    with pytest.raises(TypeError, match="does not support DDIMPipeline"):
+        sdguard.guard(DDIMPipeline(tiny.unet, tiny.scheduler))
+
+
+def test_a_profile_for_another_setting_is_refused_by_name(tiny: Any, profile_for: MakeProfile) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1.0, steps=50)))
+    with pytest.raises(ProfileError, match="steps is 3, the profile's is 50"):
+        call(guarded)
+
+
+def test_an_unknown_configuration_is_calibrated_once_and_cached(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Profile] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Profile:
+        made.append(sdguard.calibrate(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(calibration_module, "calibrate", counted)
+    config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a cat {i}" for i in range(8)])
+    for _ in range(2):
+        assert len(call(sdguard.guard(tiny, config)).guard) == 3
+    assert len(made) == 1
+
+
+def test_calibration_can_be_forbidden(tiny: Any) -> None:
+    with pytest.raises(ProfileError, match="forbids"):
+        call(sdguard.guard(tiny, GuardConfig(calibrate=False)))
+
+
+@pytest.mark.parametrize("field", [{"mode": "watch"}, {"on_failure": "shrug"}, {"false_positive_rate": 0}, {"steering": ["prayer"]}])
+def test_a_config_that_cannot_be_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(field))):
+        GuardConfig(**field)
+
+
+def test_from_pretrained_takes_the_pipelines_arguments(embedded: Any) -> None:
+    guarded = GuardedPipeline.from_pretrained(testbed.path(), guard=GuardConfig(mode="observe"))
+    assert isinstance(guarded, StableDiffusionPipeline)
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_on_call_is_shown_every_call_and_moves_nothing(
+    rule: bool, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+
+    def steer(flagged: Flagged, methods: Any) -> list[Outcome]:
+        condition = flagged.observation.null_condition[0]
+        correction = Correction({"method": "m"}, None if rule else condition, rule=(lambda here: here.eps_u) if rule else None)
+        return [Outcome(correction, [{"method": "m"}]) for _ in flagged.prompts]
+
+    monkeypatch.setattr(run_module, "climb", steer)
+    unwatched = call(sdguard.guard(tiny, GuardConfig(profile=profile)), output_type="latent")
+    steps, verdicts = [], []
+    last: list[torch.Tensor] = []
+
+    def watch(observation: Any, reports: Any) -> None:
+        steps.append(observation.step)
+        verdicts.append([report.verdict for report in reports])
+        observation.spend(5)
+        last[:] = [denoised(observation.x, observation.prediction, observation.level)]
+
+    watched = call(sdguard.guard(tiny, GuardConfig(profile=profile, on_call=watch)), output_type="latent")
+    assert torch.equal(watched.images, unwatched.images)
+    assert watched.guard == unwatched.guard
+    assert steps == [0, 1, 2]
+    assert {tuple(found) for found in verdicts} == {tuple("steered" if i == row else "clean" for i in range(3))}
+    assert torch.allclose(last[0], watched.images, atol=0.05)  # the last estimate is where the run ends, the steered row's too
+
+
+def test_what_on_call_raises_ends_the_run_and_leaves_no_trace(tiny: Any, profile_for: MakeProfile) -> None:
+    seen = []
+
+    def stop(observation: Any, reports: Any) -> None:
+        seen.append(observation.step)
+        if observation.step == 1:
+            raise KeyboardInterrupt
+
+    before = call(tiny).images
+    with pytest.raises(KeyboardInterrupt):
+        call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6), on_call=stop)))
+    assert seen == [0, 1]
+    assert "_diffusers_hook" not in vars(tiny.unet)
+    assert np.array_equal(call(tiny).images, before)

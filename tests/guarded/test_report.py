@@ -1,0 +1,38 @@
+"""Reports survive JSON and explain themselves."""
+
+import pytest
+
+from sdguard.guarded.report import GuardReport
+
+
+def test_a_report_survives_json() -> None:
+    report = GuardReport("a cat", 1, "steered", 3.2, 2.5, 0.001, {"guidance_norm": {"value": 9.0, "z": 3.2}}, {"guidance_norm": [9.0]}, 40)
+    assert GuardReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    ("verdict", "says"),
+    [("clean", "Nothing memorized"), ("flagged", "nothing was changed"), ("withheld", "withheld")],
+)
+def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
+    assert says in GuardReport("a cat", 0, verdict, score=3.0, threshold=2.5, p_value=0.001).reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("passed", "says"),
+    [
+        ({"method": "rewording", "wording": "a cat on a mat"}, "reworded to “a cat on a mat”, verified by the look-ahead"),
+        ({"method": "embedding descent"}, "steered by embedding descent, verified by the look-ahead"),
+    ],
+)
+def test_the_reason_names_what_steered(passed: dict[str, str], says: str) -> None:
+    assert (
+        says
+        in GuardReport(
+            "a cat", 0, "steered", score=3.0, threshold=2.5, p_value=0.001, steering={"passed": passed, "attempts": [passed]}
+        ).reason
+    )
+
+
+def test_an_error_is_the_reason() -> None:
+    assert GuardReport(None, 0, "withheld", error="out of memory").reason == "Could not be judged (out of memory); withheld."

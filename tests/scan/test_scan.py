@@ -1,0 +1,303 @@
+"""Scanning: the guard's own scores without pictures, whatever the order and the batches, resumed and shared; the command."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import false_discovery_control
+from typer.testing import CliRunner, Result
+
+import sdguard
+from sdguard import GuardConfig, Profile, testbed
+from sdguard.cli.main import app
+from sdguard.decision.profile import ProfileError
+from sdguard.files.prompt_files import read_table, write_table
+from sdguard.scan import scan as scanning
+from sdguard.scan.scan import combined, guarded_profile, journals, power_note, ranked, scan, scan_batch, seed_of
+
+SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
+MEMORIZED, ORDINARY = 2, 4
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return Profile.load(testbed.path() / "sdguard" / "profile.json")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> dict[int, str]:
+    """Some captions of the development split: those that training showed most often, between ordinary ones."""
+    table = pd.read_parquet(testbed.path() / "prompts.parquet")
+    table = table[table.split == "development"]
+    most = table[table.repetitions == table.repetitions.max()].text.tolist()[:MEMORIZED]
+    ordinary = table[table.kind == "ordinary"].text.tolist()[:ORDINARY]
+    return dict(enumerate([*ordinary[:2], *most, *ordinary[2:]]))
+
+
+@pytest.fixture(scope="module")
+def table(embedded: Any, profile: Profile, prompts: dict[int, str]) -> pd.DataFrame:
+    """The scan that the others are compared with."""
+    return scanned(embedded, profile, prompts)
+
+
+def scanned(pipe: Any, profile: Profile, prompts: dict[int, str], **options: Any) -> pd.DataFrame:
+    batches = scan(pipe, profile, prompts, **{"seeds": 2, "batch_size": 4, **options}, **SETTING)
+    return ranked([row for rows in batches for row in rows], prompts, 0.05)
+
+
+def same(one: pd.DataFrame, other: pd.DataFrame, ignore: tuple[str, ...] = ()) -> None:
+    """Equal up to the order of reduction."""
+    pd.testing.assert_frame_equal(one.drop(columns=list(ignore)), other.drop(columns=list(ignore)), rtol=1e-3, atol=1e-4, check_dtype=False)
+
+
+def test_memorized_captions_rank_over_ordinary_ones(table: pd.DataFrame, profile: Profile) -> None:
+    assert set(table.row[:MEMORIZED]) == {2, 3}
+    assert table.p_value[:MEMORIZED].tolist() == pytest.approx([2 / (1 + profile.prompts)] * MEMORIZED)
+    assert table.discovered.tolist() == [True] * MEMORIZED + [False] * ORDINARY
+    assert table.q_value.tolist() == pytest.approx(false_discovery_control(table.p_value))
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_scores_are_those_of_a_guarded_run(k: int, table: pd.DataFrame, embedded: Any, profile: Profile) -> None:
+    guarded = sdguard.guard(embedded, GuardConfig(mode="observe", profile=profile))
+    generators = [torch.Generator().manual_seed(seed) for seed in table[f"seed_{k}"]]
+    reports = guarded(table.prompt.tolist(), generator=generators, output_type="latent", **SETTING).guard
+    assert {report.verdict for report in reports} == {"clean", "flagged"}
+    assert table[f"score_{k}"].tolist() == pytest.approx([report.score for report in reports], abs=1e-4)
+    assert table[f"p_value_{k}"].tolist() == [report.p_value for report in reports]
+    for name in profile.cascade.signals:
+        values = [report.signals.get(name, {"value": math.nan})["value"] for report in reports]
+        assert table[f"{name}_{k}"].tolist() == pytest.approx(values, rel=1e-3, nan_ok=True)
+
+
+def test_evaluations_are_those_that_were_made(embedded: Any, profile: Profile, prompts: dict[int, str]) -> None:
+    images = 0
+
+    def count(module: Any, arguments: Any, output: Any) -> None:
+        nonlocal images
+        images += len(output)
+
+    handle = embedded.unet.conv_in.register_forward_hook(count)  # extra evaluations do not go through the denoiser's own hooks
+    table = scanned(embedded, profile, prompts)
+    handle.remove()
+    assert table.evaluations.sum() == images
+    assert table.evaluations.min() == 2 * 2 * (1 + len(profile.cascade.later))
+
+
+def test_a_run_without_guidance_counts_what_it_pays(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    setting: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1.0}
+    profile = profile_for(tiny, 1.0, guidance_scale=1.0)
+    ((row,),) = scan(tiny, profile, {0: "a cat"}, **setting)
+    assert row["evaluations"] == 2
+    assert math.isfinite(row["score"])
+
+
+def test_neither_batches_nor_order_matter(table: pd.DataFrame, embedded: Any, profile: Profile, prompts: dict[int, str]) -> None:
+    same(scanned(embedded, profile, prompts, batch_size=3), table)
+    backwards = dict(enumerate(reversed(prompts.values())))
+    same(scanned(embedded, profile, backwards), table, ignore=("row",))
+
+
+def test_seeds_differ_between_prompts_and_stay() -> None:
+    assert seed_of("a cat", 0) == 3882755056
+    assert len({seed_of(prompt, k) for prompt in ("a cat", "a dog") for k in range(3)}) == 6
+
+
+def test_a_combined_p_value_is_valid_under_dependence() -> None:
+    assert combined([0.3]) == 0.3
+    assert combined([0.01, 0.03]) == pytest.approx(0.04)
+    assert combined([0.9, 0.8]) == 1.0
+    uniform = np.random.default_rng(0).random((20_000, 1))
+    for partners in (uniform, 1 - uniform, (uniform + 0.5) % 1):
+        found = np.array([combined(pair) for pair in np.hstack([uniform, partners]).tolist()])
+        for level in (0.01, 0.1, 0.5):
+            assert (found <= level).mean() <= level + 0.01
+
+
+def test_a_profile_too_small_for_the_list_is_told(profile: Profile) -> None:
+    assert profile.prompts == 958
+    assert power_note(profile, 1, 47, 0.05) is None
+    assert "unless 2 of these 48 prompts reach it; a single one needs a profile of 959 scores" in str(power_note(profile, 1, 48, 0.05))
+    assert "nothing can be discovered at a false discovery rate of 0.001" in str(power_note(profile, 2, 10, 0.001))
+
+
+def test_what_cannot_be_judged_is_told_and_tried_again(
+    embedded: Any, profile: Profile, prompts: dict[int, str], table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*arguments: Any) -> None:
+        raise ArithmeticError("no luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sdguard.guarded.run.judge", fails)
+        failed = scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv")
+    assert set(failed.error) == {"ArithmeticError: no luck"}
+    assert failed.p_value.isna().all()
+    assert not failed.discovered.any()
+    same(scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv"), table)
+
+
+def test_an_interrupted_scan_goes_on(
+    embedded: Any, profile: Profile, prompts: dict[int, str], table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[int] = []
+
+    def counted(pipe: Any, profile: Profile, batch: Any, **options: Any) -> Any:
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.extend(row for row, _ in batch)
+        return scan_batch(pipe, profile, batch, **options)
+
+    monkeypatch.setattr(scanning, "scan_batch", counted)
+    with pytest.raises(KeyboardInterrupt):
+        scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv")
+    assert done == [0, 1, 2, 3]
+    done.append(-1)
+    same(scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv", batch_size=2), table)
+    assert done == [0, 1, 2, 3, -1, 4, 5]
+    same(scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv"), table)
+    assert len(done) == 7
+    other = {**prompts, 0: "another cat"}
+    assert len(scanned(embedded, profile, other, journal=tmp_path / "scan.csv")) == 6
+    assert len(done) == 13
+
+
+def test_journals_of_more_processes_are_taken_over(tmp_path: Path) -> None:
+    out = tmp_path / "scan.csv"
+    for name in ("scan.csv.0.jsonl", "scan.csv.1.jsonl", "scan.csv.2.jsonl", "scan.csv.4.jsonl", "scan.csv.old.jsonl", "scan.json.1.jsonl"):
+        (tmp_path / name).touch()
+    taken = [[path.name.split(".")[2] for path in journals(out, rank, 3)] for rank in range(3)]
+    assert taken == [["0"], ["1", "4"], ["2"]]
+    assert [path.name.split(".")[2] for path in journals(out)] == ["0", "1", "2", "4"]
+
+
+def test_an_unknown_configuration_is_calibrated_once(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.5}
+    config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a lion number {i}" for i in range(9)])
+    made = guarded_profile(embedded, config, setting)
+    assert made.prompts == 6
+    monkeypatch.setattr("sdguard.decision.calibration.calibrate", None)
+    assert guarded_profile(embedded, config, setting) == made
+    with pytest.raises(ProfileError, match="steps is 3, the profile's is 2"):
+        next(scan(embedded, made, {0: "a cat"}, num_inference_steps=3, guidance_scale=2.5))
+    with pytest.raises(ProfileError, match="needs at least 99 scored ordinary prompts; this profile has 6"):
+        next(scan(embedded, made, {0: "a cat"}, **setting))
+
+
+def command(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["scan", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def listed(prompts: dict[int, str], tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.csv"
+    write_table(pd.DataFrame({"url": ["u"] * len(prompts), "TEXT": prompts.values()}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_the_command_ranks_a_file_into_a_file(suffix: str, prompts: dict[int, str], table: pd.DataFrame, tmp_path: Path) -> None:
+    path, out = tmp_path / f"in.{suffix}", tmp_path / "out" / f"scan.{suffix}"
+    write_table(pd.DataFrame({"url": ["u"] * len(prompts), "TEXT": prompts.values()}), path)
+    result = command(path, "--out", out, "--seeds", "2", "--batch-size", "4")
+    assert result.exit_code == 0, result.stderr
+    same((pd.read_csv if suffix == "csv" else read_table)(out).assign(error=""), table)
+    assert [file.name for file in out.parent.iterdir()] == [out.name]
+    assert "2 of 6 prompts discovered at a false discovery rate of 0.05" in result.stdout
+    assert "scanning" in result.stderr
+
+
+def test_a_text_file_is_ranked_by_line(prompts: dict[int, str], tmp_path: Path) -> None:
+    path, out = tmp_path / "in.txt", tmp_path / "scan.jsonl"
+    path.write_text(f"{prompts[0]}\n\n{prompts[3]}\n{'tall ' * 40}cat\n")
+    result = command(path, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["row"] == 2
+    assert rows[0]["prompt"] == prompts[3]
+    assert "1 prompts are longer than the 32 tokens that the text encoder reads" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{folder}/none.txt"], "none.txt cannot be read: No such file or directory."),
+        (["{prompts}", "--column", "caption"], "has no column 'caption': it has url, TEXT."),
+        (["{prompts}", "--out", "{folder}/out/scan.xlsx"], "cannot be written: its suffix must be one of .csv, .jsonl, .parquet."),
+        (["{prompts}", "--fdr", "0"], "--fdr is 0; it must lie between 0 and 1."),
+        (["{prompts}", "--fpr", "1"], "false_positive_rate is 1.0; it must lie between 0 and 1."),
+        (["{prompts}", "--fpr", "0.0001"], "needs at least 9999 scored ordinary prompts; this profile has 958."),
+        (["{prompts}", "--engine", "spark"], "--engine is 'spark'; it must be 'local' or 'ray'."),
+        (["{prompts}", "--model", "/no/such/model"], "There is no model at /no/such/model"),
+        (["{prompts}", "--profile", "{shipped}", "--steps", "3"], "steps is 3, the profile's is 10"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], says: str, listed: Path, tmp_path: Path) -> None:
+    out, shipped = tmp_path / "out", testbed.path() / "sdguard" / "profile.json"
+    filled = [argument.format(folder=tmp_path, prompts=listed, shipped=shipped) for argument in arguments]
+    result = command("--out", out / "scan.csv", *filled)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert says in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert not out.is_dir() or not list(out.iterdir())
+
+
+def test_what_could_not_be_judged_is_told_on_the_terminal(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdguard.guarded.run.judge", None)
+    result = command(listed, "--out", tmp_path / "scan.csv")
+    assert result.exit_code == 0, result.stderr
+    assert "6 prompts could not be judged; the first of them, row 0: TypeError: 'NoneType' object is not callable" in result.stdout
+
+
+def test_without_ray_one_sentence_says_what_to_install(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = command(listed, "--engine", "ray", "--out", tmp_path / "scan.csv")
+    assert result.exit_code == 1
+    assert "pip install 'sdguard[ray]'" in result.stderr
+
+
+def test_a_killed_command_goes_on(
+    listed: Path, table: pd.DataFrame, prompts: dict[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "scan.parquet"
+    options = [str(listed), "--out", str(out), "--seeds", "2", "--batch-size", "1"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside this process's threads
+    process = subprocess.Popen([sys.executable, "-m", "sdguard.cli", "scan", *options], stderr=subprocess.DEVNULL, env=alone)
+    journal = journals(out)[0]
+    until = time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count("\n") > 2) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = journal.read_text().count("\n") - 1
+    assert 2 <= kept < len(prompts)
+    done: list[int] = []
+
+    def counted(pipe: Any, profile: Profile, batch: Any, **given: Any) -> Any:
+        done.extend(row for row, _ in batch)
+        return scan_batch(pipe, profile, batch, **given)
+
+    monkeypatch.setattr(scanning, "scan_batch", counted)
+    assert command(*options).exit_code == 0
+    assert done == list(range(kept, len(prompts)))
+    same(read_table(out), table)
+    assert not journal.exists()
+
+
+def test_two_processes_scan_to_the_same_table_as_one(
+    listed: Path, table: pd.DataFrame, tmp_path: Path, launch: Callable[..., None]
+) -> None:
+    launch("scan", str(listed), "--out", str(tmp_path / "two" / "scan.parquet"), "--seeds", "2", "--batch-size", "2")
+    same(read_table(tmp_path / "two" / "scan.parquet"), table)
+    assert [file.name for file in (tmp_path / "two").iterdir()] == ["scan.parquet"]

@@ -1,0 +1,59 @@
+"""The Ray engine on a local cluster of two workers, one of which is lost on the way."""
+
+import os
+import signal
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sdguard import Profile, testbed
+from sdguard.scan.ray_engine import connect, scan_with_ray
+from sdguard.scan.scan import ranked, scan
+
+# not imported here: the engine sets what Ray reads when it is
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'ray' is not installed")
+
+SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Two CPUs on the loopback interface."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray = connect()
+    yield ray
+    ray.shutdown()
+
+
+def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedded: Any, tmp_path: Path) -> None:
+    profile = Profile.load(testbed.path() / "sdguard" / "profile.json")
+    captions = pd.read_parquet(testbed.path() / "prompts.parquet").text[:24].tolist()
+    prompts = dict(enumerate(captions))
+    workers = tmp_path / "workers"
+    workers.mkdir()
+
+    def load() -> Any:
+        (workers / str(os.getpid())).touch()
+        return testbed.load()
+
+    options: dict[str, Any] = {"batch_size": 1, "journal": tmp_path / "scan.csv", **SETTING}
+    rows = []
+    for batch in scan_with_ray(load, profile, prompts, **options):
+        rows += batch
+        if len(rows) == 3:
+            first = sorted(int(path.name) for path in workers.iterdir())
+            os.kill(first[0], signal.SIGKILL)
+    assert {node["NodeManagerAddress"] for node in cluster.nodes()} == {"127.0.0.1"}
+    assert len(list(workers.iterdir())) > len(first)  # one was started in the place of the lost one
+    assert sorted(row["row"] for row in rows) == list(prompts)
+
+    here = [row for batch in scan(embedded, profile, prompts, batch_size=8, **SETTING) for row in batch]
+    tables = [ranked(some, prompts, 0.05) for some in (rows, here)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
+
+    known = next(scan(embedded, profile, prompts, **options))  # the journal serves the other engine
+    assert sorted(row["row"] for row in known) == list(prompts)

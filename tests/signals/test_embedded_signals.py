@@ -1,0 +1,49 @@
+"""Every signal on the model that ships: how samples that are copies read against never-seen captions of the same make.
+
+The bounds lie far below what ``python -m benchmarks detection`` measures. Signals that are weak there, or of the other sign, are bounded
+as that: whoever makes them better will have to say so here.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sdguard import testbed
+from sdguard.denoiser.probe import read
+from sdguard.observation import Observation
+from sdguard.signals import SIGNALS, Signal
+
+PER_KIND = 12
+WEAK = {"attention_entropy", "low_noise_alignment", "lid_conditional", "bottleneck_spread"}
+OTHER_SIGN = {"lid_unconditional"}
+
+
+@pytest.fixture(scope="module")
+def values(embedded: Any) -> dict[str, np.ndarray]:
+    """Each signal on copies, then on never-seen captions."""
+    table = pd.read_parquet(testbed.path() / "prompts.parquet")
+    table = table[table.split == "development"]
+    copied = table[[0 in seeds for seeds in table.copied_seeds]].head(PER_KIND)
+    never = table[table.kind == "unseen"].head(PER_KIND)
+    found: dict[str, list[float]] = {signal.name: [] for signal in SIGNALS}
+
+    def look(observation: Observation) -> None:
+        for signal in SIGNALS:
+            found[signal.name].extend(signal.read(observation).tolist())
+
+    prompts = [*copied.text, *never.text]
+    read(embedded, prompts, [0] * len(prompts), look, num_inference_steps=testbed.STEPS, guidance_scale=testbed.GUIDANCE_SCALE)
+    return {name: np.array(v) for name, v in found.items()}
+
+
+@pytest.mark.parametrize("signal", SIGNALS, ids=lambda signal: signal.name)
+def test_copies_read_higher_than_never_seen_captions(signal: Signal, values: dict[str, np.ndarray]) -> None:
+    copies, never = values[signal.name][:PER_KIND], values[signal.name][PER_KIND:]
+    assert np.isfinite(values[signal.name]).all()
+    auc = (copies[:, None] > never[None, :]).mean()
+    if signal.name in OTHER_SIGN:
+        assert auc < 0.3
+    elif signal.name not in WEAK:
+        assert auc > 0.75
