@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from sdguard.files.measuring import measured
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
@@ -37,16 +38,15 @@ from benchmarks.published import over_run, released
 from benchmarks.running import versions
 from benchmarks.statistics import estimates
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.cli.commands import default_setting, load_pipeline
 from sdguard.decision.cascade import judge, judge_later
-from sdguard.denoiser.probe import read
-from sdguard.files.measuring import measured
+from sdguard.denoiser.loading import default_setting, load_pipeline
+from sdguard.denoiser.probe import probe_run
 from sdguard.files.processes import processes
 from sdguard.observation import Observation, prediction_type
 from sdguard.scan.scan import guarded_profile
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.guidance_norm import guidance_norm
-from sdguard.signals.signal import NoPart
+from sdguard.signals.signal import UnsupportedModel
 from sdguard.testbed.world import ordinary_captions
 
 BATCH = 16
@@ -102,7 +102,7 @@ def reading(signal: Signal, observation: Observation) -> Tensor:
     """What a signal reads, ``[B]``; not a number where the denoiser has no parts for it."""
     try:
         return signal.read(observation)
-    except NoPart:
+    except UnsupportedModel:
         return torch.full((len(observation.x),), torch.nan)
 
 
@@ -120,11 +120,11 @@ def at_first_call(task: Task, signals: Sequence[Signal], part: pd.DataFrame) -> 
         for signal in signals:
             found[signal.name] = timed(signal.name, partial(reading, signal, observation)).tolist()
         before = observation.evaluations.clone()
-        fresh = replace(observation, estimates={})  # the cascade buys its own look-aheads, whatever a signal has made before
+        fresh = replace(observation, rollout_ends={})  # the cascade buys its own look-aheads, whatever a signal has made before
         timed(GUARD, partial(judge, fresh, task.profile.cascade))
         found["guard_evaluations"] = (observation.evaluations - before).tolist()
 
-    read(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, **task.setting)
+    probe_run(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, **task.setting)
     return pd.DataFrame(found)
 
 
@@ -140,7 +140,7 @@ def at_later_calls(task: Task, calls: int, part: pd.DataFrame) -> pd.DataFrame:
             if observation.step in detector.calls:
                 found[f"{detector.name}_run"] += reading(detector, observation).float().cpu()
 
-    read(task.pipe, prompts, part.seed.tolist(), look, calls, **task.setting)
+    probe_run(task.pipe, prompts, part.seed.tolist(), look, calls, **task.setting)
     return pd.DataFrame({"prompt": part.prompt, "seed": part.seed, **{name: values.tolist() for name, values in found.items()}})
 
 
@@ -162,7 +162,7 @@ def over_runs(task: Task, signals: Sequence[Signal], part: pd.DataFrame, calls: 
             series[signal.name].append(signal.read(observation).tolist())
 
     started = time.perf_counter()
-    read(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, calls, **task.setting)
+    probe_run(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, calls, **task.setting)
     score = np.max(scores, axis=0)
     return pd.DataFrame(
         {

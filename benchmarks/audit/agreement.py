@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
+from sdguard.files.measuring import measured
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -30,9 +31,8 @@ from sdguard.audit.dimension import DATA, NEITHER, OVERFITTING, Dimension, align
 from sdguard.audit.figures import COLOURS
 from sdguard.audit.likelihood import signs
 from sdguard.audit.neighbours import nearest
-from sdguard.cli.commands import one_sentence
-from sdguard.denoiser.probe import read
-from sdguard.files.measuring import measured
+from sdguard.cli.errors import one_sentence
+from sdguard.denoiser.probe import probe_run
 from sdguard.observation import NoiseLevel, Observation, noise_level, to_noise
 from sdguard.signals import GUIDANCE_NORM, OUTPUT_DENSITY_AHEAD, SHARPNESS, Signal
 from sdguard.signals.lid import TIMESTEP
@@ -67,7 +67,7 @@ def read_signals(pipe: Any, signals: tuple[Signal, ...], part: pd.DataFrame) -> 
 
     for seed in range(SEEDS):
         setting: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
-        read(pipe, part.text.tolist(), [seed] * len(part), look, **setting)
+        probe_run(pipe, part.text.tolist(), [seed] * len(part), look, **setting)
     return part.assign(**found)
 
 

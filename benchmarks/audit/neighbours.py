@@ -23,7 +23,8 @@ from sdguard import testbed
 from sdguard.audit import digits
 from sdguard.audit.neighbours import Embedding, pixels, sample_ratio, second_ratio
 from sdguard.audit.subjects import Samples
-from sdguard.cli.commands import BadInput, one_sentence
+from sdguard.cli.errors import one_sentence
+from sdguard.files.inputs import BadInput
 from sdguard.files.processes import processes
 from sdguard.testbed.copies import RATIO, SSCD
 

@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
+from sdguard.files.measuring import measured
 from torch import Tensor
 
 from benchmarks.audit.leaving_out import chosen
 from benchmarks.running import versions
 from sdguard import testbed
-from sdguard.cli.commands import BadInput
-from sdguard.files.measuring import measured
+from sdguard.files.inputs import BadInput
 from sdguard.testbed.copies import SSCD, decode, find_copies, load_targets, shipped_cut
 from sdguard.testbed.pictures import World
 from sdguard.testbed.train import encode

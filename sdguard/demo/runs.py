@@ -18,20 +18,21 @@ from PIL import Image
 from torch import nn
 
 from sdguard import testbed
-from sdguard.cli.commands import BadInput, check_prompts, default_setting, load_pipeline
 from sdguard.decision.calibration import calibrate, evenly, fingerprint, known_profile, ordinary_prompts, split
 from sdguard.decision.cascade import BY_NAME
 from sdguard.decision.profile import SERIES, Profile, scores_needed
 from sdguard.denoiser.families import default_size, denoiser_of
-from sdguard.denoiser.probe import shown
-from sdguard.denoiser.replay import private_copy
+from sdguard.denoiser.loading import check_prompts, default_setting, load_pipeline
+from sdguard.denoiser.probe import observe_calls
+from sdguard.denoiser.replay import clone_scheduler
 from sdguard.explain.explanation import Explanation, explain
+from sdguard.files.inputs import BadInput
 from sdguard.files.prompt_files import read_prompts
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.pipeline import guard
 from sdguard.guarded.report import GuardReport
 from sdguard.observation import Observation, denoised
-from sdguard.scan.scan import ranked, scan, watched_reports
+from sdguard.scan.scan import rank_prompts, scan, watched_reports
 from sdguard.testbed.copies import RATIO, Targets, load_targets
 
 #: what the server takes at most, whatever a page or a client sends.
@@ -156,7 +157,7 @@ class Model:
     def own(self) -> Any:
         """A pipeline of a run's own: the same parts, another scheduler."""
         twin = copy.copy(self.pipe)
-        twin.scheduler = private_copy(self.pipe.scheduler)
+        twin.scheduler = clone_scheduler(self.pipe.scheduler)
         twin.set_progress_bar_config(disable=True)
         return twin
 
@@ -403,7 +404,7 @@ def compare(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
     pipe, course = model.own(), found.unguarded
     emit(found)
     began = time.monotonic()
-    with shown(pipe, setting.call, followed(pipe, course, setting.steps, lambda: emit(found))):
+    with observe_calls(pipe, setting.call, followed(pipe, course, setting.steps, lambda: emit(found))):
         images = list(call(pipe).images)
     course.seconds += time.monotonic() - began
     branches = 2 if setting.guidance > 1 else 1
@@ -494,4 +495,4 @@ def scanned(model: Model, prompts: pd.Series, seeds: int, fdr: float, setting: S
     for batch in scan(model.own(), profile, found, seeds=int(seeds), false_positive_rate=setting.rate, **setting.call):
         rows += batch
         emit(Progress("Scanning", len(rows), len(found)))
-    emit(Scanned(ranked(rows, found, fdr), profile, time.monotonic() - began))
+    emit(Scanned(rank_prompts(rows, found, fdr), profile, time.monotonic() - began))

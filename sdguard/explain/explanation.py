@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from sdguard.denoiser.families import Encoder
-from sdguard.denoiser.probe import read
+from sdguard.denoiser.probe import probe_run
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.explain.attribution import curvature_map, norm_gradient, norms_without, pull_map, token_shares
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
@@ -74,7 +75,7 @@ def explain(pipe: Any, prompt: str, seed: int = 0, **setting: Any) -> Explanatio
         maps = pull_map(observation)[0].tolist(), curvature_map(observation)[0].tolist()
         found.append(Explanation(prompt, seed, norm, words, gradient, left_out, agreement, *maps))
 
-    read(pipe, [prompt], [seed], look, **setting)
+    probe_run(pipe, [prompt], [seed], look, **setting)
     return found[0]
 
 
@@ -84,3 +85,16 @@ def heat(picture: Image.Image, places: list[list[float]]) -> Image.Image:
     grid = (grid - grid.min()) / max(float(np.ptp(grid)), 1e-12)
     mask = Image.fromarray((grid * 170).astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
     return Image.composite(Image.new("RGB", picture.size, (230, 30, 30)), picture.convert("RGB"), mask)
+
+
+def unguarded_picture(pipe: Any, prompt: str, seed: int = 0, **setting: Any) -> Image.Image:
+    """What the pipeline makes of the prompt and seed that `explain` explains. Cost: a whole run."""
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **setting).images[0]
+
+
+def explanation_sheet(picture: Image.Image, found: Explanation) -> Image.Image:
+    """The picture, and beside it the same under the heat of where the text pulls."""
+    sheet = Image.new("RGB", (2 * picture.width, picture.height))
+    sheet.paste(picture, (0, 0))
+    sheet.paste(heat(picture, found.pull), (picture.width, 0))
+    return sheet

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas as pd
-from pandas.api.types import is_string_dtype
+from sdguard.files.atomic import atomic_write
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Found = TypeVar("Found")
 #: what a column of prompts is called, in order of preference, whatever its case.
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
-def read_lines(path: Path) -> pd.DataFrame:
-    """A text file as a table with the one column ``prompt``, indexed by line from 0; blank lines are left out."""
+def import_pandas() -> Any:
+    """pandas, which tables in files need, and a text file of prompts does not.
+
+    Raises:
+        ModuleNotFoundError: pandas or pyarrow is not installed; the message says which extra has them.
+    """
+    try:
+        import pandas
+        import pyarrow  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Tables in files need pandas and pyarrow: pip install 'sdguard[files]'.", name=error.name) from None
+    return pandas
+
+
+def read_lines(path: Path) -> dict[int, str]:
+    """The lines of a text file, stripped, by number from 0; blank ones are left out."""
     with path.open(encoding="utf-8-sig") as file:  # iterating breaks at newlines only, unlike str.splitlines
-        lines = {number: line.strip() for number, line in enumerate(file) if line.strip()}
-    return pd.DataFrame({"prompt": pd.Series(lines, dtype=str)})
+        return {number: line.strip() for number, line in enumerate(file) if line.strip()}
+
+
+def lines_table(path: Path) -> pd.DataFrame:
+    """A text file as a table with the one column ``prompt``, indexed by line."""
+    pd = import_pandas()
+    return pd.DataFrame({"prompt": pd.Series(read_lines(path), dtype=str)})
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -29,21 +51,26 @@ def read_csv(path: Path) -> pd.DataFrame:
         separator = csv.Sniffer().sniff(header, delimiters=",;\t").delimiter
     except csv.Error:  # a header of one column has no separator
         separator = ","
-    return pd.read_csv(path, sep=separator, encoding="utf-8-sig", keep_default_na=False)
+    return import_pandas().read_csv(path, sep=separator, encoding="utf-8-sig", keep_default_na=False)
 
 
 def read_json_lines(path: Path) -> pd.DataFrame:
     """A file of JSON objects, one a line; no string is taken for a number or a date."""
-    return pd.read_json(path, lines=True, dtype=False)
+    return import_pandas().read_json(path, lines=True, dtype=False)
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """A parquet file."""
+    return import_pandas().read_parquet(path)
 
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    "": read_lines,
-    ".txt": read_lines,
+    "": lines_table,
+    ".txt": lines_table,
     ".csv": read_csv,
     ".tsv": read_csv,
     ".jsonl": read_json_lines,
-    ".parquet": pd.read_parquet,
+    ".parquet": read_parquet,
 }
 
 WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
@@ -61,16 +88,21 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     if path.suffix not in READERS:
         raise ValueError(f"{path} has a suffix that is not known: {', '.join(filter(None, READERS))} are.")
+    table = read_checked(READERS[path.suffix], path)
+    if table.empty:
+        raise ValueError(f"{path} holds no prompt.")
+    return table
+
+
+def read_checked(reader: Callable[[Path], Found], path: Path) -> Found:
+    """What ``reader`` makes of a file; its errors become a `ValueError` of one sentence."""
     try:
-        table = READERS[path.suffix](path)
+        return reader(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from None
     except ValueError as error:  # what pandas, pyarrow and the UTF-8 codec raise is one, or descends from it
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"{path} is no {path.suffix or '.txt'} file that can be read: {first}.") from None
-    if table.empty:
-        raise ValueError(f"{path} holds no prompt.")
-    return table
 
 
 def prompt_column(table: pd.DataFrame, path: Path, column: str | None = None) -> pd.Series:
@@ -79,6 +111,8 @@ def prompt_column(table: pd.DataFrame, path: Path, column: str | None = None) ->
     Raises:
         ValueError: there is no such column, more than one could be meant, or one of its entries is no text; one sentence naming the file.
     """
+    from pandas.api.types import is_string_dtype
+
     there = f"it has {', '.join(map(str, table.columns))}"
     if column is None:
         named = {str(name).lower(): name for name in reversed(table.columns)}
@@ -101,15 +135,24 @@ def read_prompts(path: Path, column: str | None = None) -> pd.Series:
     return prompt_column(read_table(path), path, column)
 
 
-def check_writable(path: Path) -> None:
+def prompts_by_row(path: Path, column: str | None = None) -> dict[int, str]:
+    """`read_prompts` as a dictionary; of a text file without pandas, whose only column is ``prompt``."""
+    if path.suffix not in ("", ".txt") or column not in (None, "prompt"):
+        return read_prompts(path, column).to_dict()
+    prompts = read_checked(read_lines, path)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt.")
+    return prompts
+
+
+def check_suffix(path: Path) -> None:
     """Raise `ValueError` if `write_table` knows no such suffix."""
     if path.suffix not in WRITERS:
         raise ValueError(f"{path} cannot be written: its suffix must be one of {', '.join(WRITERS)}.")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table without its index, in the format of the suffix, whole or not at all; raises as `check_writable` does."""
-    check_writable(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    WRITERS[path.suffix](table, partial)
-    partial.replace(path)
+    """Write a table without its index, in the format of the suffix, whole or not at all; raises as `check_suffix` does."""
+    check_suffix(path)
+    with atomic_write(path) as partial:
+        WRITERS[path.suffix](table, partial)

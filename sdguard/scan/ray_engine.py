@@ -13,7 +13,7 @@ import torch
 
 from sdguard.decision.profile import Profile
 from sdguard.guarded.config import GuardConfig
-from sdguard.scan.scan import BATCH, Batch, Row, guarded_profile, moving, resumed, scan_batch
+from sdguard.scan.scan import BATCH, Batch, Row, cache_key, guarded_profile, run_resumable, scan_batch
 
 
 class Scanner:
@@ -63,11 +63,11 @@ def scan_with_ray(
     journal: Path | None = None,
     **setting: Any,
 ) -> Iterator[list[Row]]:
-    """What `scanning.scan` yields, in the order in which workers finish: one for each GPU of the cluster, without any one for each CPU.
+    """What `scan` yields, in the order in which workers finish: one for each GPU of the cluster, without any one for each CPU.
 
     ``load`` gives a worker its pipeline, which ``profile`` must be of. A worker that is lost is started again, and its batch with it. The
     journal is kept by the calling process and is the same as the other engine's: what the one has done the other does not do again. A scan
-    that is killed loses what the workers had under way. Cost: as `scanning.scan`.
+    that is killed loses what the workers had under way. Cost: as `scan`.
 
     Raises:
         ValueError: Ray is not installed, or the profile is too small for the rate. A profile that does not match ends the workers.
@@ -93,5 +93,5 @@ def scan_with_ray(
         for record in done.iter_rows():
             yield json.loads(record["rows"])
 
-    about = moving(profile, seeds, false_positive_rate)
-    yield from resumed(work, prompts, about, batch_size=batch_size, journal=journal)
+    key = cache_key(profile, seeds, false_positive_rate)
+    yield from run_resumable(work, prompts, key, batch_size=batch_size, journal=journal)

@@ -17,22 +17,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from scipy.stats import false_discovery_control
 
 from sdguard.decision.profile import Profile
-from sdguard.denoiser.families import Encoder, blends, family_of
-from sdguard.denoiser.probe import read
+from sdguard.denoiser.families import blends, family_of
+from sdguard.denoiser.probe import probe_run
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.journal import Journal
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.pipeline import guard
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun
 from sdguard.observation import Observation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 Batch = Sequence[tuple[int, str]]
@@ -51,7 +54,7 @@ def seed_of(prompt: str, k: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{k} {prompt}".encode()).digest()[:4], "big")
 
 
-def combined(p_values: Sequence[float]) -> float:
+def combine_p_values(p_values: Sequence[float]) -> float:
     """One p-value of several, whatever their dependence: twice their mean, at most 1 (Vovk & Wang 2020, Biometrika 107, 791-808).
 
     A mean stays small where every noise leads to the memorized picture, as it does for most memorized prompts, and then costs
@@ -62,7 +65,7 @@ def combined(p_values: Sequence[float]) -> float:
 
 def smallest_p_value(profile: Profile, seeds: int) -> float:
     """The smallest p-value that a prompt can get."""
-    return combined([1 / (1 + profile.prompts)] * seeds)
+    return combine_p_values([1 / (1 + profile.prompts)] * seeds)
 
 
 def watched_reports(
@@ -82,7 +85,7 @@ def watched_reports(
         calls += 1
         run.observe(observation)
 
-    read(pipe, prompts, seeds, look, 1 + restartable * len(profile.cascade.later), **setting)
+    probe_run(pipe, prompts, seeds, look, 1 + restartable * len(profile.cascade.later), **setting)
     return run.reports, calls
 
 
@@ -91,9 +94,9 @@ def scan_batch(
 ) -> list[Row]:
     """One row for each ``(row number, prompt)`` of a batch. Cost: as `scan`, in ``seeds`` denoiser batches at each call.
 
-    A row has ``row``, ``score`` (mean over seeds), ``p_value`` (`combined`), ``evaluations``, ``error`` (empty unless a signal failed, and
-    then score and p-value are nan), and for each seed k ``seed_k``, ``score_k``, ``p_value_k`` and the value of each signal of the cascade,
-    ``NAME_k``, nan where it was not read.
+    A row has ``row``, ``score`` (mean over seeds), ``p_value`` (`combine_p_values`), ``evaluations``, ``error`` (empty unless a signal
+    failed, and then score and p-value are nan), and for each seed k ``seed_k``, ``score_k``, ``p_value_k`` and the value of each signal
+    of the cascade, ``NAME_k``, nan where it was not read.
     """
     prompts = [prompt for _, prompt in batch]
     found: list[Row] = [{"row": int(row), "score": math.nan, "p_value": math.nan, "evaluations": 0, "error": ""} for row, _ in batch]
@@ -109,7 +112,7 @@ def scan_batch(
     for row in found:
         if not row["error"]:
             row["score"] = statistics.fmean(row[f"score_{k}"] for k in range(seeds))
-            row["p_value"] = combined([row[f"p_value_{k}"] for k in range(seeds)])
+            row["p_value"] = combine_p_values([row[f"p_value_{k}"] for k in range(seeds)])
     return found
 
 
@@ -150,25 +153,25 @@ def scan(
     """
     guarded_profile(pipe, GuardConfig(profile=profile), setting).allowed(false_positive_rate)
     work = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate, setting=setting)
-    yield from resumed(
+    yield from run_resumable(
         lambda batches: map(work, batches),
         prompts,
-        moving(profile, seeds, false_positive_rate),
+        cache_key(profile, seeds, false_positive_rate),
         batch_size=batch_size,
         journal=journal,
         state=state,
     )
 
 
-def moving(profile: Profile, seeds: int, false_positive_rate: float) -> dict[str, Any]:
+def cache_key(profile: Profile, seeds: int, false_positive_rate: float) -> dict[str, Any]:
     """What moves the results of a scan beside its prompts; the same for every engine, so that the one goes on with the other's journal."""
     return {"profile": asdict(profile), "seeds": seeds, "rate": false_positive_rate}
 
 
-def resumed(
+def run_resumable(
     work: Callable[[Sequence[Batch]], Iterable[list[Row]]],
     prompts: Mapping[int, str],
-    about: Mapping[str, Any],
+    key: Mapping[str, Any],
     *,
     batch_size: int,
     journal: Path | None,
@@ -176,10 +179,10 @@ def resumed(
 ) -> Iterator[list[Row]]:
     """Yield what the journals of this very scan know, then what ``work`` makes of this process's share of the other prompts, noted first.
 
-    ``about`` has whatever moves the results beside the prompts.
+    ``key`` has whatever moves the results beside the prompts (`cache_key`).
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    digest = hashlib.sha256(json.dumps([list(prompts.items()), about]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([list(prompts.items()), key]).encode()).hexdigest()
     notes = [Journal(path, {"scan": digest}) for path in (journals(journal, rank, processes) if journal else [None])]
     known = [row for note in notes for rows in note.results.values() for row in rows if not row["error"]]
     if known:
@@ -199,7 +202,7 @@ def journals(path: Path, rank: int = 0, processes: int = 1) -> list[Path]:
     return [own, *(file for file in sorted(left) if int(file.suffixes[-2][1:]) % processes == rank and file != own)]
 
 
-def ranked(rows: Iterable[Row], prompts: Mapping[int, str], fdr: float) -> pd.DataFrame:
+def rank_prompts(rows: Iterable[Row], prompts: Mapping[int, str], fdr: float) -> pd.DataFrame:
     """The rows of a scan as a table with ``prompt``, ``q_value``, ``discovered``: smallest p-value first, of equal ones the higher score.
 
     ``q_value`` is the Benjamini-Hochberg adjusted p-value over all prompts that could be judged, and ``discovered`` whether it is at most
@@ -208,6 +211,8 @@ def ranked(rows: Iterable[Row], prompts: Mapping[int, str], fdr: float) -> pd.Da
     This is proved for one seed and prompts that are independent of each other; means over seeds give p-values too, but no PRDS is
     proved of them.
     """
+    import pandas as pd
+
     table = pd.DataFrame(list(rows))
     table.insert(1, "prompt", table.row.map(prompts))
     judged = table.p_value.notna()

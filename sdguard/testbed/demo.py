@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import typer
 
 from sdguard import GuardedPipeline, testbed
-from sdguard.cli.commands import load_pipeline, writable
-from sdguard.cli.main import generate_guarded, save_all, verdict_table
 from sdguard.decision.calibration import PROFILE_FILE
 from sdguard.decision.profile import Profile
+from sdguard.denoiser.loading import load_pipeline
+from sdguard.files.outputs import ensure_writable, save_pictures
+from sdguard.guarded.generate import generate_guarded, verdict_table
 from sdguard.guarded.report import GuardReport
 from sdguard.testbed.copies import RATIO, Targets, load_targets
 
@@ -94,7 +95,7 @@ def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json 
     """Run the demo."""
     from rich.console import Console
 
-    writable(out)
+    ensure_writable(out)
     model = testbed.path()
     chosen = demo_prompts(pq.read_table(model / "prompts.parquet").to_pylist())
     plain = load_pipeline("embedded")
@@ -116,7 +117,7 @@ def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json 
         row["ratio_before"], row["ratio_after"] = float(before[i]), float(after[i])
         row["copy_before"], row["copy_after"] = bool(before[i] < RATIO), bool(after[i] < RATIO) and row["verdict"] != "withheld"
     pictures = [(twins[i], images[i], targets.pictures[nearest[i]]) for i in range(len(rows))]
-    save_all(out, {f"{row['kind']}.png": image for row, image in zip(rows, images, strict=True)}, rows)
+    save_pictures(out, {f"{row['kind']}.png": image for row, image in zip(rows, images, strict=True)}, rows)
     draw(rows, pictures, profile, out / "demo.png")
     Console().print(verdict_table(rows))
     Console().print(f"{out}/demo.png and {out}/report.json")

@@ -18,7 +18,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sdguard import GuardConfig, Profile, guard, testbed
-from sdguard.cli.commands import BadInput
 from sdguard.cli.main import app
 from sdguard.decision.calibration import PROFILE_FILE
 from sdguard.demo import figures
@@ -43,6 +42,7 @@ from sdguard.demo.runs import (
     why,
 )
 from sdguard.explain.explanation import explain
+from sdguard.files.inputs import BadInput
 from sdguard.guarded.report import GuardReport
 from sdguard.testbed.copies import load_targets
 

@@ -24,7 +24,7 @@ from sdguard.cli.main import app
 from sdguard.decision.profile import ProfileError
 from sdguard.files.prompt_files import read_table, write_table
 from sdguard.scan import scan as scanning
-from sdguard.scan.scan import combined, guarded_profile, journals, power_note, ranked, scan, scan_batch, seed_of
+from sdguard.scan.scan import combine_p_values, guarded_profile, journals, power_note, rank_prompts, scan, scan_batch, seed_of
 
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 MEMORIZED, ORDINARY = 2, 4
@@ -53,7 +53,7 @@ def table(embedded: Any, profile: Profile, prompts: dict[int, str]) -> pd.DataFr
 
 def scanned(pipe: Any, profile: Profile, prompts: dict[int, str], **options: Any) -> pd.DataFrame:
     batches = scan(pipe, profile, prompts, **{"seeds": 2, "batch_size": 4, **options}, **SETTING)
-    return ranked([row for rows in batches for row in rows], prompts, 0.05)
+    return rank_prompts([row for rows in batches for row in rows], prompts, 0.05)
 
 
 def same(one: pd.DataFrame, other: pd.DataFrame, ignore: tuple[str, ...] = ()) -> None:
@@ -115,12 +115,12 @@ def test_seeds_differ_between_prompts_and_stay() -> None:
 
 
 def test_a_combined_p_value_is_valid_under_dependence() -> None:
-    assert combined([0.3]) == 0.3
-    assert combined([0.01, 0.03]) == pytest.approx(0.04)
-    assert combined([0.9, 0.8]) == 1.0
+    assert combine_p_values([0.3]) == 0.3
+    assert combine_p_values([0.01, 0.03]) == pytest.approx(0.04)
+    assert combine_p_values([0.9, 0.8]) == 1.0
     uniform = np.random.default_rng(0).random((20_000, 1))
     for partners in (uniform, 1 - uniform, (uniform + 0.5) % 1):
-        found = np.array([combined(pair) for pair in np.hstack([uniform, partners]).tolist()])
+        found = np.array([combine_p_values(pair) for pair in np.hstack([uniform, partners]).tolist()])
         for level in (0.01, 0.1, 0.5):
             assert (found <= level).mean() <= level + 0.01
 

@@ -12,7 +12,7 @@ import pytest
 
 from sdguard import Profile, testbed
 from sdguard.scan.ray_engine import connect, scan_with_ray
-from sdguard.scan.scan import ranked, scan
+from sdguard.scan.scan import rank_prompts, scan
 
 # not imported here: the engine sets what Ray reads when it is
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'ray' is not installed")
@@ -52,7 +52,7 @@ def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedde
     assert sorted(row["row"] for row in rows) == list(prompts)
 
     here = [row for batch in scan(embedded, profile, prompts, batch_size=8, **SETTING) for row in batch]
-    tables = [ranked(some, prompts, 0.05) for some in (rows, here)]
+    tables = [rank_prompts(some, prompts, 0.05) for some in (rows, here)]
     pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
 
     known = next(scan(embedded, profile, prompts, **options))  # the journal serves the other engine

@@ -1,38 +1,12 @@
-"""What commands and the demo's page share: the model, the usual setting, and what is asked of input, in one sentence where it fails."""
+"""The pipeline that a name stands for, the setting it is meant for, and the prompts that its text encoder reads whole."""
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-
-BAD_INPUT = 1
-
-
-class BadInput(ValueError):
-    """Something the user gave cannot be used; the message is one sentence."""
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Ends the command with what went wrong in one sentence and exit code 1; with ``SDGUARD_DEBUG`` set, with the traceback."""
-    from sdguard.guarded.run import MemorizationError
-
-    try:
-        yield
-    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError) as error:
-        if os.environ.get("SDGUARD_DEBUG"):
-            raise
-        Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
-        raise typer.Exit(BAD_INPUT) from None
+from sdguard.files.inputs import BadInput
 
 
 def load_pipeline(model: str) -> Any:
@@ -59,6 +33,14 @@ def load_pipeline(model: str) -> Any:
         raise BadInput(f"The model {model} could not be loaded: {first}") from None
 
 
+def default_setting(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """Steps and guidance scale of a run, by default those the embedded model was made for, else Stable Diffusion's customary ones."""
+    from sdguard import testbed
+
+    defaults = (testbed.STEPS, testbed.GUIDANCE_SCALE) if model == "embedded" else (50, 7.5)
+    return {"num_inference_steps": steps or defaults[0], "guidance_scale": defaults[1] if guidance is None else guidance}
+
+
 def check_prompts(prompts: list[str], tokenizer: Any) -> None:
     """Raise `BadInput` for no prompt at all, an empty one, or one that the text encoder would cut."""
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -71,19 +53,6 @@ def check_prompts(prompts: list[str], tokenizer: Any) -> None:
             raise BadInput(f"The prompt is {len(ids)} tokens long and the text encoder reads {window}: this part would be cut: {cut!r}.")
 
 
-def writable(folder: Path) -> None:
-    """Create ``folder``; raises `BadInput` if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise BadInput(f"The output directory {folder} cannot be written to: {error.strerror}.") from None
-
-
-def default_setting(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
-    """Steps and guidance scale of a run, by default those the embedded model was made for, else Stable Diffusion's usual ones."""
-    from sdguard import testbed
-
-    usual = (testbed.STEPS, testbed.GUIDANCE_SCALE) if model == "embedded" else (50, 7.5)
-    return {"num_inference_steps": steps or usual[0], "guidance_scale": usual[1] if guidance is None else guidance}
+def count_truncated(prompts: list[str], tokenizer: Any) -> int:
+    """How many of the prompts are longer than the text encoder reads."""
+    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(prompts, truncation=False).input_ids)

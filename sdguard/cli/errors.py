@@ -1,0 +1,27 @@
+"""How a command ends where its input cannot be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+BAD_INPUT = 1
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the command with what went wrong in one sentence and exit code 1; with ``SDGUARD_DEBUG`` set, with the traceback."""
+    from sdguard.guarded.run import MemorizationError
+
+    try:
+        yield
+    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError) as error:
+        if os.environ.get("SDGUARD_DEBUG"):
+            raise
+        Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
+        raise typer.Exit(BAD_INPUT) from None

@@ -1,0 +1,29 @@
+"""Where results go: a folder that can be written to, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sdguard.files.atomic import atomic_write, write_text
+from sdguard.files.inputs import BadInput
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create ``folder``; raises `BadInput` if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput(f"The output directory {folder} cannot be written to: {error.strerror}.") from None
+
+
+def save_pictures(out: Path, pictures: dict[str, Any], report: Any, report_name: str = "report.json") -> None:
+    """Write PIL images by file name, as PNG, and a report as JSON into ``out``, each whole or not at all."""
+    for name, picture in pictures.items():
+        with atomic_write(out / name) as partial:
+            picture.save(partial, format="PNG")
+    write_text(out / report_name, json.dumps(report, indent=1))
