@@ -30,20 +30,20 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from benchmarks.running import as_png, from_png, profile_digest, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.correction import Correction, corrected, movement
-from sdguard.decision.calibration import PROFILE_FILE
-from sdguard.denoiser.families import Encoder
-from sdguard.denoiser.hook import watched
-from sdguard.files.measuring import measured
+from sdguard.decision.store import PROFILE_FILE
+from sdguard.denoiser.install import watched
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.processes import processes
+from sdguard.files.resumable import measured
 from sdguard.observation import Observation
-from sdguard.steering import BASELINES, METHODS, Flagged, Method
-from sdguard.steering.ladder import climb, rungs
+from sdguard.steering import BASELINES, METHODS, Method, SteeringInput
+from sdguard.steering.fallback import methods_of, try_in_order
 from sdguard.testbed.copies import SSCD, Targets, find_copies, load_targets, shipped_cut
-from sdguard.testbed.object_classifier import ALIGNMENT_FILE, Alignment
+from sdguard.testbed.object_classifier import CLASSIFIER_FILE, ObjectClassifier
 
 BATCH = 16
 LADDER, NONE = "ladder", "none"
-#: methods that work with the prompt's wording and pay for looking for it.
+#: methods that work with the prompt's paraphrase and pay for looking for it.
 WORDED = ("rewording", "attractive-repulsive guidance")
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "output_type": "np"}
 
@@ -86,16 +86,16 @@ class Always:
 
 def alone(method: Method, pipe: Any, profile: Profile, texts: list[str], observation: Observation) -> list[Correction | None]:
     """What one method gives each image, whether it would pass verification or not."""
-    flagged = Flagged.of(observation, list(texts), Encoder(pipe), profile)
+    flagged = SteeringInput.of(observation, list(texts), Encoder(pipe), profile)
     if method.name not in WORDED:
         observation.evaluations.zero_()
     return method.correct(flagged)
 
 
-def ladder(pipe: Any, profile: Profile, texts: list[str], observation: Observation) -> list[Correction | None]:
-    """What the guard's ladder gives each image, None where no rung passed."""
-    flagged = Flagged.of(observation, list(texts), Encoder(pipe), profile)
-    return [outcome.correction for outcome in climb(flagged, rungs(profile))]
+def in_order(pipe: Any, profile: Profile, texts: list[str], observation: Observation) -> list[Correction | None]:
+    """What the guard's fallback sequence gives each image, None where no method passed."""
+    flagged = SteeringInput.of(observation, list(texts), Encoder(pipe), profile)
+    return [outcome.correction for outcome in try_in_order(flagged, methods_of(profile))]
 
 
 def guarded(pipe: Any, part: pd.DataFrame) -> pd.DataFrame:
@@ -240,7 +240,7 @@ def main(
     every = every[(every.kind != "ordinary") | (every.seed == 0)][["text", "kind", "repetitions", "object", "seed"]].reset_index(drop=True)
     targets, _ = load_targets(testbed.path(), pipe.vae)
     sscd, cut = RememberingSSCD(), shipped_cut(testbed.path())
-    score = Alignment.load(testbed.path() / ALIGNMENT_FILE, sscd)
+    classifier = ObjectClassifier.load(testbed.path() / CLASSIFIER_FILE, sscd)
     state = processes()
     about = {"profile": profile_digest(), **SETTING, **versions()}
 
@@ -252,7 +252,7 @@ def main(
     before, verdicts = made(NONE, every, partial(guarded, pipe))
     acted = np.flatnonzero(every.kind != "unseen")
     some = every.iloc[acted].reset_index(drop=True)
-    methods = {LADDER: partial(ladder, pipe, profile)} | {
+    methods = {LADDER: partial(in_order, pipe, profile)} | {
         name: partial(alone, method, pipe, profile) for name, method in {**METHODS, **BASELINES}.items()
     }
     runs = {name: made(name, some, partial(steered, pipe, correct)) for name, correct in methods.items() if not only or name in only}
@@ -264,7 +264,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     embedded = {NONE: sscd(before)}
     nothing = {"applied": False, "moved": 0.0, "evaluations": 0.0, "seconds": verdicts.seconds, "withheld": False, "changed": False}
-    parts = [every.assign(method=NONE, **{"copy": base.copy}, aligned=score.shows(before, every.object.tolist()), **nothing)]
+    parts = [every.assign(method=NONE, **{"copy": base.copy}, aligned=classifier.shows(before, every.object.tolist()), **nothing)]
     show = np.flatnonzero(base.copy & every.flagged & (every.seed == 0))[:16]
     for name, (drawn, notes) in track(runs.items(), "comparing"):
         after, embedded[name] = before.copy(), embedded[NONE].copy()
@@ -272,7 +272,7 @@ def main(
         found = parts[0].assign(
             method=name,
             **{"copy": find_copies(after, targets, sscd, cut).copy},
-            aligned=score.shows(after, every.object.tolist()),
+            aligned=classifier.shows(after, every.object.tolist()),
             changed=(after != before).any(axis=(1, 2, 3)),
         )
         for column in notes:

@@ -23,8 +23,9 @@ from sdguard.audit.likelihood import elbo
 from sdguard.audit.memorization import memorization
 from sdguard.audit.subjects import LogLikelihood, Trainable
 from sdguard.observation import NoiseLevel, noise_level, to_noise
+from sdguard.testbed.architecture import SCHEDULE, new_text_encoder, new_unet
 from sdguard.testbed.pictures import World
-from sdguard.testbed.train import EMPTY_CAPTIONS, SCHEDULE, compositions, encode, new_text_encoder, new_unet
+from sdguard.testbed.train import EMPTY_CAPTIONS, compositions, encode
 from sdguard.testbed.training import ema_update
 from sdguard.testbed.world import Caption, Describer, pool
 

@@ -16,8 +16,9 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from sdguard.demo import calibrate_tab, generate_tab, geometry_tab, scan_tab, why_tab
+from sdguard.demo.model import Model
 from sdguard.demo.page import prompt_box
-from sdguard.demo.runs import LARGEST_FILE, Model
+from sdguard.demo.settings import LARGEST_FILE
 
 STYLE = Path(__file__).with_name("style.css")
 HEADER = (

@@ -8,15 +8,17 @@ from typing import Any
 import gradio as gr
 
 from sdguard.decision.profile import Profile, ProfileError
-from sdguard.demo import figures
-from sdguard.demo.page import QUICK, WORK, Updates, own_folder, run_buttons, setting_of, stops, told
-from sdguard.demo.runs import Model, Profiles, Setting, profile_known, profile_made, uploaded_prompts
+from sdguard.demo import charts, elements, signal_views
+from sdguard.demo.model import Model
+from sdguard.demo.page import QUICK, WORK, Updates, own_folder, page_updates, run_buttons, setting_of, stops
+from sdguard.demo.profiles import Profiles, make_profile, profile_known
+from sdguard.demo.settings import Setting, uploaded_prompts
 
 
 def described(profile: Profile | None, setting: Setting, own: bool) -> str:
     """The profile that a run of this setting goes by, in words and as a histogram."""
     if profile is None:
-        return figures.hint(
+        return elements.hint(
             f"No profile is known for {setting.steps} steps at guidance {setting.guidance:g}: the next run makes one, or make one here "
             "from your own prompts."
         )
@@ -24,30 +26,30 @@ def described(profile: Profile | None, setting: Setting, own: bool) -> str:
         threshold = profile.threshold(setting.rate)
         low, high = profile.false_positive_interval(setting.rate)
     except ProfileError as error:
-        return figures.status(str(error), "error")
-    print_ = profile.fingerprint
+        return elements.status(str(error), "error")
+    fingerprint = profile.fingerprint
     pairs = [
         ("where it is from", "your own prompts, in this session" if own else "the model, or your cache"),
-        ("pipeline", f"{print_['pipeline']}, {print_['scheduler']}"),
+        ("pipeline", f"{fingerprint['pipeline']}, {fingerprint['scheduler']}"),
         (
             "configuration",
-            f"{print_['steps']} steps, guidance {print_['guidance_scale']:g}, {print_['width']} × {print_['height']}, "
-            f"{print_['dtype'].split('.')[-1]}",
+            f"{fingerprint['steps']} steps, guidance {fingerprint['guidance_scale']:g}, {fingerprint['width']} × {fingerprint['height']}, "
+            f"{fingerprint['dtype'].split('.')[-1]}",
         ),
         ("ordinary prompts", f"{profile.prompts:,} scored"),
         (f"threshold at {setting.rate:.1%}", f"{threshold:+.2f}"),
         ("realised rate in the long run, 95%", f"{low:.1%} to {high:.1%}"),
-        ("signals of the decision", ", ".join(figures.plain(name).lower() for name in profile.cascade.signals)),
+        ("signals of the decision", ", ".join(signal_views.plain(name).lower() for name in profile.cascade.signals)),
     ]
-    if profile.ladder:
-        pairs.append(("steering, in the order learnt", ", ".join(rung.method for rung in profile.ladder)))
-    chart = figures.histogram(
+    if profile.methods:
+        pairs.append(("steering, in the order learnt", ", ".join(measured.method for measured in profile.methods)))
+    chart = charts.histogram(
         "Scores of ordinary prompts",
         profile.scores,
         threshold,
         caption=f"At most {setting.rate:.1%} of ordinary prompts reach the threshold. Scores of prompts that did not fit the cascade.",
     )
-    return f'<div class="sg-profile">{figures.facts(pairs)}{chart}</div>'
+    return f'<div class="sg-profile">{elements.facts(pairs)}{chart}</div>'
 
 
 def saved(profile: Profile) -> str:
@@ -71,7 +73,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
             start, stop = run_buttons("Calibrate", "calibrate")
             back = gr.Button("Back to the model’s own profile", variant="secondary", elem_id="calibrate-back")
             line = gr.HTML(
-                figures.status(
+                elements.status(
                     "Give prompts that are ordinary for you and known not to be memorized; 1% needs about 150. The profile holds "
                     "for your session only, for the steps and guidance of the Generate tab."
                 ),
@@ -79,7 +81,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
             )
             download = gr.File(label="Profile, for --profile", interactive=False, visible=False, elem_id="calibrate-download")
         with gr.Column(scale=8, min_width=300):
-            shown = gr.HTML(figures.hint("The profile in use appears here."), elem_id="calibrate-result")
+            shown = gr.HTML(elements.hint("The profile in use appears here."), elem_id="calibrate-result")
 
     def looked(mine: Profiles, *values: Any) -> str:
         asked = setting_of(model, "-", *values)
@@ -90,7 +92,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
 
         def work(emit: Any) -> None:
             asked.checked(model)
-            profile = profile_made(model, asked, uploaded_prompts(path).tolist(), emit)
+            profile = make_profile(model, asked, uploaded_prompts(path).tolist(), emit)
             emit(profile)
             emit((profile,))
 
@@ -98,18 +100,18 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
             (profile,) = made
             text = f"Done: {profile.prompts:,} prompts scored. Your runs go by this profile from now on."
             return {
-                line: figures.status(text, "done"),
+                line: elements.status(text, "done"),
                 shown: described(profile, asked, True),
                 download: gr.update(value=saved(profile), visible=True),
             }
 
-        yield from told(work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(work, view, line, profiles, mine, (start, stop))
 
     def forget(*values: Any) -> Updates:
         return {
             profiles: {},
             shown: looked({}, *values),
-            line: figures.status("Your runs go by the model’s own profile again."),
+            line: elements.status("Your runs go by the model’s own profile again."),
             download: gr.update(visible=False),
         }
 

@@ -10,21 +10,14 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from sdguard.demo import figures
-from sdguard.demo.page import WORK, Updates, example_chips, run_buttons, setting_of, stops, told
-from sdguard.demo.runs import (
-    MOST_GUIDANCE,
-    MOST_IMAGES,
-    MOST_STEPS,
-    BadInput,
-    Comparison,
-    Course,
-    Model,
-    Setting,
-    compare,
-    profile_known,
-    streamed,
-)
+from sdguard.demo import charts, elements, signal_views
+from sdguard.demo.comparison import Comparison, Course, compare
+from sdguard.demo.model import Model
+from sdguard.demo.page import WORK, Updates, example_chips, page_updates, run_buttons, setting_of, stops
+from sdguard.demo.profiles import profile_known
+from sdguard.demo.settings import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Setting
+from sdguard.demo.streaming import streamed
+from sdguard.files.inputs import BadInput
 from sdguard.guarded.run import MemorizationError
 from sdguard.steering import METHODS
 from sdguard.testbed.copies import RATIO
@@ -38,8 +31,8 @@ def controls(model: Model) -> list[Any]:
     with gr.Accordion("Settings", open=False):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images")
-        steps = gr.Slider(2, MOST_STEPS, model.usual["num_inference_steps"], step=1, label="Steps")
-        guidance = gr.Slider(0, MOST_GUIDANCE, model.usual["guidance_scale"], step=0.5, label="Guidance scale")
+        steps = gr.Slider(2, MOST_STEPS, model.defaults["num_inference_steps"], step=1, label="Steps")
+        guidance = gr.Slider(0, MOST_GUIDANCE, model.defaults["guidance_scale"], step=0.5, label="Guidance scale")
         rate = gr.Slider(0.2, 10, 1, step=0.1, label="False-positive rate, %", info="The share of ordinary prompts that may be flagged.")
         mode = gr.Radio(
             [("Steer it away", "steer"), ("Only report", "observe"), ("Withhold it", "block")],
@@ -57,16 +50,16 @@ def controls(model: Model) -> list[Any]:
 
 def card(model: Model, found: Comparison, row: int) -> str:
     """One image: the slider, the verdict once there is one, the nearest training picture."""
-    before, after = (course.images[row] if course.images else shown_so_far(course, row) for course in (found.unguarded, found.guarded))
+    before, after = (course.images[row] if course.images else newest_estimate(course, row) for course in (found.unguarded, found.guarded))
     if before is None:
-        return figures.hint("The first estimate is on its way.")
-    parts = [figures.slider(before, after or before, f"{found.setting.prompt}, seed {found.setting.seed + row}")]
-    told_of = []
+        return elements.hint("The first estimate is on its way.")
+    parts = [elements.slider(before, after or before, f"{found.setting.prompt}, seed {found.setting.seed + row}")]
+    parts_below = []
     if found.done:
         report = found.reports[row]
-        told_of.append(figures.verdict(report))
-        told_of.append(
-            figures.facts(
+        parts_below.append(elements.verdict(report))
+        parts_below.append(
+            elements.facts(
                 [
                     ("p-value", f"{report.p_value:.3g}" if report.p_value is not None else "–"),
                     ("denoiser evaluations", f"{found.unguarded.evaluations[row]} → {found.guarded.evaluations[row]}"),
@@ -77,15 +70,15 @@ def card(model: Model, found: Comparison, row: int) -> str:
         )
     if found.nearest and model.targets is not None:
         target = Image.fromarray(model.targets.pictures[found.nearest[row]])
-        told_of.append(nearest(target, model.captions[found.nearest[row]], found, row))
+        parts_below.append(nearest(target, model.captions[found.nearest[row]], found, row))
     elif found.done:
-        told_of.append(
-            figures.hint("The nearest training picture is shown for the embedded model only: this one’s training data is not known.")
+        parts_below.append(
+            elements.hint("The nearest training picture is shown for the embedded model only: this one’s training data is not known.")
         )
-    return f'<article class="sg-card"><div>{"".join(parts)}</div><div>{"".join(told_of)}</div></article>'
+    return f'<article class="sg-card"><div>{"".join(parts)}</div><div>{"".join(parts_below)}</div></article>'
 
 
-def shown_so_far(course: Course, row: int) -> Image.Image | None:
+def newest_estimate(course: Course, row: int) -> Image.Image | None:
     """The newest denoised estimate, of the first image only."""
     return course.estimates[max(course.estimates)] if course.estimates and row == 0 else None
 
@@ -101,7 +94,7 @@ def nearest(target: Image.Image, caption: str, found: Comparison, row: int) -> s
         withheld = found.reports[row].verdict == "withheld"
         words.append("Guarded: withheld" if withheld else f"Guarded: {ratio_words(found.ratios_after[row])}")
     lines = "".join(f"<li>{line}</li>" for line in words)
-    shown = figures.picture(target, f"“{caption}”", 128, "sg-nearest")
+    shown = elements.picture(target, f"“{caption}”", 128, "sg-nearest")
     return f'<div class="sg-training"><h4>Nearest training picture</h4>{shown}<ul>{lines}</ul></div>'
 
 
@@ -122,13 +115,13 @@ def course(found: Comparison) -> str:
     """How both runs went: their estimates, their signals, and where the decision fell."""
     setting, profile = found.setting, found.profile
     strips = "".join(
-        figures.filmstrip(title, sorted(run.estimates.items()), run.images[0] if run.images else None)
+        elements.filmstrip(title, sorted(run.estimates.items()), run.images[0] if run.images else None)
         for title, run in (("Without the guard", found.unguarded), ("With the guard", found.guarded))
         if run.estimates
     )
-    runs = [("without the guard", found.unguarded, figures.UNGUARDED), ("with the guard", found.guarded, figures.GUARDED)]
-    charts = [
-        figures.signal_chart(
+    runs = [("without the guard", found.unguarded, charts.UNGUARDED), ("with the guard", found.guarded, charts.GUARDED)]
+    drawn = [
+        signal_views.signal_chart(
             name,
             profile,
             setting.rate,
@@ -138,25 +131,23 @@ def course(found: Comparison) -> str:
         for name in ("guidance_norm", "denoised_norm")
     ]
     marks = [
-        (f"seed {setting.seed + row}", report.score, figures.GUARDED)
-        for row, report in enumerate(found.reports)
-        if report.score is not None
+        (f"seed {setting.seed + row}", report.score, charts.GUARDED) for row, report in enumerate(found.reports) if report.score is not None
     ]
     marks = [("this prompt", value, colour) for _, value, colour in marks[:1]] + [("", value, colour) for _, value, colour in marks[1:]]
     title = f"The score against {profile.prompts:,} ordinary prompts"
     caption = f"From the threshold on an image is flagged: at most {setting.rate:.1%} of ordinary prompts are."
-    charts.insert(0, figures.histogram(title, profile.scores, profile.threshold(setting.rate), marks, caption))
-    return f'<div class="sg-strips">{strips}</div><div class="sg-charts">{"".join(charts)}</div>'
+    drawn.insert(0, charts.histogram(title, profile.scores, profile.threshold(setting.rate), marks, caption))
+    return f'<div class="sg-strips">{strips}</div><div class="sg-charts">{"".join(drawn)}</div>'
 
 
 def line_of(found: Comparison) -> str:
     """How far a comparison has come, in words."""
     calls = found.setting.steps
     if found.done:
-        return figures.status(f"Done: {cost(found)} milliseconds without and with the guard.".replace("→", "and"), "done")
+        return elements.status(f"Done: {cost(found)} milliseconds without and with the guard.".replace("→", "and"), "done")
     name, run, base = ("With", found.guarded, 0.5) if found.unguarded.images else ("Without", found.unguarded, 0.0)
     done = min(len(run.timesteps), calls)
-    return figures.status(f"{name} the guard: denoiser call {done} of {calls}", "busy", base + 0.5 * done / calls)
+    return elements.status(f"{name} the guard: denoiser call {done} of {calls}", "busy", base + 0.5 * done / calls)
 
 
 def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> list[Any]:
@@ -168,11 +159,11 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> li
             example_chips(model.examples, box)
             setting = controls(model)
         with gr.Column(scale=8, min_width=300):
-            line = gr.HTML(figures.status("Choose an example or write a prompt, then press Generate."), elem_id="generate-status")
-            shown = gr.HTML(figures.hint(EMPTY), elem_id="generate-result")
+            line = gr.HTML(elements.status("Choose an example or write a prompt, then press Generate."), elem_id="generate-status")
+            shown = gr.HTML(elements.hint(EMPTY), elem_id="generate-result")
     with gr.Column(elem_classes="sg-section"):
         gr.HTML("<h3>While it ran</h3>")
-        ran = gr.HTML(figures.hint(EMPTY_COURSE), elem_id="generate-course")
+        ran = gr.HTML(elements.hint(EMPTY_COURSE), elem_id="generate-course")
 
     def run(mine: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
@@ -181,7 +172,7 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> li
             updates: Updates = {line: line_of(found), shown: result(model, found), ran: course(found)}
             return {**updates, why_box: found.setting.prompt} if found.done else updates
 
-        yield from told(lambda emit: compare(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
+        yield from page_updates(lambda emit: compare(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
 
     event = gr.on([start.click, box.submit], run, [profiles, box, *setting], [line, shown, ran, profiles, why_box, start, stop], **WORK)
     stops(event, line, (start, stop))
@@ -202,8 +193,8 @@ def endpoint(model: Model) -> None:
         prompt: str,
         seed: int = 0,
         images: int = 1,
-        steps: int = model.usual["num_inference_steps"],
-        guidance: float = model.usual["guidance_scale"],
+        steps: int = model.defaults["num_inference_steps"],
+        guidance: float = model.defaults["guidance_scale"],
         false_positive_rate: float = 0.01,
         mode: str = "steer",
         steering: list[str] | None = None,

@@ -7,11 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from sdguard.demo import figures
-from sdguard.demo.figures import MEMORIZED, ORDINARY, Line, chart
+from sdguard.demo import charts, elements, geometry_charts
+from sdguard.demo.charts import MEMORIZED, ORDINARY, Line, chart
 from sdguard.demo.landscape import FINE_ITERATIONS, ITERATIONS, REACH, SIDE, Landscape, landscape
-from sdguard.demo.page import WORK, Updates, prompt_box, run_buttons, setting_of, stops, told
-from sdguard.demo.runs import MOST_STEPS, Model
+from sdguard.demo.model import Model
+from sdguard.demo.page import WORK, Updates, page_updates, prompt_box, run_buttons, setting_of, stops
+from sdguard.demo.settings import MOST_STEPS
 
 EMPTY = (
     "Press Measure: the spectrum of the Hessian, how many directions each prompt leaves free, its output density, "
@@ -31,7 +32,7 @@ def drawn(found: Landscape) -> str:
         return [Line(name, list(zip(at, row, strict=True)), colour) for name, row, colour in zip(names, values, colours, strict=True)]
 
     def over_calls(title: str, values: list[list[float]], label: str, caption: str) -> str:
-        ticks = [tick for tick in figures.ticks(1, calls[-1], 6) if tick >= 1]
+        ticks = [tick for tick in charts.ticks(1, calls[-1], 6) if tick >= 1]
         return chart(title, lines(calls, values), "denoiser call", label, caption=caption, x_ticks=ticks, upright=at)
 
     def over_levels(title: str, values: list[list[float]], label: str, caption: str) -> str:
@@ -40,7 +41,7 @@ def drawn(found: Landscape) -> str:
 
     d = found.dimensions
     parts = [
-        figures.spectrum_chart(found.nodes, found.weights, names, colours),
+        geometry_charts.spectrum_chart(found.nodes, found.weights, names, colours),
         over_calls(
             "Free directions",
             found.free,
@@ -63,13 +64,13 @@ def drawn(found: Landscape) -> str:
         ),
     ]
     surfaces = "".join(
-        figures.surface(cut, f"log p around the {name}’s sample", colour, FLOOR, CEILING)
+        geometry_charts.surface(cut, f"log p around the {name}’s sample", colour, FLOOR, CEILING)
         for cut, name, colour in zip(found.slices, ("first prompt", "second prompt"), colours, strict=True)
     )
     note = (
         f"A plane through each finished sample (the dot) at the noise of call {found.step + 1} (timestep {found.chosen:.0f}), along the "
-        f"freest and the sharpest direction that {FINE_ITERATIONS} Lanczos steps find, {REACH:g} standard deviations of the noise to each "
-        "side. Height is log p of the prompt’s density against the sample, by least squares from the network’s score on "
+        f"flattest and the sharpest direction that {FINE_ITERATIONS} Lanczos steps find, {REACH:g} standard deviations of the noise to "
+        "each side. Height is log p of the prompt’s density against the sample, by least squares from the network’s score on "
         f"{SIDE} × {SIDE} points, cut off {-FLOOR:.0f} nats below and {CEILING:.0f} above; equal scales. A memorized sample is the top of "
         "a spike that falls off both ways; an ordinary one lies on a ridge, along which other pictures are as likely or likelier."
     )
@@ -84,11 +85,11 @@ def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[An
     with gr.Row(elem_classes="sg-columns"):
         memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
         ordinary = prompt_box("geometry-second", "Second prompt, ordinary", prompts[1], None)
-        usual = model.usual["num_inference_steps"]
+        defaults = model.defaults["num_inference_steps"]
         step = gr.Slider(
             1,
-            MOST_STEPS if usual > 50 else usual,
-            round(0.7 * usual),
+            MOST_STEPS if defaults > 50 else defaults,
+            round(0.7 * defaults),
             step=1,
             label="Denoiser call",
             info="For the spectrum and the density.",
@@ -96,19 +97,19 @@ def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[An
         )
     start, stop = run_buttons("Measure", "geometry")
     line = gr.HTML(
-        figures.status("Both prompts start from the same noise. Seed, steps and guidance are those of the Generate tab."),
+        elements.status("Both prompts start from the same noise. Seed, steps and guidance are those of the Generate tab."),
         elem_id="geometry-status",
     )
-    shown = gr.HTML(figures.hint(EMPTY), elem_id="geometry-result")
+    shown = gr.HTML(elements.hint(EMPTY), elem_id="geometry-result")
 
     def run(mine: Any, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, first, *values)
 
         def view(found: Landscape) -> Updates:
-            return {line: figures.status("Done.", "done"), shown: drawn(found)}
+            return {line: elements.status("Done.", "done"), shown: drawn(found)}
 
         work = lambda emit: landscape(model, [first, second], asked, int(call) - 1, emit)  # noqa: E731
-        yield from told(work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(work, view, line, profiles, mine, (start, stop))
 
     event = gr.on(
         [start.click, memorized.submit, ordinary.submit],

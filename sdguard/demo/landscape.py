@@ -11,21 +11,16 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.linalg import lsqr
 from torch import Tensor
 
-from sdguard.demo.runs import BadInput, Emit, Model, Progress, Setting
-from sdguard.denoiser.probe import read
-from sdguard.geometry.hessian import (
-    Score,
-    branch_product,
-    difference_product,
-    dot,
-    extreme_directions,
-    flipd,
-    log_volume,
-    spectrum,
-    spread,
-    trace,
-)
+from sdguard.demo.model import Model
+from sdguard.demo.settings import Setting
+from sdguard.demo.streaming import Emit, Progress
+from sdguard.denoiser.probe import probe_run
+from sdguard.files.inputs import BadInput
+from sdguard.geometry.dimension import flipd
+from sdguard.geometry.hessian import Score, branch_product, difference_product, extreme_directions, spectrum, trace
 from sdguard.geometry.rollout import probe
+from sdguard.geometry.rowwise import dot, expand_like
+from sdguard.geometry.volume import log_volume
 from sdguard.observation import Observation, denoised
 
 #: Lanczos iterations for the density at every call, and for the spectrum at the chosen one.
@@ -38,13 +33,13 @@ SIDE, REACH, BATCH = 15, 4.0, 75
 
 @dataclass(frozen=True)
 class Slice:
-    """log p_t over the plane through the sample along its freest and its sharpest direction, in nats against the sample.
+    """log p_t over the plane through the sample along its flattest and its sharpest direction, in nats against the sample.
 
     Attributes:
         offsets: of the grid's points from the sample along either axis, in standard deviations of the noise, ``[n]``.
         heights: ``[n, n]``, along the sharpest direction first; the sample has 0.
         rest: the share of the score in the plane, by root mean square, that is no gradient and was left out.
-        steepness: minus the second derivative along the freest and the sharpest direction, in units of ``1 / s**2``: 1 is a delta's.
+        steepness: minus the second derivative along the flattest and the sharpest direction, in units of ``1 / s**2``: 1 is a delta's.
     """
 
     offsets: np.ndarray
@@ -101,7 +96,7 @@ def potential(along: np.ndarray, across: np.ndarray, spacing: float) -> tuple[np
     return heights - heights[n // 2, m // 2], rest
 
 
-def plane(score: Callable[[Tensor], Tensor], centre: Tensor, freest: Tensor, sharpest: Tensor, scale: float) -> tuple[np.ndarray, ...]:
+def plane(score: Callable[[Tensor], Tensor], centre: Tensor, flattest: Tensor, sharpest: Tensor, scale: float) -> tuple[np.ndarray, ...]:
     """Offsets of `SIDE` points, and the score's components along either unit direction on the grid around ``centre`` ``[1, ...]``.
 
     The grid reaches `REACH` times ``scale`` to every side. Returns offsets ``[n]`` in units of ``scale`` and both components ``[n, n]``,
@@ -109,9 +104,9 @@ def plane(score: Callable[[Tensor], Tensor], centre: Tensor, freest: Tensor, sha
     """
     offsets = torch.linspace(-REACH, REACH, SIDE)
     down, right = (part.flatten() * scale for part in torch.meshgrid(offsets, offsets, indexing="ij"))
-    points = centre + spread(down, centre) * sharpest + spread(right, centre) * freest
+    points = centre + expand_like(down, centre) * sharpest + expand_like(right, centre) * flattest
     scores = torch.cat([score(part) for part in points.split(BATCH)])
-    along, across = (dot(scores, direction.expand_as(scores)).reshape(SIDE, SIDE).double().numpy() for direction in (freest, sharpest))
+    along, across = (dot(scores, direction.expand_as(scores)).reshape(SIDE, SIDE).double().numpy() for direction in (flattest, sharpest))
     return offsets.double().numpy(), along, across
 
 
@@ -121,10 +116,10 @@ def slice_of(score: Score, centre: Tensor, scale: float, start: Tensor, iteratio
     Cost: ``2 * iterations + SIDE**2 + 4`` score evaluations.
     """
     product = difference_product(score, centre)
-    sharpest, freest = extreme_directions(product, start, iterations)
-    offsets, along, across = plane(score, centre, freest, sharpest, scale)
+    sharpest, flattest = extreme_directions(product, start, iterations)
+    offsets, along, across = plane(score, centre, flattest, sharpest, scale)
     heights, rest = potential(along, across, scale * float(offsets[1] - offsets[0]))
-    steepness = tuple(-float(dot(v, product(v))) * scale**2 for v in (freest, sharpest))
+    steepness = tuple(-float(dot(v, product(v))) * scale**2 for v in (flattest, sharpest))
     return Slice(offsets, heights, rest, (steepness[0], steepness[1]))
 
 
@@ -191,5 +186,5 @@ def landscape(model: Model, prompts: list[str], setting: Setting, step: int, emi
     emit(Progress("Walking along the run", 0, setting.steps))
     pipe = model.own()
     look = look_along(found, emit, lambda: len(pipe.scheduler.timesteps))
-    read(pipe, checked, [setting.seed] * len(checked), look, None, **setting.call)
+    probe_run(pipe, checked, [setting.seed] * len(checked), look, None, **setting.call)
     emit(found)

@@ -14,8 +14,11 @@ from typing import Any
 import gradio as gr
 
 from sdguard.decision.profile import Profile
-from sdguard.demo.figures import status
-from sdguard.demo.runs import LONGEST_PROMPT, Emit, Example, Model, Profiles, Progress, Setting, streamed
+from sdguard.demo.elements import status
+from sdguard.demo.model import Example, Model
+from sdguard.demo.profiles import Profiles
+from sdguard.demo.settings import LONGEST_PROMPT, Setting
+from sdguard.demo.streaming import Emit, Progress, streamed
 from sdguard.guarded.run import MemorizationError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ KINDS = {"verbatim": "Verbatim copy", "template": "Template copy", "ordinary": "
 INTERNAL = "Something went wrong in the app itself; its log says what. Nothing was changed."
 
 
-def told(
+def page_updates(
     work: Callable[[Emit], None], view: Callable[[Any], Updates], line: Any, profiles: Any, mine: Profiles, buttons: tuple[Any, Any] | None
 ) -> Iterator[Updates]:
     """The updates that ``work`` makes on the page: ``view`` of what it emits, its progress and its errors as sentences in ``line``.
@@ -110,12 +113,12 @@ def example_chips(examples: Sequence[Example], box: Any) -> None:
 def setting_of(model: Model, *values: Any) -> Setting:
     """The setting that the page's controls show, in the order of `sdguard.demo.generate_tab.controls`; nothing is checked here."""
     prompt, seed, steps, guidance, images, percent, mode, steering = values
-    usual = model.usual
+    defaults = model.defaults
     return Setting(
         prompt,
         int(seed or 0),
-        int(steps or usual["num_inference_steps"]),
-        float(usual["guidance_scale"] if guidance is None else guidance),
+        int(steps or defaults["num_inference_steps"]),
+        float(defaults["guidance_scale"] if guidance is None else guidance),
         int(images or 1),
         float(percent or 0) / 100,
         mode,

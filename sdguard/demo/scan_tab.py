@@ -8,9 +8,11 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from sdguard.demo import figures
-from sdguard.demo.page import WORK, Updates, own_folder, run_buttons, setting_of, stops, told
-from sdguard.demo.runs import MOST_SEEDS, SUFFIXES, Model, Scanned, scanned, uploaded_prompts
+from sdguard.demo import elements
+from sdguard.demo.model import Model
+from sdguard.demo.page import WORK, Updates, own_folder, page_updates, run_buttons, setting_of, stops
+from sdguard.demo.scan_run import Scanned, scan_prompts
+from sdguard.demo.settings import MOST_SEEDS, SUFFIXES, uploaded_prompts
 from sdguard.files.prompt_files import write_table
 from sdguard.scan.scan import power_note
 
@@ -40,7 +42,7 @@ def shown_table(table: pd.DataFrame) -> str:
         )
         for rank, row in enumerate(table.head(SHOWN).itertuples(), start=1)
     ]
-    return figures.table(("rank", "prompt", "score", "p", "q", ""), rows, "prompts by p-value")
+    return elements.table(("rank", "prompt", "score", "p", "q", ""), rows, "prompts by p-value")
 
 
 def summary(found: Scanned, seeds: int, fdr: float) -> str:
@@ -67,22 +69,22 @@ def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
             )
         with gr.Column(scale=8, min_width=300):
             line = gr.HTML(
-                figures.status(f"One prompt a line, or a column called prompt, caption or text: {', '.join(SUFFIXES)}, 2 MB at most."),
+                elements.status(f"One prompt a line, or a column called prompt, caption or text: {', '.join(SUFFIXES)}, 2 MB at most."),
                 elem_id="scan-status",
             )
-            shown = gr.HTML(figures.hint(EMPTY), elem_id="scan-result")
+            shown = gr.HTML(elements.hint(EMPTY), elem_id="scan-result")
 
     def run(mine: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)
 
         def work(emit: Any) -> None:
-            scanned(model, uploaded_prompts(path), int(count), percent / 100, asked, mine, emit)
+            scan_prompts(model, uploaded_prompts(path), int(count), percent / 100, asked, mine, emit)
 
         def view(found: Scanned) -> Updates:
-            text = figures.status(summary(found, int(count), percent / 100), "done")
+            text = elements.status(summary(found, int(count), percent / 100), "done")
             return {line: text, shown: shown_table(found.table), files: gr.update(value=saved(found.table), visible=True)}
 
-        yield from told(work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(work, view, line, profiles, mine, (start, stop))
 
     event = start.click(run, [profiles, file, seeds, fdr, *controls], [line, shown, files, profiles, start, stop], **WORK)
     stops(event, line, (start, stop))

@@ -8,9 +8,10 @@ from typing import Any
 
 import gradio as gr
 
-from sdguard.demo import figures
-from sdguard.demo.page import WORK, Updates, prompt_box, run_buttons, setting_of, stops, told
-from sdguard.demo.runs import Model, Why, edited, why
+from sdguard.demo import elements, signal_views
+from sdguard.demo.model import Model
+from sdguard.demo.page import WORK, Updates, page_updates, prompt_box, run_buttons, setting_of, stops
+from sdguard.demo.why_run import Why, judge_edit, why
 from sdguard.explain.explanation import heat
 from sdguard.guarded.report import GuardReport
 
@@ -20,22 +21,22 @@ EMPTY_EDIT = "Explain a prompt first; then change a word of it here and see the 
 
 def explained(found: Why) -> str:
     """The whole explanation."""
-    told_of = found.explanation
+    explanation = found.explanation
     picture = found.picture
-    agreement = "" if told_of.agreement != told_of.agreement else f" The two agree in rank by {told_of.agreement:+.2f}."
+    agreement = "" if explanation.agreement != explanation.agreement else f" The two agree in rank by {explanation.agreement:+.2f}."
     maps = [
-        figures.picture(picture, "the picture, unguarded", 256, "sg-map"),
-        figures.picture(heat(picture, told_of.pull), "where the text pulls", 256, "sg-map"),
-        figures.picture(heat(picture, told_of.curvature), "where it sharpens the density", 256, "sg-map"),
+        elements.picture(picture, "the picture, unguarded", 256, "sg-map"),
+        elements.picture(heat(picture, explanation.pull), "where the text pulls", 256, "sg-map"),
+        elements.picture(heat(picture, explanation.curvature), "where it sharpens the density", 256, "sg-map"),
     ]
     return (
-        f"{figures.verdict(found.report, False)}<h3>Which words pull</h3>"
-        f"{figures.words(told_of.words, told_of.left_out, 'of the guidance norm goes without it')}"
+        f"{elements.verdict(found.report, False)}<h3>Which words pull</h3>"
+        f"{elements.words(explanation.words, explanation.left_out, 'of the guidance norm goes without it')}"
         '<p class="sg-note">The share of the guidance norm that goes when a word is left out and the rest is encoded again.</p>'
-        f"{figures.words(told_of.words, told_of.gradient, 'of the gradient')}"
+        f"{elements.words(explanation.words, explanation.gradient, 'of the gradient')}"
         f'<p class="sg-note">Each word’s share of the norm’s gradient on the token embeddings; the rest lies on end and padding.{agreement}'
         f'</p><h3>Where in the picture</h3><div class="sg-maps">{"".join(maps)}</div>'
-        f"<h3>What was measured at the first denoiser call</h3>{figures.signals_table(found.report, found.profile)}"
+        f"<h3>What was measured at the first denoiser call</h3>{signal_views.signals_table(found.report, found.profile)}"
         '<p class="sg-note">z-scores are in standard deviations of ordinary prompts; evaluations are beyond the run’s own.</p>'
     )
 
@@ -47,12 +48,12 @@ def changed(before: GuardReport | None, after: GuardReport) -> str:
         f"<mark>{escape(word)}</mark>" if before and word not in known else escape(word) for word in (after.prompt or "").split()
     )
     rows = [("edited", after)] + ([("as it was", before)] if before else [])
-    table = figures.table(
+    table = elements.table(
         ("prompt", "verdict", "score", "p-value"),
-        [(name, figures.HEADLINES[r.verdict].split(",")[0], number(r.score, "+.2f"), number(r.p_value, ".3g")) for name, r in rows],
+        [(name, elements.HEADLINES[r.verdict].split(",")[0], number(r.score, "+.2f"), number(r.p_value, ".3g")) for name, r in rows],
         "verdicts before and after the edit",
     )
-    return f'<p class="sg-edit">{words}</p>{figures.verdict(after, False)}{table}'
+    return f'<p class="sg-edit">{words}</p>{elements.verdict(after, False)}{table}'
 
 
 def number(value: float | None, form: str) -> str:
@@ -66,33 +67,32 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
         with gr.Column(scale=5, min_width=300):
             box.render()
             start, stop = run_buttons("Explain", "why")
-            line = gr.HTML(figures.status("Seed, steps and guidance are those of the Generate tab."), elem_id="why-status")
+            line = gr.HTML(elements.status("Seed, steps and guidance are those of the Generate tab."), elem_id="why-status")
             edit = prompt_box("edit", "Change a word", "", "The verdict follows as you type; no picture is made.")
-            verdict = gr.HTML(figures.hint(EMPTY_EDIT), elem_id="edit-result")
+            verdict = gr.HTML(elements.hint(EMPTY_EDIT), elem_id="edit-result")
         with gr.Column(scale=8, min_width=300):
-            shown = gr.HTML(figures.hint(EMPTY), elem_id="why-result")
+            shown = gr.HTML(elements.hint(EMPTY), elem_id="why-result")
 
     def run(mine: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
 
         def view(found: Why) -> Updates:
             return {
-                line: figures.status("Done.", "done"),
+                line: elements.status("Done.", "done"),
                 shown: explained(found),
                 reference: found.report,
                 edit: found.setting.prompt,  # which is judged as an edit at once
             }
 
-        yield from told(lambda emit: why(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
+        yield from page_updates(lambda emit: why(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
 
     def typed(mine: Any, before: GuardReport | None, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
         if not asked.prompt.strip():
-            yield {verdict: figures.hint("An empty prompt pulls nowhere.")}
+            yield {verdict: elements.hint("An empty prompt pulls nowhere.")}
             return
-        yield from told(
-            lambda emit: edited(model, asked, mine, emit), lambda report: {verdict: changed(before, report)}, verdict, profiles, mine, None
-        )
+        work = lambda emit: judge_edit(model, asked, mine, emit)  # noqa: E731
+        yield from page_updates(work, lambda report: {verdict: changed(before, report)}, verdict, profiles, mine, None)
 
     event = gr.on([start.click, box.submit], run, [profiles, box, *controls], [line, shown, reference, edit, profiles, start, stop], **WORK)
     stops(event, line, (start, stop))

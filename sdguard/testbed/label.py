@@ -19,10 +19,10 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from sdguard.decision.calibration import weights_digest
+from sdguard.decision.fingerprint import weights_digest
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
 from sdguard.testbed.copies import SSCD, Targets, find_copies, round_trip
-from sdguard.testbed.object_classifier import ALIGNMENT_FILE, fit_alignment
+from sdguard.testbed.object_classifier import CLASSIFIER_FILE, fit_object_classifier
 from sdguard.testbed.pictures import SIZE, World
 from sdguard.testbed.train import COMPOSITIONS, shown_counts
 from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool, words
@@ -267,12 +267,12 @@ def main(
     table.to_parquet(model / "prompts.parquet", index=False)
 
     ordinary = table[(table.kind == "ordinary") & (table.split != "calibration")]
-    alignment, on_real = fit_alignment(world, sscd, pipe.vae)
-    alignment.save(model / ALIGNMENT_FILE)
+    classifier, on_real = fit_object_classifier(world, sscd, pipe.vae)
+    classifier.save(model / CLASSIFIER_FILE)
     sample_of = {(int(i), int(seed)): samples[n] for n, (i, seed) in enumerate(of)}
     looked_at = [(i, seed) for i in ordinary.index for seed in range(min(ALIGNMENT_SEEDS, seeds))]
     objects = [table.object[i] for i, _ in looked_at]
-    aligned = pd.Series(alignment.shows(np.stack([sample_of[job] for job in looked_at]), objects))
+    aligned = pd.Series(classifier.shows(np.stack([sample_of[job] for job in looked_at]), objects))
     by_object = aligned.groupby(objects).mean().sort_values()
     shown_rows = ordinary[ordinary.split == "development"].iloc[:8]
     sheet([[sample_of[i, seed] for seed in range(min(8, seeds))] for i in shown_rows.index], model / "ordinary.png")

@@ -1,6 +1,7 @@
 """Calibrate the embedded model; ``python -m sdguard.testbed.make_profile`` writes the profile it ships with.
 
-The decision rests on the calibration split's never-memorized captions alone, the ladder on the development split's memorized ones.
+The decision rests on the calibration split's never-memorized captions alone, the order of the steering methods on the development
+split's memorized ones.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import typer
 from rich.progress import Progress
 
 from sdguard import testbed
-from sdguard.decision.calibration import PROFILE_FILE, PROMPTS_FILE, calibrate
+from sdguard.decision.calibration import calibrate
+from sdguard.decision.store import PROFILE_FILE, PROMPTS_FILE
 from sdguard.denoiser.families import default_size
-from sdguard.steering.learning import learn_ladder
+from sdguard.steering.learning import learn_methods
 
 
 def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = Path(__file__).parent / "model") -> None:
@@ -29,12 +31,12 @@ def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = 
     with Progress() as bar:
         task = bar.add_task("calibrating", total=len(prompts))
         profile = calibrate(pipe, prompts, **setting, progress=lambda done, _: bar.update(task, completed=done))
-        ladder = bar.add_task("learning the ladder", total=len(memorized))
-        profile = learn_ladder(pipe, profile, memorized, **setting, progress=lambda done, _: bar.update(ladder, completed=done))
+        order = bar.add_task("learning the order of methods", total=len(memorized))
+        profile = learn_methods(pipe, profile, memorized, **setting, progress=lambda done, _: bar.update(order, completed=done))
     profile.save(model / PROFILE_FILE)
     (model / PROMPTS_FILE).write_text("\n".join(prompts) + "\n")
-    for rung in profile.ladder:
-        typer.echo(f"{rung.method}: cured {rung.cured:.0%} at {rung.cost:.0f} evaluations, moved {rung.moved:.2f}")
+    for measured in profile.methods:
+        typer.echo(f"{measured.method}: cured {measured.cured:.0%} at {measured.cost:.0f} evaluations, moved {measured.moved:.2f}")
     typer.echo(f"{model / PROFILE_FILE}: {profile.prompts} ordinary prompts, a score above {profile.threshold(0.01):.3f} is flagged at 1%")
 
 

@@ -15,12 +15,12 @@ from sdguard.testbed.world import OBJECTS
 if TYPE_CHECKING:
     from sdguard.testbed.pictures import World
 
-ALIGNMENT_FILE = "alignment.npz"
+CLASSIFIER_FILE = "alignment.npz"
 
 
 @dataclass(frozen=True)
-class Alignment:
-    """The in-domain alignment score: a logistic regression from SSCD embeddings to the world's objects.
+class ObjectClassifier:
+    """Does a picture show the named object: a logistic regression from SSCD embeddings to the world's objects.
 
     Not a CLIP score: it knows the world's objects and nothing else.
     """
@@ -39,19 +39,19 @@ class Alignment:
         np.savez_compressed(path, weights=self.weights.astype(np.float16), bias=self.bias.astype(np.float32))
 
     @classmethod
-    def load(cls, path: Path, sscd: SSCD) -> Alignment:
-        """The score that was fitted when the model was labelled."""
+    def load(cls, path: Path, sscd: SSCD) -> ObjectClassifier:
+        """The classifier that was fitted when the model was labelled."""
         with np.load(path) as arrays:
             return cls(sscd, arrays["weights"], arrays["bias"])
 
 
-def fit_alignment(world: World, sscd: SSCD, vae: Any, count: int = 2000) -> tuple[Alignment, float]:
-    """The score fitted on fresh compositions after a round trip through the autoencoder, and its accuracy on held-out ones."""
+def fit_object_classifier(world: World, sscd: SSCD, vae: Any, count: int = 2000) -> tuple[ObjectClassifier, float]:
+    """The classifier fitted on fresh compositions after a round trip through the autoencoder, and its accuracy on held-out ones."""
     from sklearn.linear_model import LogisticRegression
 
     rng = np.random.default_rng(80)
-    pictures, objects, _ = zip(*(world.composition(rng) for _ in track(range(count), "composing for alignment")), strict=True)
+    pictures, objects, _ = zip(*(world.composition(rng) for _ in track(range(count), "composing for the object classifier")), strict=True)
     embedded, labels = sscd(round_trip(vae, np.stack(pictures))), np.asarray([OBJECTS.index(o) for o in objects])
     held_out = count // 5
     fitted = LogisticRegression(C=30.0, max_iter=300).fit(embedded[held_out:], labels[held_out:])
-    return Alignment(sscd, fitted.coef_, fitted.intercept_), float(fitted.score(embedded[:held_out], labels[:held_out]))
+    return ObjectClassifier(sscd, fitted.coef_, fitted.intercept_), float(fitted.score(embedded[:held_out], labels[:held_out]))

@@ -19,14 +19,13 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.progress import track
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdguard.testbed.pictures import SIZE, World
+from sdguard.testbed.architecture import SCHEDULE, new_autoencoder, new_text_encoder, new_unet
+from sdguard.testbed.pictures import World
 from sdguard.testbed.training import train_within
+from sdguard.testbed.vocabulary import train_tokenizer
 from sdguard.testbed.world import Caption, Describer, pool
 
 AUTOENCODER_BATCH = 8
@@ -34,27 +33,11 @@ DENOISER_BATCH = 64
 EPOCH_STEPS = 1700
 COMPOSITIONS = 24_000
 EMPTY_CAPTIONS = 0.1
-TOKENS = 32
-START, END = "<|startoftext|>", "<|endoftext|>"
-SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
     """uint8 ``[n, h, w, 3]`` to float ``[n, 3, h, w]`` in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
-
-
-def new_autoencoder() -> AutoencoderKL:
-    """A 4-channel autoencoder with a downsampling factor of 4, in options that diffusers .18 already had."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 128),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIZE,
-    )
 
 
 def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,74 +74,6 @@ def train_autoencoder(world: World, work: Path, minutes: float, device: str) -> 
         return autoencoder_loss(vae, to_tensor(batch).to(device))
 
     return train_within(minutes, vae, loss_at, work / "autoencoder.pt", learning_rate=1e-3)
-
-
-def train_tokenizer(captions: list[str], folder: Path) -> CLIPTokenizer:
-    """A byte-pair vocabulary of the world's captions, in the two files every release of `CLIPTokenizer` reads; trained once."""
-    if not (folder / "vocab.json").exists():
-        save_vocabulary(captions, folder)
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS, bos_token=START, eos_token=END, pad_token=END, unk_token=END)
-
-
-def save_vocabulary(captions: list[str], folder: Path) -> None:
-    """Train a CLIP-style byte-pair vocabulary and write vocab.json and merges.txt."""
-    tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(
-        vocab_size=2500,
-        min_frequency=3,
-        end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
-        special_tokens=[START, END, *(letter + "</w>" for letter in alphabet)],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(captions, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.model.save(str(folder))
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A small CLIP text transformer over ``tokenizer``'s vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=160,
-            intermediate_size=640,
-            num_hidden_layers=3,
-            num_attention_heads=5,
-            max_position_embeddings=TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def new_unet(cross_attention_dim: int) -> UNet2DConditionModel:
-    """A conditional UNet over 4x16x16 latents, in options that diffusers .18 already had."""
-    return UNet2DConditionModel(
-        sample_size=SIZE // 4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 128, 192),
-        layers_per_block=1,
-        cross_attention_dim=cross_attention_dim,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-#: Stable Diffusion's noise schedule; the network predicts v.
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-}
 
 
 @torch.no_grad()

@@ -13,12 +13,10 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from sdguard.files.atomic import atomic_write
+
 CHECKPOINT_SECONDS = 120.0
 WARMUP_STEPS = 100
-
-
-class Budget(dict):
-    """Progress of a run as it is written to its checkpoint: ``step`` and ``seconds`` spent so far."""
 
 
 def ema_update(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
@@ -52,10 +50,9 @@ def train_within(
         step, spent = state["step"], state["seconds"]
 
     def save() -> None:
-        partial = checkpoint.with_suffix(".partial")
         state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "step": step, "seconds": spent}, partial)
-        partial.replace(checkpoint)
+        with atomic_write(checkpoint) as partial:
+            torch.save({**state, "step": step, "seconds": spent}, partial)
 
     def fraction() -> float:
         return min(1.0, spent / (60 * minutes)) if minutes else 1.0

@@ -19,28 +19,17 @@ from typer.testing import CliRunner
 
 from sdguard import GuardConfig, Profile, guard, testbed
 from sdguard.cli.main import app
-from sdguard.decision.calibration import PROFILE_FILE
-from sdguard.demo import figures
+from sdguard.decision.calibration import evenly
+from sdguard.decision.store import PROFILE_FILE
+from sdguard.demo import charts, elements, signal_views
+from sdguard.demo.comparison import Comparison, compare
 from sdguard.demo.landscape import REACH, SIDE, Landscape, landscape, potential, slice_of
-from sdguard.demo.runs import (
-    Comparison,
-    Emit,
-    Model,
-    Progress,
-    Setting,
-    Stopped,
-    Why,
-    compare,
-    embedded_examples,
-    evenly,
-    profile_known,
-    profile_made,
-    scanned,
-    stoppable,
-    streamed,
-    uploaded_prompts,
-    why,
-)
+from sdguard.demo.model import Model, embedded_examples
+from sdguard.demo.profiles import make_profile, profile_known
+from sdguard.demo.scan_run import scan_prompts
+from sdguard.demo.settings import Setting, uploaded_prompts
+from sdguard.demo.streaming import Emit, Progress, Stopped, stoppable, streamed
+from sdguard.demo.why_run import Why, why
 from sdguard.explain.explanation import explain
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.report import GuardReport
@@ -247,9 +236,9 @@ def test_another_model_has_no_training_pictures(tiny: Any, profile_for: Callable
 
 def test_too_few_prompts_for_a_rate_are_refused_before_anything_is_measured(model: Model) -> None:
     with pytest.raises(BadInput, match="needs 99 scored prompts; of 12 prompts 8 are scored"):
-        profile_made(model, Setting(ORDINARY), ["a cat"] * 12, print)
+        make_profile(model, Setting(ORDINARY), ["a cat"] * 12, print)
     with pytest.raises(BadInput, match="of 2 prompts 0 are scored"):
-        profile_made(model, Setting(ORDINARY), ["a cat"] * 2, print)
+        make_profile(model, Setting(ORDINARY), ["a cat"] * 2, print)
 
 
 def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any, memorized: dict[str, Any]) -> None:
@@ -265,7 +254,7 @@ def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any
 def test_a_scan_counts_what_is_done_and_ranks(model: Model, memorized: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([ORDINARY] + [f"a cat in snow {i}" for i in range(9)] + [memorized["text"]]))
-    events = emitted(lambda emit: scanned(model, uploaded_prompts(str(path)), 1, 0.05, Setting("-"), {}, emit))
+    events = emitted(lambda emit: scan_prompts(model, uploaded_prompts(str(path)), 1, 0.05, Setting("-"), {}, emit))
     done = [event.done for event in events if isinstance(event, Progress)]
     assert done == sorted(done)
     assert done[-1] == 11
@@ -351,17 +340,17 @@ def test_text_stays_text(profile: Profile) -> None:
     image = Image.new("RGB", (4, 4))
     report = GuardReport(WICKED, 0, "flagged", 1.0, 0.5, 0.01, error=WICKED)
     drawn = [
-        figures.status(WICKED, "error", 0.5),
-        figures.hint(WICKED),
-        figures.slider(image, image, WICKED),
-        figures.picture(image, WICKED),
-        figures.verdict(report),
-        figures.facts([(WICKED, WICKED)]),
-        figures.filmstrip(WICKED, [(0, image)]),
-        figures.words([WICKED], [0.5], WICKED),
-        figures.table([WICKED], [[WICKED]]),
-        figures.chart(WICKED, [figures.Line(WICKED, [(0.0, 1.0)], "sg-red")], WICKED, WICKED, caption=WICKED),
-        figures.histogram(WICKED, profile.scores, 1.0, [(WICKED, 2.0, "sg-red")], WICKED),
+        elements.status(WICKED, "error", 0.5),
+        elements.hint(WICKED),
+        elements.slider(image, image, WICKED),
+        elements.picture(image, WICKED),
+        elements.verdict(report),
+        elements.facts([(WICKED, WICKED)]),
+        elements.filmstrip(WICKED, [(0, image)]),
+        elements.words([WICKED], [0.5], WICKED),
+        elements.table([WICKED], [[WICKED]]),
+        charts.chart(WICKED, [charts.Line(WICKED, [(0.0, 1.0)], "sg-red")], WICKED, WICKED, caption=WICKED),
+        charts.histogram(WICKED, profile.scores, 1.0, [(WICKED, 2.0, "sg-red")], WICKED),
     ]
     for html in drawn:
         assert "<img src=x" not in html
@@ -369,11 +358,11 @@ def test_text_stays_text(profile: Profile) -> None:
 
 
 def test_ticks_are_round_and_inside() -> None:
-    assert figures.ticks(0, 10) == pytest.approx([0, 2, 4, 6, 8, 10])
-    assert figures.ticks(-0.15, 1.15) == pytest.approx([0, 0.5, 1])
-    assert figures.ticks(3, 3) == [3]
+    assert charts.ticks(0, 10) == pytest.approx([0, 2, 4, 6, 8, 10])
+    assert charts.ticks(-0.15, 1.15) == pytest.approx([0, 0.5, 1])
+    assert charts.ticks(3, 3) == [3]
     for low, high in ((3.2, 4.1), (-7, 1000), (0.001, 0.002)):
-        found = figures.ticks(low, high)
+        found = charts.ticks(low, high)
         assert 2 <= len(found) <= 8
         assert low - 1e-9 <= min(found)
         assert max(found) <= high + 1e-9
@@ -382,7 +371,7 @@ def test_ticks_are_round_and_inside() -> None:
 def test_the_threshold_at_later_calls_is_where_the_guard_flags(profile: Profile) -> None:
     from sdguard.decision.cascade import judge_later
 
-    for call, bound in enumerate(figures.later_threshold(profile, 0.01), start=1):
+    for call, bound in enumerate(signal_views.later_threshold(profile, 0.01), start=1):
         scores = judge_later(torch.tensor([bound * 0.999, bound * 1.001]), call, profile.cascade)
         threshold = profile.threshold(0.01)
         assert scores[0] < threshold < scores[1]

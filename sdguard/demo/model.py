@@ -1,0 +1,94 @@
+"""What the app runs on, and the prompts it offers to try."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdguard import testbed
+from sdguard.decision.store import ordinary_prompts
+from sdguard.demo.streaming import stoppable
+from sdguard.denoiser.families import denoiser_of
+from sdguard.denoiser.loading import default_setting, load_pipeline
+from sdguard.denoiser.schedulers import clone_scheduler
+from sdguard.guarded.pipeline import guard
+from sdguard.testbed.copies import Targets, load_targets
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt to try: its ``kind`` (verbatim, template, ordinary, near miss) and its ``text``."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the app runs on; nothing in it is changed by a run.
+
+    Attributes:
+        name: ``embedded``, a directory, or a hub id.
+        pipe: the pipeline; every run takes a copy of its own (`own`).
+        defaults: steps and guidance scale it is meant for.
+        targets: the memorized pictures, of the embedded model only.
+        captions: theirs.
+        examples: prompts to try.
+    """
+
+    name: str
+    pipe: Any
+    defaults: Mapping[str, Any]
+    targets: Targets | None = None
+    captions: Sequence[str] = ()
+    examples: Sequence[Example] = ()
+
+    @classmethod
+    def load(cls, name: str) -> Model:
+        """Load a model onto the fastest device there is; raises `BadInput` in one sentence."""
+        pipe = load_pipeline(name).to("cuda" if torch.cuda.is_available() else "cpu")
+        guard(pipe)  # a class that is not supported is refused now
+        stoppable(denoiser_of(pipe))
+        defaults = default_setting(name, None, None)
+        if name != "embedded":
+            ordinary = [Example("ordinary", text) for text in ordinary_prompts(pipe)[:4]]
+            return cls(name, pipe, defaults, examples=ordinary)
+        targets, captions = load_targets(testbed.path(), pipe.vae)
+        return cls(name, pipe, defaults, targets, captions, embedded_examples())
+
+    def own(self) -> Any:
+        """A pipeline of a run's own: the same parts, another scheduler."""
+        twin = copy.copy(self.pipe)
+        twin.scheduler = clone_scheduler(self.pipe.scheduler)
+        twin.set_progress_bar_config(disable=True)
+        return twin
+
+
+def embedded_examples() -> list[Example]:
+    """Captions of the embedded model's development split, and the wording of one of them changed a little and a lot."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(testbed.path() / "prompts.parquet").to_pylist()
+    rows = [row for row in rows if row["split"] == "development"]
+
+    def most(kind: str) -> list[str]:
+        of_kind = sorted((row for row in rows if row["kind"] == kind), key=lambda row: (-row["repetitions"], -row["copy_rate"]))
+        return [row["text"] for row in of_kind]
+
+    verbatim, template, ordinary = most("verbatim"), most("template"), most("ordinary")
+    thing, rest = verbatim[0].split(" at ")
+    place, medium = rest.split(", ")
+    return [
+        Example("verbatim", verbatim[0]),
+        Example("verbatim", verbatim[1]),
+        Example("template", template[0]),
+        Example("template", next(text for text in template if text.split(" at ")[1] != template[0].split(" at ")[1])),
+        Example("ordinary", ordinary[4]),
+        Example("ordinary", ordinary[2]),
+        Example("near miss", f"{thing} at {place}, {'poster' if medium != 'poster' else 'sticker'}"),
+        Example("near miss", f"the {thing} of {place} as a {medium}"),
+    ]

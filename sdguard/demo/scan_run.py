@@ -1,0 +1,40 @@
+"""A file of prompts scanned."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from sdguard.decision.profile import Profile
+from sdguard.demo.model import Model
+from sdguard.demo.profiles import Profiles, profile_for
+from sdguard.demo.settings import MOST_SEEDS, Setting, bounded
+from sdguard.demo.streaming import Emit, Progress
+from sdguard.scan.scan import rank_prompts, scan
+
+
+@dataclass
+class Scanned:
+    """A finished scan: its ranked table, the profile it went by, and how long it took."""
+
+    table: pd.DataFrame
+    profile: Profile
+    seconds: float
+
+
+def scan_prompts(model: Model, prompts: pd.Series, seeds: int, fdr: float, setting: Setting, mine: Profiles, emit: Emit) -> None:
+    """Emit progress over the prompts of a file, then `Scanned`; raises as `compare` does, for the setting and for each prompt."""
+    bounded("The number of seeds", seeds, 1, MOST_SEEDS)
+    bounded("The false discovery rate", fdr, 0.001, 0.5)
+    profile = profile_for(model, setting, mine, emit)
+    found = prompts.to_dict()
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    emit(Progress("Scanning", 0, len(found)))
+    for batch in scan(model.own(), profile, found, seeds=int(seeds), false_positive_rate=setting.rate, **setting.call):
+        rows += batch
+        emit(Progress("Scanning", len(rows), len(found)))
+    emit(Scanned(rank_prompts(rows, found, fdr), profile, time.monotonic() - began))

@@ -1,0 +1,85 @@
+"""What is asked of a run or a file, and what the server takes at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sdguard.demo.model import Model
+from sdguard.denoiser.loading import check_prompts
+from sdguard.files.inputs import BadInput
+from sdguard.files.prompt_files import read_prompts
+from sdguard.guarded.config import GuardConfig
+
+#: what the server takes at most, whatever a page or a client sends.
+LONGEST_PROMPT, MOST_IMAGES, MOST_STEPS, MOST_GUIDANCE, MOST_SEEDS = 600, 4, 100, 30.0, 4
+LARGEST_FILE, MOST_PROMPTS = 2_000_000, 5_000
+#: parquet is left out: what a file of that size unpacks to has no bound.
+SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked of a guarded run; `checked` says in one sentence what is wrong with it."""
+
+    prompt: str
+    seed: int = 0
+    steps: int = 10
+    guidance: float = 2.5
+    images: int = 1
+    rate: float = 0.01
+    mode: str = "steer"
+    steering: tuple[str, ...] = ()
+
+    def checked(self, model: Model) -> Setting:
+        """The same, its prompt stripped; raises `BadInput` or `ValueError`, one sentence each."""
+        bounded("The number of images", self.images, 1, MOST_IMAGES)
+        bounded("The number of steps", self.steps, 2, MOST_STEPS)
+        bounded("The guidance scale", self.guidance, 0, MOST_GUIDANCE)
+        bounded("The seed", self.seed, 0, 2**32 - MOST_IMAGES)
+        GuardConfig(self.mode, self.rate, steering=self.steering or None)  # type: ignore[arg-type]
+        return Setting(**{**vars(self), "prompt": checked_prompt(self.prompt, model)})
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that make its configuration."""
+        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
+
+
+def bounded(what: str, value: float, low: float, high: float) -> None:
+    """Raise `BadInput` where a number is none, or out of bounds."""
+    if not isinstance(value, (int, float)) or not low <= value <= high:
+        raise BadInput(f"{what} must lie between {low:g} and {high:g}; it is {value!r}.")
+
+
+def checked_prompt(prompt: str, model: Model) -> str:
+    """The prompt, stripped; raises `BadInput` where it is empty, too long, or longer than the text encoder reads."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BadInput("Write a prompt first: there is nothing to generate from.")
+    if len(prompt) > LONGEST_PROMPT:
+        raise BadInput(f"The prompt has {len(prompt):,} characters; {LONGEST_PROMPT} are taken at most.")
+    check_prompts([prompt.strip()], model.pipe.tokenizer)
+    return prompt.strip()
+
+
+def uploaded_prompts(file: str | None) -> pd.Series:
+    """The prompts of an uploaded file, by row; raises `BadInput` or `ValueError` in one sentence naming the file, not its folder."""
+    if not file:
+        raise BadInput("Choose a file of prompts first.")
+    path = Path(file)
+    if path.suffix.lower() not in SUFFIXES:
+        raise BadInput(f"{path.name} is of a kind that is not taken here: give {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+    if path.stat().st_size > LARGEST_FILE:
+        raise BadInput(f"{path.name} has {path.stat().st_size / 1e6:.1f} MB; {LARGEST_FILE / 1e6:.0f} MB are taken at most.")
+    try:
+        prompts = read_prompts(path)
+    except ValueError as error:
+        raise BadInput(str(error).replace(str(path), path.name)) from None
+    if len(prompts) > MOST_PROMPTS:
+        raise BadInput(f"{path.name} holds {len(prompts):,} prompts; {MOST_PROMPTS:,} are taken at most.")
+    if (longest := int(prompts.str.len().max())) > LONGEST_PROMPT:
+        raise BadInput(f"{path.name} holds a prompt of {longest:,} characters; {LONGEST_PROMPT} are taken at most.")
+    return prompts

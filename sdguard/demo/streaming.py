@@ -1,0 +1,90 @@
+"""Work that streams what it sees to a page, and can be stopped."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Emit = Callable[[Any], None]
+
+
+class Stopped(BaseException):
+    """Ends work that nobody waits for any more; no `Exception`, so that nothing on the way takes it for a signal that failed."""
+
+
+#: ``stop`` is what ends the work of this thread, where it is `streamed`.
+_here = threading.local()
+#: how long `streamed` waits for news, in seconds, before it gives way with None: so soon it can be closed, whatever the work is at.
+PATIENCE = 0.25
+
+
+def streamed(work: Callable[[Emit], None]) -> Generator[Any, None, None]:
+    """What ``work(emit)`` emits, as it comes, from a thread of its own, and None while there is no news; then raises what it raised.
+
+    Where the reader is slower than the work, only the newest of several events of one type is given. Closing the iterator ends the work at
+    its next ``emit``, and a denoiser call that is under way in it (`stoppable`) before its next layer.
+    """
+    found: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def emit(event: Any) -> None:
+        if stop.is_set():
+            raise Stopped
+        found.put(("event", event))
+        time.sleep(0.002)  # Python's locks are not fair: between two pieces of work the denoiser is somebody else's for the taking
+
+    def run() -> None:
+        _here.stop = stop
+        try:
+            work(emit)
+            found.put(("end", None))
+        except Stopped:
+            found.put(("end", None))
+        except BaseException as error:
+            found.put(("error", error))
+
+    threading.Thread(target=run, daemon=True).start()
+    held: list[Any] = []
+    try:
+        while True:
+            try:
+                kind, value = found.get(timeout=0 if held else PATIENCE)
+            except queue.Empty:
+                yield held.pop() if held else None
+                continue
+            if held and not (kind == "event" and type(value) is type(held[0])):
+                yield held.pop()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            held[:] = [value]
+    finally:
+        stop.set()
+
+
+def stoppable(denoiser: nn.Module) -> None:
+    """Let `streamed` work be ended within a call of ``denoiser``, steering's own among them; hangs a hook on its parts for good."""
+
+    def check(*_: Any) -> None:
+        stop = getattr(_here, "stop", None)
+        if stop and stop.is_set():
+            raise Stopped
+
+    for part in denoiser.children():
+        part.register_forward_pre_hook(check)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long work is: ``done`` of ``total``, and what is being done, in words."""
+
+    doing: str
+    done: int
+    total: int

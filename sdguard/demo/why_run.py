@@ -1,0 +1,50 @@
+"""A prompt explained and judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from sdguard.decision.profile import Profile
+from sdguard.demo.model import Model
+from sdguard.demo.profiles import Profiles, profile_for
+from sdguard.demo.settings import Setting
+from sdguard.demo.streaming import Emit, Progress
+from sdguard.explain.explanation import Explanation, explain, unguarded_picture
+from sdguard.guarded.report import GuardReport
+from sdguard.scan.scan import watched_reports
+
+
+@dataclass
+class Why:
+    """A prompt explained: its `Explanation`, the guard's report of it, the picture it gives, and the profile it was judged by."""
+
+    setting: Setting
+    explanation: Explanation
+    report: GuardReport
+    picture: Image.Image
+    profile: Profile
+
+
+def judge_prompt(model: Model, setting: Setting, profile: Profile) -> GuardReport:
+    """The guard's report of a setting's prompt and seed, without a picture. Cost: the calls that the guard watches, and its cascade."""
+    return watched_reports(model.own(), profile, [setting.prompt], [setting.seed], setting.rate, setting.call)[0][0]
+
+
+def why(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
+    """Emit progress, then the `Why` of a setting; raises as `compare` does."""
+    setting = setting.checked(model)
+    profile = profile_for(model, setting, mine, emit)
+    emit(Progress("Judging the prompt", 0, 3))
+    report = judge_prompt(model, setting, profile)
+    emit(Progress("Making the picture", 1, 3))
+    picture = unguarded_picture(model.own(), setting.prompt, setting.seed, **setting.call)
+    emit(Progress("Leaving out one word after the other", 2, 3))
+    emit(Why(setting, explain(model.own(), setting.prompt, setting.seed, **setting.call), report, picture, profile))
+
+
+def judge_edit(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
+    """Emit the guard's report of a setting whose prompt somebody is editing; raises as `compare` does."""
+    setting = setting.checked(model)
+    emit(judge_prompt(model, setting, profile_for(model, setting, mine, emit)))
