@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from sdguard.files.measuring import measured
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.naive_bayes import MultinomialNB
@@ -42,6 +41,7 @@ from sdguard.decision.cascade import judge, judge_later
 from sdguard.denoiser.loading import default_setting, load_pipeline
 from sdguard.denoiser.probe import probe_run
 from sdguard.files.processes import processes
+from sdguard.files.resumable import measured
 from sdguard.observation import Observation, prediction_type
 from sdguard.scan.scan import guarded_profile
 from sdguard.signals import SIGNALS, Signal

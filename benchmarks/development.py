@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import typer
-from sdguard.files.measuring import measured
 
 from benchmarks.running import as_png, profile_digest, versions
 from sdguard import GuardedPipeline, testbed
 from sdguard.files.processes import processes
+from sdguard.files.resumable import measured
 from sdguard.guarded.generate import generate_guarded
 from sdguard.testbed.copies import SSCD, find_copies, load_targets, shipped_cut
-from sdguard.testbed.world import words
+from sdguard.testbed.world import icon_words
 
 #: captions, each with all its seeds.
 BATCH = 8
@@ -54,7 +54,7 @@ def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.
 
 def kept(passed: dict[str, Any], object_: str) -> bool:
     """Whether the wording that passed still names the caption's object; an embedding that was moved names nothing."""
-    return words(object_) in passed.get("paraphrase", "")
+    return icon_words(object_) in passed.get("paraphrase", "")
 
 
 def summarise(samples: pd.DataFrame) -> pd.DataFrame:

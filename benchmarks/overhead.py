@@ -32,8 +32,8 @@ from scipy.stats import quantile_test
 
 import sdguard
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.decision.calibration import fingerprint
 from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.decision.fingerprint import fingerprint
 from sdguard.denoiser.families import default_size
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -68,7 +68,7 @@ def built(shape: str, dtype: torch.dtype) -> Any:
     return getattr(diffusers, parts["pipeline"])(**made).to(dtype)
 
 
-def profile(path: str, print_: dict[str, Any]) -> Profile:
+def profile(path: str, configuration: dict[str, Any]) -> Profile:
     """A profile under which every sample takes a path: the free signals stop it, or it buys the look-ahead, or it is flagged as well."""
     bound = math.inf if path == "clean" else -1e9
     stages = (
@@ -79,7 +79,7 @@ def profile(path: str, print_: dict[str, Any]) -> Profile:
     cascade = Cascade(stages, {"guidance_norm": scale, "agreement": scale})
     scores = [(-2e9 if path == "flagged" else 1e9) + i for i in range(200)]
     values = {"guidance_norm": [0.0] * 99 + [1e9], "agreement": [2.0] * 100, "alignment": [-1e9] * 100}
-    return Profile(print_, cascade, scores, values)
+    return Profile(configuration, cascade, scores, values)
 
 
 def caller(pipe: Any, path: str, setting: dict[str, Any], folder: Path) -> Callable[[], list[int]]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdguard.geometry.hessian import dot, exact_product, norm, spread
+from sdguard.geometry.hessian import exact_product
 from sdguard.geometry.rollout import independent_noise
+from sdguard.geometry.rowwise import dot, expand_like, norm
 from sdguard.observation import Observation, denoised, from_noise
-from sdguard.signals.attention_entropy import attention_paid, entropy
+from sdguard.signals.attention_entropy import attention_by_token, entropy
 from sdguard.signals.signal import Signal
 
 #: seeds that the published SSIM compares, and the second of Stable Diffusion's 50 timesteps.
@@ -73,7 +74,7 @@ def similarity(pictures: Tensor) -> Tensor:
     for scale in range(3):
         if scale:
             pictures = functional.avg_pool2d(pictures.flatten(0, 1), 2).unflatten(0, pictures.shape[:2])
-        width = spread(pictures.flatten(1).amax(dim=1) - pictures.flatten(1).amin(dim=1), pictures)
+        width = expand_like(pictures.flatten(1).amax(dim=1) - pictures.flatten(1).amin(dim=1), pictures)
         mean = blurred(pictures)
         variance = (blurred(pictures.square()) - mean.square()).clamp_min(0)
         shared = blurred(pictures[:, :1] * pictures[:, 1:]) - mean[:, :1] * mean[:, 1:]
@@ -93,7 +94,7 @@ def ssim(observation: Observation) -> Tensor:
     enlarged to 64, which is what Stable Diffusion has, so that a window sees the same share of the picture. Cost: 10 evaluations.
     """
     noises = [observation.x, *(independent_noise(observation.x, draw) for draw in range(SSIM_SEEDS - 1))]
-    observation.spend(SSIM_SEEDS)
+    observation.count_nfe(SSIM_SEEDS)
     differences = torch.stack([observation.conditional(noise, SECOND_TIMESTEP) - noise for noise in noises], dim=1)
     if (side := min(differences.shape[-2:])) < SSIM_LEAST:
         size = [round(places * SSIM_SIDE / side) for places in differences.shape[-2:]]
@@ -109,7 +110,7 @@ def layer_entropy(observation: Observation) -> Tensor:
     Of the fourth cross-attention layer, the average over places and heads (Ren et al. 2024, 2403.11052); in their Stable Diffusion the
     last of the second block down, here whichever runs fourth.
     """
-    return entropy(attention_paid(observation)[ENTROPY_LAYER].mean(dim=1))
+    return entropy(attention_by_token(observation)[ENTROPY_LAYER].mean(dim=1))
 
 
 def gaussian_probe(x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def finished_flipd(observation: Observation) -> Tensor:
     y = a * denoised(observation.x, observation.guided(observation.eps_c, observation.eps_u), observation.level)
 
     def eps(point: Tensor) -> Tensor:
-        observation.spend(1)
+        observation.count_nfe(1)
         return observation.conditional(point, timestep)
 
     probe = gaussian_probe(y).expand_as(y)
@@ -144,7 +145,7 @@ def running_flipd(observation: Observation) -> Tensor:
     """
 
     def guided(point: Tensor) -> Tensor:
-        eps_c, eps_u = observation.replay(point, observation.timestep)
+        eps_c, eps_u = observation.both_branches(point, observation.timestep)
         return observation.eps_u + observation.guidance_scale * (eps_c - eps_u)
 
     probe = gaussian_probe(observation.x).expand_as(observation.x)
@@ -165,7 +166,7 @@ def over_run(calls: int, lengths: Tensor) -> tuple[OverRun, ...]:
         """renjie3/MemAttn c66efd2, ``--mode D``: entropy of all layers' attention over the last fifth, plus what its padding's part has
         grown by since the first call, ``[B]``, in nats. Cost: 1 evaluation a call, none where attention is read as the run makes it.
         """
-        share = torch.stack([layer.mean(dim=1) for layer in attention_paid(observation)]).mean(dim=0)
+        share = torch.stack([layer.mean(dim=1) for layer in attention_by_token(observation)]).mean(dim=0)
         padding = entropy(share * (torch.arange(share.shape[1]) >= lengths[observation.rows, None] - 1).to(share))
         late = (entropy(share) + padding) / len(fifth) if observation.step in fifth else torch.zeros_like(padding)
         return late - padding if observation.step == 0 else late
@@ -206,7 +207,7 @@ def released(prediction_type: str) -> tuple[Released, ...]:
 
         The cosine is between the unconditional prediction and the difference at the third-last of 50 timesteps, 41. Cost: 2 evaluations.
         """
-        eps_c, eps_u = observation.replay(observation.x, 41.0)
+        eps_c, eps_u = observation.both_branches(observation.x, 41.0)
         level = observation.level_at(41.0)
         text, null = (from_noise(eps, observation.x, level, prediction_type) for eps in (eps_c, eps_u))
         cosine = torch.cosine_similarity(null, text - null, dim=1).flatten(1).mean(dim=1)

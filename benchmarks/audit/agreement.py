@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
-from sdguard.files.measuring import measured
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from sdguard.audit.likelihood import signs
 from sdguard.audit.neighbours import nearest
 from sdguard.cli.errors import one_sentence
 from sdguard.denoiser.probe import probe_run
+from sdguard.files.resumable import measured
 from sdguard.observation import NoiseLevel, Observation, noise_level, to_noise
 from sdguard.signals import GUIDANCE_NORM, OUTPUT_DENSITY_AHEAD, SHARPNESS, Signal
 from sdguard.signals.lid import TIMESTEP

@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from benchmarks.audit.results import RESULTS, WORK, Out, Work, percent, write
 from benchmarks.readme import markdown
 from sdguard.audit import digits
-from sdguard.audit.density import concentration, log_volume, speed
-from sdguard.files.measuring import measured
+from sdguard.audit.density import concentration, log_volume_element, speed
 from sdguard.files.processes import processes
+from sdguard.files.resumable import measured
 
 
 class Trained(NamedTuple):
@@ -60,7 +60,7 @@ def measure(jobs: pd.DataFrame) -> pd.DataFrame:
                     "points": points,
                     "steps": steps,
                     "seed": seed,
-                    "log_volume": log_volume(model.decode, z, RESOLUTION).numpy(),
+                    "log_volume": log_volume_element(model.decode, z, RESOLUTION).numpy(),
                     "same": float(same.double().mean()),
                     "concentration": float(concentration(model.decode, start[apart], end[apart], 200).mean()),
                     "training_loss": float(model.loss(data, torch.Generator().manual_seed(3)).mean()),
@@ -88,7 +88,7 @@ def draw(table: pd.DataFrame) -> Figure:
     side = torch.linspace(-3, 3, 160)
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), dim=2).reshape(-1, 2)
     models = {points: digits.of_points(points) for points in SIZES}
-    volumes = {points: log_volume(model.decode, plane, RESOLUTION).reshape(160, 160).numpy() for points, model in models.items()}
+    volumes = {points: log_volume_element(model.decode, plane, RESOLUTION).reshape(160, 160).numpy() for points, model in models.items()}
     low, high = np.quantile(np.stack(list(volumes.values())), [0.02, 0.998])
     maps = above.subplots(1, len(SIZES))
     for axis, points in zip(maps, SIZES, strict=True):
@@ -109,7 +109,7 @@ def draw(table: pd.DataFrame) -> Figure:
     at = torch.linspace(-2, 2, 4000)[:, None]
     for steps, colour in ((LENGTHS[0], "#2563a8"), (LENGTHS[-1], "#c0392b")):
         model = digits.of_points(10, 0, 1, steps)
-        line.plot(at[:, 0], log_volume(model.decode, at, RESOLUTION).numpy(), color=colour, lw=1, label=f"{steps} steps")
+        line.plot(at[:, 0], log_volume_element(model.decode, at, RESOLUTION).numpy(), color=colour, lw=1, label=f"{steps} steps")
     line.set(xlabel="the latent", ylabel="log volume element")
     line.legend(fontsize=8)
     return figure

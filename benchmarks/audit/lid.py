@@ -100,9 +100,9 @@ def draw(table: pd.DataFrame, levels: pd.DataFrame) -> Figure:
 def main(out: Out = RESULTS) -> None:
     """Dimensions and verdicts on manifolds where all of it is known: of an exact score, and of a network that has learned it."""
     torch.set_num_threads(1)
-    drawn = manifolds.draw(POINTS, EACH, seed=0)
+    drawn = manifolds.draw_sample(POINTS, EACH, seed=0)
     exact = looked_at(drawn.model.noise, drawn.points, drawn.of, drawn.data, manifolds.LEVEL, EXACT)
-    drawn = manifolds.draw(SHOWN, EACH, seed=0)
+    drawn = manifolds.draw_sample(SHOWN, EACH, seed=0)
     network, level = manifolds.learned(drawn), level_of(SIGMA)
     learned = looked_at(network, drawn.points.float(), drawn.of, drawn.data, level, LEARNED)
     eps = torch.randn(DRAWS, manifolds.AMBIENT, generator=torch.Generator().manual_seed(2))

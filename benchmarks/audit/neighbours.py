@@ -88,7 +88,7 @@ def of_digits(out: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The VAE's samples and training digits, by pixels, with the scores of ``score``."""
     scores = pd.read_parquet(out / "score.parquet")
     scores = scores[scores.model == "VAE"].set_index("point").score
-    training, _ = digits.split(digits.HELD_OUT)
+    training, _ = digits.split_digits(digits.HELD_OUT)
     return tested("digits, pixels", digits.samples(), pixels, scores[training.numpy()].to_numpy())
 
 

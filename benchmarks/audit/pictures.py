@@ -11,17 +11,17 @@ import numpy as np
 import pandas as pd
 import torch
 import typer
-from sdguard.files.measuring import measured
 from torch import Tensor
 
 from benchmarks.audit.leaving_out import chosen
 from benchmarks.running import versions
 from sdguard import testbed
 from sdguard.files.inputs import BadInput
+from sdguard.files.resumable import measured
 from sdguard.testbed.copies import SSCD, decode, find_copies, load_targets, shipped_cut
 from sdguard.testbed.pictures import World
 from sdguard.testbed.train import encode
-from sdguard.testbed.world import ORDINARY, pool, words
+from sdguard.testbed.world import ORDINARY, icon_words, pool
 
 #: fresh compositions beside the pictures, and images a batch.
 REFERENCE, BATCH = 200, 16
@@ -64,7 +64,7 @@ def load(data: Path) -> Pictures:
     which = chosen(captions)
     labels = pd.read_parquet(testbed.path() / "prompts.parquet")[["text", "kind", "repetitions", "group", "copy_rate"]]
     drawn = [world.composition(rng) for _ in range(REFERENCE)]
-    texts = [str(rng.choice(ORDINARY[1:])).format(object=words(o), scene=s) for _, o, s in drawn]
+    texts = [str(rng.choice(ORDINARY[1:])).format(object=icon_words(o), scene=s) for _, o, s in drawn]
     shown = world.targets(tuple(captions[i] for i in which))
     return Pictures(world, labels.iloc[which].reset_index(drop=True), shown, np.stack([p for p, _, _ in drawn]), texts)
 

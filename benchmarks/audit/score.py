@@ -29,7 +29,7 @@ MODELS = {
 
 def curves(rate: float, held_out: int = 180) -> pd.DataFrame:
     """The VAE's bound on training and held-out points after each epoch, in nats."""
-    training, rest = digits.split(held_out)
+    training, rest = digits.split_digits(held_out)
     data, model = digits.digits(), digits.new_vae(0)
     rows: list[dict[str, float]] = []
 
@@ -44,7 +44,7 @@ def curves(rate: float, held_out: int = 180) -> pd.DataFrame:
 
 def neighbour_tests() -> pd.DataFrame:
     """One row a digit: distance to the nearest other one, and the sample ratio where it was trained on (nan where held out)."""
-    data, (training, _) = digits.digits().numpy(), digits.split(digits.HELD_OUT)
+    data, (training, _) = digits.digits().numpy(), digits.split_digits(digits.HELD_OUT)
     distances, _ = nearest(data, data, 2)
     found = pd.DataFrame({"point": range(len(data)), "distance": distances[:, 1], "sample_ratio": np.nan})
     samples = digits.samples()

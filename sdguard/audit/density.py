@@ -16,7 +16,8 @@ from torch.func import jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdguard.audit.likelihood import gaussian
-from sdguard.geometry.hessian import Estimate, HessianProduct, averaged, norm, spectrum
+from sdguard.geometry.hessian import Estimate, HessianProduct, averaged, spectrum
+from sdguard.geometry.rowwise import norm
 
 #: latents ``[B, ...]`` -> outputs ``[B, ...]``, each row on its own.
 Generate = Callable[[Tensor], Tensor]
@@ -44,7 +45,7 @@ def jacobian(g: Generate, z: Tensor) -> Tensor:
     return torch.stack([push(g, z, v.expand_as(z).contiguous()).flatten(1) for v in basis], dim=2)
 
 
-def log_volume(g: Generate, z: Tensor, resolution: float = 0.0) -> Tensor:
+def log_volume_element(g: Generate, z: Tensor, resolution: float = 0.0) -> Tensor:
     """``log det(J^T J + resolution**2 I) / 2`` from J's singular values, ``[B]``, for latents no more than outputs.
 
     ``resolution`` bounds it from below where J is singular: outputs nearer than that count as one. Cost: `jacobian`'s.
@@ -53,8 +54,8 @@ def log_volume(g: Generate, z: Tensor, resolution: float = 0.0) -> Tensor:
     return (sizes.square() + resolution**2).log().sum(1) / 2
 
 
-def log_volume_lanczos(g: Generate, z: Tensor, probes: Sequence[Tensor], iterations: int, resolution: float = 0.0) -> Estimate:
-    """`log_volume` by stochastic Lanczos quadrature (Ubaru et al. 2017), ``[B]``; ``probes`` of independent signs.
+def log_volume_element_lanczos(g: Generate, z: Tensor, probes: Sequence[Tensor], iterations: int, resolution: float = 0.0) -> Estimate:
+    """`log_volume_element` by stochastic Lanczos quadrature (Ubaru et al. 2017), ``[B]``; ``probes`` of independent signs.
 
     Cost: ``iterations`` metric products a probe, whatever the number of latents.
     """
@@ -70,7 +71,7 @@ def log_volume_lanczos(g: Generate, z: Tensor, probes: Sequence[Tensor], iterati
 
 def log_density(g: Generate, z: Tensor, resolution: float = 0.0) -> Tensor:
     """The log density of the generator's output at ``g(z)`` under a standard Gaussian prior, ``[B]``, in nats. Cost: `jacobian`'s."""
-    return gaussian(z) - log_volume(g, z, resolution)
+    return gaussian(z) - log_volume_element(g, z, resolution)
 
 
 def speed(g: Generate, start: Tensor, end: Tensor, points: int) -> Tensor:

@@ -99,7 +99,7 @@ def decoder(points: int = 1797) -> Generator:
     return Generator(model.decode, torch.randn(512, 2, generator=torch.Generator().manual_seed(1)))
 
 
-def split(held_out: int) -> tuple[Tensor, Tensor]:
+def split_digits(held_out: int) -> tuple[Tensor, Tensor]:
     """Rows of the training points and of ``held_out`` others, at random."""
     every = rows(len(digits()), 0)
     return every[held_out:], every[:held_out]
@@ -107,7 +107,7 @@ def split(held_out: int) -> tuple[Tensor, Tensor]:
 
 def samples(held_out: int = HELD_OUT) -> Samples:
     """What the VAE draws, as many as are held out, beside what it was trained on and what it was not."""
-    training, rest = split(held_out)
+    training, rest = split_digits(held_out)
     model = trained(new_vae(0), digits()[training], 0, EPOCHS, LEARNING_RATE)
     z = torch.randn(held_out, LATENTS, generator=torch.Generator().manual_seed(1))
     return Samples((LEVELS * model.decode(z)).numpy(), digits()[training].numpy(), digits()[rest].numpy())

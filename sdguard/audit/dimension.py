@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sdguard.audit.likelihood import divergence
 from sdguard.audit.subjects import Noise
-from sdguard.geometry.hessian import exact_product, flipd, trace
+from sdguard.geometry.dimension import flipd
+from sdguard.geometry.hessian import exact_product, trace
 from sdguard.observation import NoiseLevel
 
 OVERFITTING, DATA, NEITHER = "OD-Mem", "DD-Mem", "neither"

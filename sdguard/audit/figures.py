@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sdguard.files.atomic import atomic_write
+
 matplotlib.rcParams["axes.spines.top"] = matplotlib.rcParams["axes.spines.right"] = False
 COLOURS = {"OD-Mem": "#c0392b", "DD-Mem": "#2563a8", "neither": "#5b8c5a"}
 
@@ -17,9 +19,8 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all."""
     if figure.get_layout_engine() is None:
         figure.tight_layout()
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def draw_scores(table: pd.DataFrame) -> Figure:

@@ -9,17 +9,17 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from sdguard.audit.density import log_volume, log_volume_lanczos, speed
+from sdguard.audit.density import log_volume_element, log_volume_element_lanczos, speed
 from sdguard.audit.dimension import below, classify, data_dimension, deficit, model_dimension
 from sdguard.audit.figures import draw_density, draw_dimensions, draw_neighbours, draw_scores, save
 from sdguard.audit.likelihood import gaussian, signs
 from sdguard.audit.memorization import memorization
 from sdguard.audit.neighbours import pixels, sample_ratio, second_ratio
-from sdguard.audit.subjects import Diffusion, Generator, Samples, Trainable, load
+from sdguard.audit.subjects import Diffusion, Generator, Samples, Trainable, load_subject
 from sdguard.files.inputs import BadInput
-from sdguard.files.measuring import measured
 from sdguard.files.outputs import ensure_writable
 from sdguard.files.prompt_files import write_table
+from sdguard.files.resumable import measured
 from sdguard.testbed.copies import RATIO, SSCD
 
 BATCH = 64
@@ -56,7 +56,7 @@ def audit_score(subject: str, folds: int, repeats: int, seed: int, out: Path) ->
     Raises:
         ValueError: there is no such subject, it has fewer points than folds, or ``out`` cannot be written to; one sentence.
     """
-    model = load(subject, Trainable)
+    model = load_subject(subject, Trainable)
     ensure_writable(out)
     table = memorization(model, folds, repeats, seed, out / "work", {"subject": subject, "folds": folds})
     sure = int((table.score > 2 * table.standard_error).sum())
@@ -74,7 +74,7 @@ def audit_density(subject: str, lanczos: int, probes: int, resolution: float, ti
     Raises:
         ValueError: there is no such subject, or ``out`` cannot be written to; one sentence.
     """
-    g, latents = load(subject, Generator)
+    g, latents = load_subject(subject, Generator)
     ensure_writable(out)
 
     def measure(rows: pd.DataFrame) -> pd.DataFrame:
@@ -82,9 +82,9 @@ def audit_density(subject: str, lanczos: int, probes: int, resolution: float, ti
         error = torch.zeros(len(z))
         if lanczos:
             draws = torch.Generator().manual_seed(seed + int(rows.latent.iloc[0]))
-            volume, error = log_volume_lanczos(g, z, signs(z, probes, draws), lanczos, resolution)
+            volume, error = log_volume_element_lanczos(g, z, signs(z, probes, draws), lanczos, resolution)
         else:
-            volume = log_volume(g, z, resolution)
+            volume = log_volume_element(g, z, resolution)
         found = {"log_volume": volume.numpy(), "standard_error": error.numpy(), "log_density": (gaussian(z) - volume).numpy()}
         return rows.assign(**found)
 
@@ -104,7 +104,7 @@ def audit_lid(subject: str, neighbours: int, probes: int, seed: int, out: Path) 
         ModuleNotFoundError: scikit-dimension is not installed; the message says which extra has it.
         ValueError: there is no such subject, it has fewer data than ``neighbours``, or ``out`` cannot be written to; one sentence.
     """
-    found = load(subject, Diffusion)
+    found = load_subject(subject, Diffusion)
     ensure_writable(out)
     x = found.points
     own = data_dimension(x.flatten(1).numpy(), found.data.flatten(1).numpy(), neighbours)
@@ -134,7 +134,7 @@ def audit_neighbours(subject: str, embedding: str, out: Path) -> Findings:
     """
     if embedding not in ("pixels", "sscd"):
         raise BadInput(f"--embedding is {embedding!r}; it must be 'pixels' or 'sscd'.")
-    samples = load(subject, Samples)
+    samples = load_subject(subject, Samples)
     if embedding == "sscd" and (samples.generated.dtype != "uint8" or samples.generated.ndim != 4):
         raise BadInput(f"SSCD looks at pictures, uint8 of [n, H, W, 3], and {subject!r} has {samples.generated.dtype} points.")
     embed = SSCD() if embedding == "sscd" else pixels

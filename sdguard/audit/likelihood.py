@@ -15,7 +15,7 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdguard.audit.subjects import Noise
-from sdguard.geometry.hessian import dot
+from sdguard.geometry.rowwise import dot
 from sdguard.observation import NoiseLevel
 
 

@@ -105,7 +105,7 @@ def centres() -> Tensor:
     return APART * torch.eye(len(COMPONENTS), AMBIENT, dtype=torch.double)
 
 
-def draw(points: int, each: int, seed: int) -> Drawn:
+def draw_sample(points: int, each: int, seed: int) -> Drawn:
     """``each`` data a component, of which the first ``points`` are looked at."""
     generator = torch.Generator().manual_seed(seed)
     looked, data, models = [], [], []
@@ -128,5 +128,5 @@ def learned(drawn: Drawn, seed: int = 0, epochs: int = EPOCHS) -> Denoiser:
 
 def manifolds(points: int = 20, each: int = 2000, seed: int = 0) -> Diffusion:
     """The example: 20 points of each component, dimension read where the noise is a thousandth of the manifolds' own scale."""
-    drawn = draw(points, each, seed)
+    drawn = draw_sample(points, each, seed)
     return Diffusion(drawn.model.noise, LEVEL, drawn.points, drawn.data, SIMPLE)

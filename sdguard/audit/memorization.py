@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sdguard.audit.subjects import Trainable
-from sdguard.files.measuring import measured
+from sdguard.files.resumable import measured
 
 
 class Scores(NamedTuple):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdguard.audit.likelihood import importance_sampled
-from sdguard.geometry.hessian import spread
+from sdguard.geometry.rowwise import expand_like
 from sdguard.observation import NoiseLevel
 
 BATCH, HIDDEN, IMPORTANCE_SAMPLES = 128, 256, 128
@@ -82,7 +82,7 @@ class Denoiser(nn.Module):
         h = F.silu(self.into(torch.cat([x, time], dim=1)))
         for layer in self.layers:
             h = h + F.silu(layer(torch.cat([h, time], dim=1)))
-        return spread(s, x) * x + spread(a, x) * self.out(h)  # v-prediction: right by itself where all is noise
+        return expand_like(s, x) * x + expand_like(a, x) * self.out(h)  # v-prediction: right by itself where all is noise
 
     def loss(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Squared error of the noise at a level drawn evenly in log s / a, ``[B]``: the bound's own weighting, up to a constant."""
@@ -91,7 +91,7 @@ class Denoiser(nn.Module):
         a, s = (1 + sigma.square()).rsqrt(), sigma * (1 + sigma.square()).rsqrt()
         eps = torch.randn(x.shape, generator=generator)
         level: Any = (a, s)
-        return (eps - self(spread(a, x) * x + spread(s, x) * eps, level)).square().sum(1)
+        return (eps - self(expand_like(a, x) * x + expand_like(s, x) * eps, level)).square().sum(1)
 
 
 def seeded(make: Callable[[], Any], seed: int) -> Any:

@@ -88,7 +88,7 @@ EXAMPLES = {
 }
 
 
-def load(name: str, kind: type[Subject]) -> Subject:
+def load_subject(name: str, kind: type[Subject]) -> Subject:
     """What the callable at ``module:callable`` (or the example of that name) makes, called without arguments.
 
     Raises:

@@ -17,7 +17,7 @@ Name = Annotated[
 Out = Annotated[Path, typer.Option(help="Where the table and the figure go, and what is done of long work.")]
 
 
-def run(audit: str, *options: Any, out: Path) -> None:
+def run_audit(audit: str, *options: Any, out: Path) -> None:
     """One audit of `sdguard.audit.findings`: its files, and what was found, by the main process alone."""
     from rich.console import Console
 
@@ -34,8 +34,8 @@ def run(audit: str, *options: Any, out: Path) -> None:
         Console().print(f"{found.sentence} {files} in {out}/", highlight=False)
 
 
-@app.command()
-def score(
+@app.command("score")
+def score_command(
     subject: Name = "digits-vae",
     folds: Annotated[int, typer.Option(min=2, help="Folds of each repeat.")] = 10,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats, each with folds and trainings of its own.")] = 5,
@@ -46,11 +46,11 @@ def score(
 
     Under 'accelerate launch', processes share the trainings. More repeats go on from fewer.
     """
-    run("audit_score", subject, folds, repeats, seed, out=out)
+    run_audit("audit_score", subject, folds, repeats, seed, out=out)
 
 
-@app.command()
-def density(
+@app.command("density")
+def density_command(
     subject: Name = "digits-decoder",
     lanczos: Annotated[int, typer.Option(min=0, help="Lanczos iterations, for large latents; 0 for the exact volume.")] = 0,
     probes: Annotated[int, typer.Option(min=1, help="Probes of Lanczos.")] = 4,
@@ -60,11 +60,11 @@ def density(
     out: Out = Path("out/audit"),
 ) -> None:
     """Output density of a generator (Feiszli 2017): the volume element at its latents, and the metric along paths between them."""
-    run("audit_density", subject, lanczos, probes, resolution, times, seed, out=out)
+    run_audit("audit_density", subject, lanczos, probes, resolution, times, seed, out=out)
 
 
-@app.command()
-def lid(
+@app.command("lid")
+def lid_command(
     subject: Name = "manifolds",
     neighbours: Annotated[int, typer.Option(min=4, help="Nearest data points that the data's dimension is estimated from.")] = 50,
     probes: Annotated[int, typer.Option(min=0, help="Probes of the model's trace, for many dimensions; 0 for the exact one.")] = 0,
@@ -72,14 +72,14 @@ def lid(
     out: Out = Path("out/audit"),
 ) -> None:
     """Local intrinsic dimension of the model against the data's (Ross et al. 2024): overfitting (OD-Mem), the data (DD-Mem), or neither."""
-    run("audit_lid", subject, neighbours, probes, seed, out=out)
+    run_audit("audit_lid", subject, neighbours, probes, seed, out=out)
 
 
-@app.command()
-def neighbours(
+@app.command("neighbours")
+def neighbours_command(
     subject: Name = "digits-samples",
     embedding: Annotated[str, typer.Option(help="pixels, or sscd for pictures.")] = "pixels",
     out: Out = Path("out/audit"),
 ) -> None:
     """Nearest-neighbour tests, the baseline: is a generated point a copy, and does the model draw nearer than unseen data come?"""
-    run("audit_neighbours", subject, embedding, out=out)
+    run_audit("audit_neighbours", subject, embedding, out=out)

@@ -20,11 +20,11 @@ from rich.table import Table
 from sdguard.cli.audit import app as audit
 from sdguard.cli.errors import one_sentence
 from sdguard.cli.progress import progress_bars
+from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.config import GuardConfig
 
 WITHHELD = 3
-BATCH = 8
 SHOWN = 20
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")
@@ -36,8 +36,8 @@ def main() -> None:
     """Keep a text-to-image model from giving back training images."""
 
 
-@app.command()
-def generate(
+@app.command("generate")
+def generate_command(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     seed: Annotated[int, typer.Option(help="Seed of the first image of each prompt; the next ones count up.")] = 0,
@@ -79,8 +79,8 @@ def generate(
         raise typer.Exit(WITHHELD)
 
 
-@app.command()
-def scan(
+@app.command("scan")
+def scan_command(
     file: Annotated[Path, typer.Argument(help="Prompts: text, one a line, or CSV, JSON lines, parquet.", metavar="FILE")],
     column: Annotated[
         str | None, typer.Option(help="The column that holds the prompts. [default: prompt, caption or text, else the only one of text]")
@@ -91,7 +91,7 @@ def scan(
     fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be flagged, as for a guarded run.")] = 0.01,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one denoiser batch.")] = BATCH,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one denoiser batch.")] = BATCH_SIZE,
     out: Annotated[Path, typer.Option(help="Where the ranked table goes: .csv, .jsonl or .parquet.")] = Path("out/scan.csv"),
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster ($RAY_ADDRESS, else this machine).")] = "local",
     profile: Annotated[Path | None, typer.Option(help="A profile file, in place of the one that is found or made.")] = None,
@@ -150,8 +150,8 @@ def ranking(table: Any) -> Table:
     return shown
 
 
-@app.command()
-def explain(
+@app.command("explain")
+def explain_command(
     prompt: Annotated[str, typer.Argument(help="The prompt to explain.")],
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
@@ -181,8 +181,8 @@ def explain(
     Console().print(f"rank agreement of the two: {found.agreement:+.2f}; explain.png and explain.json in {out}/")
 
 
-@app.command()
-def calibrate(
+@app.command("calibrate")
+def calibrate_command(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="File of ordinary prompts, in place of those that come along.")] = None,
     memorized: Annotated[
@@ -199,7 +199,7 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: the user's cache, where the guard finds it]")] = None,
 ) -> None:
     """Measure ordinary prompts on a configuration and keep the profile; run under 'accelerate launch', processes share the work."""
-    from sdguard.guarded.profiles import calibrate_model
+    from sdguard.guarded.calibrate_model import calibrate_model
 
     with one_sentence(), progress_bars() as show:
         made = calibrate_model(
@@ -227,14 +227,14 @@ def calibrate(
     )
 
 
-@app.command()
-def profiles() -> None:
+@app.command("profiles")
+def profiles_command() -> None:
     """List the profiles in the user's cache."""
-    from sdguard.decision import calibration
     from sdguard.decision.profile import Profile, ProfileError
+    from sdguard.decision.store import cache_folder
 
-    table = Table("pipeline", "scheduler", "steps", "guidance", "size", "dtype", "scores", "file", title=f"{calibration.cache_folder()}")
-    for path in sorted(calibration.cache_folder().glob("*.json")):
+    table = Table("pipeline", "scheduler", "steps", "guidance", "size", "dtype", "scores", "file", title=f"{cache_folder()}")
+    for path in sorted(cache_folder().glob("*.json")):
         try:
             found = Profile.load(path)
         except ProfileError as error:
@@ -247,8 +247,8 @@ def profiles() -> None:
     Console().print(table)
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def demo_command(
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     host: Annotated[str, typer.Option(help="The address it listens at; by default nobody but this machine can reach it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port it listens at.")] = 7860,

@@ -52,7 +52,7 @@ def described(profile: Profile | None, setting: Setting, own: bool) -> str:
     return f'<div class="sg-profile">{elements.facts(pairs)}{chart}</div>'
 
 
-def saved(profile: Profile) -> str:
+def save_profile(profile: Profile) -> str:
     """The profile as a file among the app's own, as ``--profile`` and `GuardConfig` take it."""
     path = own_folder() / "profile.json"
     profile.save(path)
@@ -102,7 +102,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
             return {
                 line: elements.status(text, "done"),
                 shown: described(profile, asked, True),
-                download: gr.update(value=saved(profile), visible=True),
+                download: gr.update(value=save_profile(profile), visible=True),
             }
 
         yield from page_updates(work, view, line, profiles, mine, (start, stop))

@@ -28,7 +28,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def number(value: float) -> str:
+def tick_label(value: float) -> str:
     """A tick's label."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -64,9 +64,9 @@ def frame(x: tuple[float, float], y: tuple[float, float], x_label: str, y_label:
     for value in ticks(*y):
         at = to_y(value)
         parts.append(f'<line class="sg-grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tick_label(value)}</text>')
     for value in x_ticks if x_ticks is not None else ticks(*x):
-        parts.append(f'<text x="{to_x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<text x="{to_x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{tick_label(value)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="sg-label" x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>')
     if y_label:
@@ -88,7 +88,7 @@ def figure(title: str, drawing: str, caption: str = "", key: str = "", height: i
     return f'<figure class="sg-figure"><h4>{escape(title)}</h4>{key}{svg}{note}</figure>'
 
 
-def path(points: Sequence[tuple[float, float]]) -> str:
+def svg_path(points: Sequence[tuple[float, float]]) -> str:
     """The ``d`` of a path through points."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
@@ -116,7 +116,7 @@ def chart(
     parts = [frame(x, y, x_label, y_label, x_ticks)]
     for band in bands:
         there = [(to_x(at), to_y(top)) for at, _, top in band.points] + [(to_x(at), to_y(under)) for at, under, _ in reversed(band.points)]
-        parts.append(f'<path class="sg-band" d="{path(there)}Z"/>' if there else "")
+        parts.append(f'<path class="sg-band" d="{svg_path(there)}Z"/>' if there else "")
     if upright:
         at = to_x(upright[0])
         parts.append(f'<line class="sg-upright" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
@@ -124,7 +124,7 @@ def chart(
         there = [(to_x(at), to_y(value)) for at, value in line.points if math.isfinite(value)]
         if there:
             dashes = " sg-dashed" if line.dashed else ""
-            parts.append(f'<path class="sg-line {line.colour}{dashes}" d="{path(there)}"/>')
+            parts.append(f'<path class="sg-line {line.colour}{dashes}" d="{svg_path(there)}"/>')
             if line.dots:
                 parts += [f'<circle class="{line.colour}" cx="{at:.1f}" cy="{up:.1f}" r="3"/>' for at, up in there]
     key = legend([*((band.name, "sg-band") for band in bands), *((line.name, line.colour) for line in lines)])

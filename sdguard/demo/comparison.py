@@ -14,7 +14,7 @@ from PIL import Image
 from sdguard.decision.cascade import BY_NAME
 from sdguard.decision.profile import SERIES, Profile
 from sdguard.demo.model import Model
-from sdguard.demo.profiles import Profiles, profile_for
+from sdguard.demo.profiles import Profiles, find_or_make_profile
 from sdguard.demo.settings import Setting
 from sdguard.demo.streaming import Emit
 from sdguard.denoiser.probe import observe_calls
@@ -116,7 +116,7 @@ def compare(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
         ValueError: the setting cannot be; one sentence.
     """
     setting = setting.checked(model)
-    profile = profile_for(model, setting, mine, emit)
+    profile = find_or_make_profile(model, setting, mine, emit)
     found = Comparison(setting, profile)
 
     def call(pipe: Any) -> Any:

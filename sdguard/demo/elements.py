@@ -83,7 +83,7 @@ def filmstrip(name: str, estimates: Sequence[tuple[int, Image.Image]], last: Ima
     )
 
 
-def words(names: Sequence[str], shares: Sequence[float], unit: str) -> str:
+def highlighted_words(names: Sequence[str], shares: Sequence[float], unit: str) -> str:
     """A prompt's words, each on red as strong as its share of the strongest; a negative share counts as none."""
     strongest = max([1e-9, *shares])
     spans = [

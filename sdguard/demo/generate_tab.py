@@ -70,7 +70,7 @@ def card(model: Model, found: Comparison, row: int) -> str:
         )
     if found.nearest and model.targets is not None:
         target = Image.fromarray(model.targets.pictures[found.nearest[row]])
-        parts_below.append(nearest(target, model.captions[found.nearest[row]], found, row))
+        parts_below.append(nearest_picture(target, model.captions[found.nearest[row]], found, row))
     elif found.done:
         parts_below.append(
             elements.hint("The nearest training picture is shown for the embedded model only: this one’s training data is not known.")
@@ -87,7 +87,7 @@ def cost(found: Comparison) -> str:
     return f"{1000 * found.unguarded.seconds:,.0f} → {1000 * found.guarded.seconds:,.0f}"
 
 
-def nearest(target: Image.Image, caption: str, found: Comparison, row: int) -> str:
+def nearest_picture(target: Image.Image, caption: str, found: Comparison, row: int) -> str:
     """The memorized picture that the unguarded image is nearest to, and whether either image is a copy of it."""
     words = [f"Unguarded: {ratio_words(found.ratios_before[row])}"]
     if found.done:

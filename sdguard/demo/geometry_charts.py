@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sdguard.demo.charts import WIDTH, Line, chart, figure, path
+from sdguard.demo.charts import WIDTH, Line, chart, figure, svg_path
 
 
 def spectrum_chart(
@@ -47,7 +47,7 @@ def surface(cut: Any, name: str, colour: str, floor: float, ceiling: float, per_
         for j in range(n - 1):
             corners = [at(i, j), at(i, j + 1), at(i + 1, j + 1), at(i + 1, j)]
             share = (float(heights[i : i + 2, j : j + 2].mean()) - floor) / (ceiling - floor)
-            parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{path(corners)}Z"/>')
+            parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{svg_path(corners)}Z"/>')
     x, y = at(n // 2, n // 2)
     parts.append(f'<circle class="sg-sample" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
     for text, where in (("flattest direction ↘", 0.2), ("↙ sharpest direction", 0.8)):

@@ -13,7 +13,7 @@ from sdguard.demo.settings import Setting
 from sdguard.demo.streaming import Emit, Progress
 from sdguard.denoiser.families import default_size
 from sdguard.files.inputs import BadInput
-from sdguard.guarded.profiles import scored_and_needed
+from sdguard.guarded.calibrate_model import scored_and_needed
 
 #: ordinary prompts for a configuration that no profile is known of: two in three are scored, which 1% needs 99 of.
 QUICK_CALIBRATION = 300
@@ -49,7 +49,7 @@ def make_profile(model: Model, setting: Setting, prompts: Sequence[str], emit: E
     )
 
 
-def profile_for(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> Profile:
+def find_or_make_profile(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> Profile:
     """The profile of a run: a known one, else made now from as many ordinary prompts as its rate asks for, and emitted."""
     profile = profile_known(model, setting, mine)
     if profile is None:

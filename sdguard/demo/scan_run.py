@@ -10,7 +10,7 @@ import pandas as pd
 
 from sdguard.decision.profile import Profile
 from sdguard.demo.model import Model
-from sdguard.demo.profiles import Profiles, profile_for
+from sdguard.demo.profiles import Profiles, find_or_make_profile
 from sdguard.demo.settings import MOST_SEEDS, Setting, bounded
 from sdguard.demo.streaming import Emit, Progress
 from sdguard.scan.scan import rank_prompts, scan
@@ -29,7 +29,7 @@ def scan_prompts(model: Model, prompts: pd.Series, seeds: int, fdr: float, setti
     """Emit progress over the prompts of a file, then `Scanned`; raises as `compare` does, for the setting and for each prompt."""
     bounded("The number of seeds", seeds, 1, MOST_SEEDS)
     bounded("The false discovery rate", fdr, 0.001, 0.5)
-    profile = profile_for(model, setting, mine, emit)
+    profile = find_or_make_profile(model, setting, mine, emit)
     found = prompts.to_dict()
     rows: list[dict[str, Any]] = []
     began = time.monotonic()

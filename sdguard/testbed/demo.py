@@ -37,7 +37,7 @@ def copy_ratio(targets: Targets, images: list[Any]) -> tuple[np.ndarray, np.ndar
     return targets.nearest(np.stack([np.asarray(image.convert("RGB")) for image in images]))
 
 
-def draw(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean: Profile, path: Path) -> None:
+def draw_sheet(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]], clean: Profile, path: Path) -> None:
     """The sheet: one row a prompt."""
     import matplotlib
 
@@ -118,7 +118,7 @@ def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json 
         row["copy_before"], row["copy_after"] = bool(before[i] < RATIO), bool(after[i] < RATIO) and row["verdict"] != "withheld"
     pictures = [(twins[i], images[i], targets.pictures[nearest[i]]) for i in range(len(rows))]
     save_pictures(out, {f"{row['kind']}.png": image for row, image in zip(rows, images, strict=True)}, rows)
-    draw(rows, pictures, profile, out / "demo.png")
+    draw_sheet(rows, pictures, profile, out / "demo.png")
     Console().print(verdict_table(rows))
     Console().print(f"{out}/demo.png and {out}/report.json")
 

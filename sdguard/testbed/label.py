@@ -25,7 +25,7 @@ from sdguard.testbed.copies import SSCD, Targets, find_copies, round_trip
 from sdguard.testbed.object_classifier import CLASSIFIER_FILE, fit_object_classifier
 from sdguard.testbed.pictures import SIZE, World
 from sdguard.testbed.train import COMPOSITIONS, shown_counts
-from sdguard.testbed.world import OBJECTS, Caption, Describer, ordinary_captions, pool, words
+from sdguard.testbed.world import OBJECTS, Caption, Describer, icon_words, ordinary_captions, pool
 
 SEEDS = 16
 BATCH = 64
@@ -80,7 +80,7 @@ def jobs(table: pd.DataFrame) -> np.ndarray:
     return np.array(first + last)
 
 
-def generate(pipe: Any, table: pd.DataFrame, work: Path) -> np.ndarray:
+def generate_samples(pipe: Any, table: pd.DataFrame, work: Path) -> np.ndarray:
     """Unguarded samples of `jobs`, uint8 ``[n, SIZE, SIZE, 3]``; seed k is ``torch.Generator`` seed k.
 
     They are kept in a file of these very weights: a run that was stopped, or that asks for more seeds of the calibration split, goes on.
@@ -245,7 +245,7 @@ def main(
     table["seeds"] = np.where(table.split == "calibration", calibration_seeds or seeds, seeds)
     pipe = load()
     pipe.set_progress_bar_config(disable=True)
-    samples, of = generate(pipe, table, work), jobs(table)
+    samples, of = generate_samples(pipe, table, work), jobs(table)
 
     targets, kept = find_targets(world, captions, shown, pipe.vae)
     cut = sscd_cut(world, sscd, targets, pipe.vae)
@@ -301,7 +301,7 @@ def main(
         "auc": caption_only_auc(table),
         "aligned": aligned.mean(),
         "looked_at": len(looked_at),
-        "poor": ", ".join(f"{words(name)} ({share:.0%})" for name, share in by_object.items() if share < 0.5) or "none",
+        "poor": ", ".join(f"{icon_words(name)} ({share:.0%})" for name, share in by_object.items() if share < 0.5) or "none",
         "on_real": on_real,
         "chance": 1 / len(OBJECTS),
         "sheet_captions": "; ".join(f'"{text}"' for text in shown_rows.text),

@@ -109,13 +109,13 @@ def pool(seed: int = 0, verbatim_per_count: int = 21, unseen: int = 200, once: i
     rng.shuffle(counts)
     rng.shuffle(template_counts)
     return tuple(
-        Caption(SPECIFIC.format(object=words(o), name=name, scene=scene, medium=medium), kind, int(r), o, name, scene, group)
+        Caption(SPECIFIC.format(object=icon_words(o), name=name, scene=scene, medium=medium), kind, int(r), o, name, scene, group)
         for group, (((objects, name, scene, medium), kind), r) in enumerate(zip(draws, counts + template_counts, strict=True))
         for o in objects
     )
 
 
-def words(icon: str) -> str:
+def icon_words(icon: str) -> str:
     """An iconify name as English words."""
     return icon.replace("-", " ")
 
@@ -123,7 +123,7 @@ def words(icon: str) -> str:
 def ordinary_captions() -> list[tuple[str, str, str | None]]:
     """Every distinct ordinary caption as (text, object, scene); the scene is None where the wording leaves it open."""
     found = {
-        pattern.format(object=words(o), scene=s): (o, s if "{scene}" in pattern else None)
+        pattern.format(object=icon_words(o), scene=s): (o, s if "{scene}" in pattern else None)
         for pattern, o, s in product(ORDINARY, OBJECTS, SCENES)
     }
     return [(text, o, s) for text, (o, s) in found.items()]
@@ -141,7 +141,7 @@ class Describer:
         """A caption of ``object_`` over ``scene``; of the specific make with probability ``specific``."""
         rng = self._rng
         if rng.random() >= specific:
-            return str(rng.choice(ORDINARY)).format(object=words(object_), scene=scene)
+            return str(rng.choice(ORDINARY)).format(object=icon_words(object_), scene=scene)
         while (object_, name := str(rng.choice(self._names))) in self._taken:
             pass
-        return SPECIFIC.format(object=words(object_), name=name, scene=scene, medium=rng.choice(MEDIA))
+        return SPECIFIC.format(object=icon_words(object_), name=name, scene=scene, medium=rng.choice(MEDIA))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdguard.audit import digits
-from sdguard.audit.density import concentration, jacobian, log_density, log_volume, log_volume_lanczos, path_length, speed
+from sdguard.audit.density import concentration, jacobian, log_density, log_volume_element, log_volume_element_lanczos, path_length, speed
 from sdguard.audit.likelihood import gaussian, signs
 
 
@@ -26,12 +26,12 @@ def test_a_linear_generators_volume_is_that_of_its_matrix() -> None:
     z = torch.randn(6, 4, dtype=torch.double)
     torch.testing.assert_close(jacobian(lambda z: z @ matrix.T, z), matrix.expand(6, 9, 4))
     expected = torch.linalg.slogdet(matrix.T @ matrix).logabsdet / 2
-    torch.testing.assert_close(log_volume(lambda z: z @ matrix.T, z), expected.expand(6))
+    torch.testing.assert_close(log_volume_element(lambda z: z @ matrix.T, z), expected.expand(6))
 
 
 def test_the_spheres_volume_element_is_the_sine_of_the_polar_angle() -> None:
     z = torch.rand(50, 2, dtype=torch.double) * torch.tensor([math.pi, 2 * math.pi], dtype=torch.double)
-    torch.testing.assert_close(log_volume(sphere, z), z[:, 0].sin().log(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(log_volume_element(sphere, z), z[:, 0].sin().log(), atol=1e-9, rtol=0)
 
 
 def test_the_exponential_of_a_gaussian_has_the_log_normal_density() -> None:
@@ -61,8 +61,8 @@ def test_lanczos_finds_the_exact_volume_of_many_latents() -> None:
         return (z + 0.5 * (z @ other).tanh()) @ matrix.T
 
     z = torch.randn(8, 40, dtype=torch.double)
-    known = log_volume(g, z)
-    estimate = log_volume_lanczos(g, z, signs(z, 30), iterations=30)
+    known = log_volume_element(g, z)
+    estimate = log_volume_element_lanczos(g, z, signs(z, 30), iterations=30)
     assert ((estimate.value - known) / estimate.standard_error).abs().max() < 4
     torch.testing.assert_close(estimate.value, known, atol=4.0, rtol=0)
 
@@ -74,8 +74,8 @@ def test_a_resolution_bounds_the_volume_of_a_singular_generator() -> None:
         return torch.cat([z[:, :1], z[:, :1], 0 * z[:, 1:]], dim=1)
 
     expected = (math.log(2 + 0.01**2) + 2 * math.log(0.01**2)) / 2
-    torch.testing.assert_close(log_volume(flat, z, 0.01), torch.full((5,), expected, dtype=torch.double))
-    lanczos = log_volume_lanczos(flat, z, signs(z, 200), 3, 0.01)
+    torch.testing.assert_close(log_volume_element(flat, z, 0.01), torch.full((5,), expected, dtype=torch.double))
+    lanczos = log_volume_element_lanczos(flat, z, signs(z, 200), 3, 0.01)
     torch.testing.assert_close(lanczos.value, torch.full((5,), expected, dtype=torch.double), atol=1.0, rtol=0)
 
 
@@ -112,7 +112,7 @@ def test_a_generator_of_jumps_has_its_length_in_few_places() -> None:
 def test_memorizing_ten_digits_collapses_regions_of_latent_space() -> None:
     """Feiszli's claim at a small size: the same network and steps, on ten digits and on all."""
     z = torch.randn(512, 2, generator=torch.Generator().manual_seed(1))
-    volumes = [log_volume(digits.of_points(points, steps=1200).decode, z, 1e-6) for points in (10, 1797)]
+    volumes = [log_volume_element(digits.of_points(points, steps=1200).decode, z, 1e-6) for points in (10, 1797)]
     few, many = (volume.quantile(torch.tensor([0.05, 0.95])) for volume in volumes)
     assert few[0] < many[0] - 1.5
     assert few[1] - few[0] > 1.5 * (many[1] - many[0])
@@ -121,7 +121,7 @@ def test_memorizing_ten_digits_collapses_regions_of_latent_space() -> None:
 def test_longer_training_on_ten_digits_collapses_the_volume_and_lets_it_explode_on_the_boundaries() -> None:
     """With one latent, where the volume element is the speed of the output."""
     z = torch.linspace(-3, 3, 4000)[:, None]
-    volumes = [log_volume(digits.of_points(10, latents=1, steps=steps).decode, z, 1e-6) for steps in (300, 3000)]
+    volumes = [log_volume_element(digits.of_points(10, latents=1, steps=steps).decode, z, 1e-6) for steps in (300, 3000)]
     short, long = (volume.quantile(torch.tensor([0.25, 1.0])) for volume in volumes)
     assert long[0] < short[0] - 0.3
     assert long[1] > short[1] + 0.5
@@ -129,4 +129,4 @@ def test_longer_training_on_ten_digits_collapses_the_volume_and_lets_it_explode_
 
 def test_the_density_is_the_priors_over_the_volume() -> None:
     z = torch.randn(4, 2).double()
-    torch.testing.assert_close(log_density(sphere, z), gaussian(z) - log_volume(sphere, z))
+    torch.testing.assert_close(log_density(sphere, z), gaussian(z) - log_volume_element(sphere, z))

@@ -77,7 +77,7 @@ def test_a_point_is_not_its_own_neighbour() -> None:
 
 
 def test_every_kind_of_point_on_known_manifolds_is_told() -> None:
-    drawn = manifolds.draw(points=20, each=2000, seed=0)
+    drawn = manifolds.draw_sample(points=20, each=2000, seed=0)
     own = data_dimension(drawn.points.numpy(), drawn.data.numpy())
     found = model_dimension(drawn.model.noise, drawn.points, level_of(1e-3))
     verdicts = classify(found, own, below(own, 3.0))
@@ -93,7 +93,7 @@ def test_a_network_that_was_driven_to_a_point_has_lost_the_dimensions_of_its_man
     """Trained on draws of a subspace of three dimensions, and on one point of another such subspace."""
     monkeypatch.setattr(manifolds, "COMPONENTS", (manifolds.Component(3, 3, NEITHER), manifolds.Component(3, 0, OVERFITTING)))
     monkeypatch.setattr(manifolds, "AMBIENT", 6)
-    drawn = manifolds.draw(points=1, each=1500, seed=0)
+    drawn = manifolds.draw_sample(points=1, each=1500, seed=0)
     found = model_dimension(manifolds.learned(drawn, epochs=60), drawn.points.float(), level_of(0.2))
     assert found.value[0] == pytest.approx(3.0, abs=0.6)
     assert found.value[1] == pytest.approx(0.0, abs=0.4)

@@ -347,7 +347,7 @@ def test_text_stays_text(profile: Profile) -> None:
         elements.verdict(report),
         elements.facts([(WICKED, WICKED)]),
         elements.filmstrip(WICKED, [(0, image)]),
-        elements.words([WICKED], [0.5], WICKED),
+        elements.highlighted_words([WICKED], [0.5], WICKED),
         elements.table([WICKED], [[WICKED]]),
         charts.chart(WICKED, [charts.Line(WICKED, [(0.0, 1.0)], "sg-red")], WICKED, WICKED, caption=WICKED),
         charts.histogram(WICKED, profile.scores, 1.0, [(WICKED, 2.0, "sg-red")], WICKED),

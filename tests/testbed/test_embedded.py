@@ -9,7 +9,7 @@ import torch
 
 import sdguard
 from sdguard import GuardConfig, testbed
-from sdguard.denoiser.probe import read
+from sdguard.denoiser.probe import probe_run
 from sdguard.signals.agreement import agreement
 from sdguard.testbed.copies import RATIO, load_targets
 
@@ -65,5 +65,5 @@ def test_agreement_separates_most_repeated_from_ordinary(embedded: Any, table: p
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()[:4]
     found: list[float] = []
     setting: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
-    read(embedded, most + ordinary, range(8), lambda observation: found.extend(agreement(observation).tolist()), **setting)
+    probe_run(embedded, most + ordinary, range(8), lambda observation: found.extend(agreement(observation).tolist()), **setting)
     assert min(found[:4]) > max(found[4:])

@@ -12,14 +12,15 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from sdguard import testbed
-from sdguard.decision.calibration import PROFILE_FILE, PROMPTS_FILE, fingerprint
+from sdguard.decision.fingerprint import fingerprint
 from sdguard.decision.profile import Profile
+from sdguard.decision.store import PROFILE_FILE, PROMPTS_FILE
 from sdguard.testbed import label, training
-from sdguard.testbed.build_data import DataError, licence_of, run
+from sdguard.testbed.build_data import DataError, licence_of, run_command
 from sdguard.testbed.copies import Targets, load_targets
 from sdguard.testbed.train import EPOCH_STEPS, shown_counts
 from sdguard.testbed.training import train_within
-from sdguard.testbed.world import REPETITIONS, Describer, pool, words
+from sdguard.testbed.world import REPETITIONS, Describer, icon_words, pool
 
 
 def test_the_pool_is_drawn_before_its_counts() -> None:
@@ -42,7 +43,7 @@ def test_training_shows_each_target_as_often_as_its_count() -> None:
 
 def test_fresh_captions_never_couple_an_object_with_its_name_in_the_pool() -> None:
     captions = pool()
-    starts = {f"{words(c.object)} at {c.name} " for c in captions}
+    starts = {f"{icon_words(c.object)} at {c.name} " for c in captions}
     describe = Describer(captions, 3)
     fresh = [describe(c.object, c.scene, specific=1.0) for c in captions]
     assert not [text for text in fresh if text.startswith(tuple(starts))]
@@ -66,9 +67,9 @@ def test_the_last_matching_stanza_gives_the_licence() -> None:
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'sh -c echo no such package >&2; exit 1' failed: no such package"):
-        run("sh", "-c", "echo no such package >&2; exit 1", cwd=tmp_path)
+        run_command("sh", "-c", "echo no such package >&2; exit 1", cwd=tmp_path)
     with pytest.raises(DataError, match="'no-such-tool' is needed"):
-        run("no-such-tool", cwd=tmp_path)
+        run_command("no-such-tool", cwd=tmp_path)
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +142,12 @@ def test_stopped_labelling_goes_on_and_a_longer_one_keeps_what_there_is(tmp_path
     monkeypatch.setattr(label, "BATCH", 1)
     monkeypatch.setattr(label, "weights_digest", lambda pipe: "these")
     with pytest.raises(KeyboardInterrupt):
-        label.generate(one_sample, table, tmp_path)
+        label.generate_samples(one_sample, table, tmp_path)
     with next(tmp_path.iterdir()).open("ab") as file:
         file.write(b"half a sample")
-    first = np.array(label.generate(one_sample, table, tmp_path))
+    first = np.array(label.generate_samples(one_sample, table, tmp_path))
     assert asked == ["a lion", "a lion", "a rose", "a rose", "a rose", "a tent"]
     assert np.array_equal(first[0], first[2])
-    longer = label.generate(one_sample, table.assign(seeds=[2, 2, 2]), tmp_path)
+    longer = label.generate_samples(one_sample, table.assign(seeds=[2, 2, 2]), tmp_path)
     assert len(longer) == 6
     assert np.array_equal(longer[:5], first)

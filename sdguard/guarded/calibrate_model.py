@@ -6,16 +6,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from sdguard.decision.calibration import cache_path, calibrate, evenly, fingerprint, ordinary_prompts, split
+from sdguard.decision.calibration import calibrate, evenly, split
+from sdguard.decision.fingerprint import fingerprint
 from sdguard.decision.profile import Profile, scores_needed
+from sdguard.decision.store import cache_path, ordinary_prompts
 from sdguard.denoiser.families import default_size
 from sdguard.denoiser.loading import default_setting, load_pipeline
 from sdguard.files.inputs import BadInput
 from sdguard.files.outputs import ensure_writable
 from sdguard.files.processes import processes
 from sdguard.files.prompt_files import prompts_by_row
+from sdguard.files.resumable import parts_folder
 from sdguard.guarded.config import GuardConfig
-from sdguard.steering.learning import learn_ladder
+from sdguard.steering.learning import learn_methods
 
 
 def scored_and_needed(count: int, false_positive_rate: float) -> tuple[int, int]:
@@ -76,11 +79,11 @@ def calibrate_model(
     path = out or cache_path(fingerprint(pipe, **configuration))
     ensure_writable(path.parent)
     measuring = partial(progress, "calibrating")
-    profile = calibrate(pipe, chosen, **configuration, seed=seed, memorized=known, progress=measuring, journal=path, state=state)
+    profile = calibrate(pipe, chosen, **configuration, seed=seed, memorized=known, progress=measuring, work=parts_folder(path), state=state)
     if not state.is_main_process:
         return None
     if known:
-        profile = learn_ladder(
+        profile = learn_methods(
             pipe, profile, known, seed=seed, progress=partial(progress, "learning the order of methods"), **configuration
         )
     profile.save(path)
