@@ -137,7 +137,7 @@ class Observation:
         past_norms: ``[B, calls before this one]``, the guidance norm at each of them.
         rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
         origin: ``[B, C, H, W]``, the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
-        estimates: look-aheads already made at this very point, by row and noise; None where nothing is kept.
+        rollout_ends: short rollouts already made at this very point, by row and noise; None where nothing is kept.
     """
 
     step: int
@@ -156,7 +156,7 @@ class Observation:
     denoiser: nn.Module | None = None
     past_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
     rules: tuple[Rule | None, ...] = ()
-    estimates: dict[tuple[int, bool], Tensor] | None = None
+    rollout_ends: dict[tuple[int, bool], Tensor] | None = None
     origin: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -196,15 +196,15 @@ class Observation:
 
         def score(x: Tensor) -> Tensor:
             if branch in ("conditional", "unconditional"):
-                self.spend(1)
+                self.count_nfe(1)
                 return -(self.conditional(x, t) if branch == "conditional" else self.unconditional(x, t)) / s
-            eps_c, eps_u = self.replay(x, t)
+            eps_c, eps_u = self.both_branches(x, t)
             return -(self.guided(eps_c, eps_u) if branch == "guided" else eps_c - eps_u) / s
 
         return score
 
-    def spend(self, count: int) -> None:
-        """Book ``count`` denoiser evaluations on every row; a gradient counts as one more than its forward pass."""
+    def count_nfe(self, count: int) -> None:
+        """Count ``count`` function evaluations of the denoiser (NFE) for every row; a gradient counts as one more than its forward pass."""
         self.evaluations.index_add_(0, self.rows, torch.full_like(self.rows, count))
 
     def select(self, rows: Tensor) -> Observation:
@@ -215,11 +215,11 @@ class Observation:
         return replace(self, **picked, rules=tuple(self.rules[i] for i in rows.tolist()) if self.rules else ())
 
     def conditional(self, x: Tensor, timestep: float, condition: Tensor | None = None) -> Tensor:
-        """The conditional noise prediction of the rows elsewhere, unbooked; under their own text condition or another."""
+        """The conditional noise prediction of the rows elsewhere, not counted; under their own text condition or another."""
         return self.denoise(x, timestep, self.condition if condition is None else condition, self.run_rows + self.rows)
 
     def unconditional(self, x: Tensor, timestep: float) -> Tensor:
-        """The unconditional noise prediction of the rows elsewhere, unbooked."""
+        """The unconditional noise prediction of the rows elsewhere, not counted."""
         return self.denoise(x, timestep, self.null_condition, self.rows)
 
     @property
@@ -229,24 +229,24 @@ class Observation:
 
     def with_condition(self, condition: Tensor) -> Observation:
         """The same call under another text condition ``[B, T, E]``. Cost: 1 evaluation per image."""
-        self.spend(1)
-        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), estimates=None)
+        self.count_nfe(1)
+        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), rollout_ends=None)
 
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
-        eps_c, eps_u = self.replay(x, timestep)
+        eps_c, eps_u = self.both_branches(x, timestep)
         norms = torch.cat([self.past_norms, self.guidance_norm[:, None].to(self.past_norms)], dim=1)
         level, step = self.level_at(timestep), self.step + 1
-        return replace(self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, estimates=None)
+        return replace(self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, rollout_ends=None)
 
     def from_start(self, x: Tensor) -> Observation:
         """This very call from another ``x_t``. Cost: 2 evaluations per image."""
-        eps_c, eps_u = self.replay(x, self.timestep)
-        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, estimates=None)
+        eps_c, eps_u = self.both_branches(x, self.timestep)
+        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, rollout_ends=None)
 
-    def replay(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
+    def both_branches(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""
-        self.spend(2)
+        self.count_nfe(2)
         both = torch.cat([self.null_condition, self.condition])
         places = torch.cat([self.rows, self.run_rows + self.rows])
         eps_u, eps_c = self.denoise(torch.cat([x, x]), timestep, both, places).chunk(2)

@@ -1,4 +1,4 @@
-"""What modules inside the denoiser give out while it is evaluated."""
+"""Modules inside the denoiser, and what they give out while it is evaluated."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def captured(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def cross_attentions(denoiser: nn.Module) -> list[nn.Module]:
+    """The cross-attention layers of a U-Net of diffusers, which names them ``attn2``."""
+    return [module for name, module in denoiser.named_modules() if name.endswith("attn2")]
+
+
+def bottleneck(denoiser: nn.Module | None) -> nn.Module | None:
+    """The block in the middle of a U-Net; None for a denoiser that has none, as transformers have none."""
+    return getattr(denoiser, "mid_block", None)

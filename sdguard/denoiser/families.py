@@ -7,15 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch.nn.functional as F
 from diffusers import ModularPipeline
-from torch import Tensor, cat
+from torch import Tensor
 
 #: the denoiser's argument that carries the token embeddings, in every family.
 TEXT = "encoder_hidden_states"
-
-#: arguments of a pipeline's call that its prompts are encoded with.
-ENCODING = ("max_sequence_length",)
 
 #: (pipeline, texts, options) -> token embeddings, pooled ones or None, and the same of the pipeline's own unconditional prompt.
 Encode = Callable[[Any, list[str], dict[str, Any]], tuple[Tensor, Tensor | None, Tensor, Tensor | None]]
@@ -95,18 +91,6 @@ def by_guider(pipe: Any, given: dict[str, Any]) -> float:
     return float(guider.guidance_scale + guider.use_original_formulation) if guider._is_cfg_enabled() else 1.0
 
 
-def pictured(sequence: Tensor, rows: int) -> Tensor:
-    """``rows`` rows of patches of 2 x 2 in one sequence, ``[B, h w, 4 C]``, as latents ``[B, C, 2 h, 2 w]``."""
-    patches = sequence.unflatten(1, (rows, -1)).unflatten(-1, (-1, 2, 2))
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def in_sequence(latents: Tensor) -> Tensor:
-    """The inverse of `pictured`."""
-    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
 @dataclass(frozen=True)
 class Family:
     """What the guard needs to know of pipeline classes that are alike.
@@ -118,10 +102,10 @@ class Family:
         pooled: where among the denoiser's arguments the pooled text embedding is, if there is one.
         scale: the pipeline's attribute that holds what scales LoRA in the text encoder, in its ``scale`` entry.
         guidance: (pipeline, its call's arguments) -> scale of the guidance that joins two branches; 1 where there is one branch.
-        apart: whether the branches are two calls of the denoiser, the conditional one first, and not one.
-        sequence: whether latents travel as a sequence of patches.
-        blank: whether an empty negative prompt is the same as none.
-        clock: what the denoiser's timestep is multiplied with to be the scheduler's.
+        sequential_cfg: whether the branches are two calls of the denoiser, the conditional one first, and not one.
+        packed_latents: whether latents travel as a sequence of patches.
+        empty_negative_is_none: whether an empty negative prompt is the same as none.
+        timestep_scale: what the denoiser's timestep is multiplied with to be the scheduler's.
     """
 
     encode: Encode
@@ -130,10 +114,10 @@ class Family:
     pooled: tuple[str, ...] = ()
     scale: str = "cross_attention_kwargs"
     guidance: Callable[[Any, dict[str, Any]], float] = classifier_free
-    apart: bool = False
-    sequence: bool = False
-    blank: bool = True
-    clock: int = 1
+    sequential_cfg: bool = False
+    packed_latents: bool = False
+    empty_negative_is_none: bool = True
+    timestep_scale: int = 1
     classes: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -148,7 +132,7 @@ SD = Family(
 SDXL = Family(
     encode_two_clips,
     pooled=("added_cond_kwargs", "text_embeds"),
-    blank=False,
+    empty_negative_is_none=False,
     classes=(
         "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline",
@@ -172,14 +156,18 @@ FLUX = Family(
     pooled=("pooled_projections",),
     scale="joint_attention_kwargs",
     guidance=true_guidance,
-    apart=True,
-    sequence=True,
-    blank=False,
-    clock=1000,
+    sequential_cfg=True,
+    packed_latents=True,
+    empty_negative_is_none=False,
+    timestep_scale=1000,
     classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
 )
-MODULAR_SDXL = replace(SDXL, encode=encode_in_blocks, guidance=by_guider, apart=True, classes=("StableDiffusionXLModularPipeline",))
-MODULAR_SD3 = replace(SD3, encode=encode_three_in_blocks, guidance=by_guider, apart=True, classes=("StableDiffusion3ModularPipeline",))
+MODULAR_SDXL = replace(
+    SDXL, encode=encode_in_blocks, guidance=by_guider, sequential_cfg=True, classes=("StableDiffusionXLModularPipeline",)
+)
+MODULAR_SD3 = replace(
+    SD3, encode=encode_three_in_blocks, guidance=by_guider, sequential_cfg=True, classes=("StableDiffusion3ModularPipeline",)
+)
 
 #: pipeline class name -> family.
 FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3, FLUX, MODULAR_SDXL, MODULAR_SD3) for name in family.classes}
@@ -196,9 +184,14 @@ def family_of(pipe: Any) -> Family:
     return FAMILIES[name]
 
 
+def is_modular(pipe: Any) -> bool:
+    """Whether a pipeline is made of blocks and guided by a component of its own."""
+    return isinstance(pipe, ModularPipeline)
+
+
 def parameters_of(pipe: Any) -> set[str]:
     """Names of what a run of the pipeline can be told."""
-    if isinstance(pipe, ModularPipeline):
+    if is_modular(pipe):
         return {*pipe.default_call_parameters, *GUIDANCE}
     return set(inspect.signature(type(pipe).__call__).parameters)
 
@@ -222,49 +215,3 @@ def sized_by_picture(pipe: Any) -> bool:
 def blends(pipe: Any) -> bool:
     """Whether the pipeline puts known parts of the picture back after every step, so that a row cannot be gone through again apart."""
     return "Inpaint" in type(pipe).__name__
-
-
-def packed(tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    """Token embeddings and, as a last row, the pooled one, ``[n, T (+ 1), E]``; the narrower are filled up with zeros."""
-    if pooled is None:
-        return tokens
-    width = max(tokens.shape[-1], pooled.shape[-1])
-    return cat([F.pad(part, (0, width - part.shape[-1])) for part in (tokens, pooled.unsqueeze(1))], dim=1)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """The text encoders of a pipeline, as a running call of the pipeline uses them for its own prompts.
-
-    Attributes:
-        pipe: the pipeline.
-        given: the arguments of its call.
-    """
-
-    pipe: Any
-    given: dict[str, Any] = field(default_factory=dict)
-
-    def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""
-        family = family_of(self.pipe)
-        scale = (getattr(self.pipe, family.scale, None) or {}).get("scale")
-        options = {name: self.given[name] for name in ENCODING if name in self.given}
-        text, pooled, null, null_pooled = family.encode(self.pipe, texts, {"lora_scale": scale, **options})
-        return packed(text, pooled), packed(null, null_pooled)
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Text condition of n texts, ``[n, T (+ 1), E]``."""
-        return self.both(texts)[0]
-
-    def length(self, text: str) -> int:
-        """Tokens of ``text``, begin and end token included, that fit into the text encoder's window."""
-        tokenizer = self.pipe.tokenizer
-        if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion's tokens of several vectors
-            text = self.pipe.maybe_convert_prompt(text, tokenizer)
-        return min(len(tokenizer(text).input_ids), int(tokenizer.model_max_length))
-
-    @property
-    def pads_with_end(self) -> bool:
-        """Whether what lies behind a prompt is filled with copies of the end token, by the only text encoder there is."""
-        alone = not family_of(self.pipe).pooled
-        return alone and bool(self.pipe.tokenizer.pad_token_id == self.pipe.tokenizer.eos_token_id)

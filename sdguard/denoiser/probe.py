@@ -1,4 +1,4 @@
-"""Reading a pipeline: what its denoiser shows for some prompts, without making their pictures."""
+"""Probe runs: what a pipeline's denoiser shows for some prompts, without making their pictures."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import ClassifierFreeGuidance, ModularPipeline
+from diffusers import ClassifierFreeGuidance
 from PIL import Image
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.families import GUIDANCE, Encoder
-from sdguard.denoiser.hook import watched
-from sdguard.denoiser.replay import private_copy
+from sdguard.denoiser.families import GUIDANCE, is_modular
+from sdguard.denoiser.install import watched
+from sdguard.denoiser.schedulers import clone_scheduler
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation
+
+#: prompts in one denoiser batch, where a caller does not say.
+BATCH_SIZE = 8
 
 
 class _Enough(BaseException):
-    """Ends a run once everything has been read; no `Exception`, which modular pipelines would log as an error of theirs."""
+    """Ends a probe run once everything has been observed; no `Exception`, which modular pipelines would log as an error of theirs."""
 
 
-class _Reader:
+class _FirstCalls:
     """Hands the first ``calls`` observations to ``look`` and then ends the run; with ``calls`` None the run goes to its end."""
 
     def __init__(self, look: Callable[[Observation], None], calls: int | None) -> None:
@@ -44,18 +48,18 @@ class _Reader:
 def quiet(pipe: Any) -> Iterator[None]:
     """Within the block the pipeline, or the loops among a modular one's blocks, show no progress bar."""
     blocks = [pipe]
-    if isinstance(pipe, ModularPipeline):
+    if is_modular(pipe):
         blocks = [pipe._blocks]
         for block in blocks:
             blocks.extend(block.sub_blocks.values())
-    shown = [block for block in blocks if hasattr(block, "set_progress_bar_config")]
-    before = [dict(getattr(block, "_progress_bar_config", {})) for block in shown]
-    for block, config in zip(shown, before, strict=True):
+    talking = [block for block in blocks if hasattr(block, "set_progress_bar_config")]
+    before = [dict(getattr(block, "_progress_bar_config", {})) for block in talking]
+    for block, config in zip(talking, before, strict=True):
         block.set_progress_bar_config(**{**config, "disable": True})
     try:
         yield
     finally:
-        for block, config in zip(shown, before, strict=True):
+        for block, config in zip(talking, before, strict=True):
             block.set_progress_bar_config(**config)
 
 
@@ -66,17 +70,17 @@ def plain_guider(**options: Any) -> ClassifierFreeGuidance:
 
 
 @contextmanager
-def beside(pipe: Any, setting: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def isolated_components(pipe: Any, setting: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Within the block a modular pipeline runs with a scheduler and plain guidance of its own, so that a run of it may be under way.
 
     Gives what of ``setting`` its call takes, the rest of it being the guider's; for any other pipeline all of it.
     """
-    if not isinstance(pipe, ModularPipeline):
+    if not is_modular(pipe):
         yield setting
         return
     options = {name: setting[name] for name in GUIDANCE if name in setting}
     before = pipe.guider, pipe.scheduler
-    pipe.guider, pipe.scheduler = copy.copy(plain_guider(**options)), private_copy(pipe.scheduler)
+    pipe.guider, pipe.scheduler = copy.copy(plain_guider(**options)), clone_scheduler(pipe.scheduler)
     try:
         yield {name: value for name, value in setting.items() if name not in options}
     finally:
@@ -93,19 +97,19 @@ def for_each(count: int, value: Any) -> Any:
 
 
 @contextmanager
-def shown(pipe: Any, given: dict[str, Any], look: Callable[[Observation], None], calls: int | None = None) -> Iterator[None]:
+def observe_calls(pipe: Any, given: dict[str, Any], look: Callable[[Observation], None], calls: int | None = None) -> Iterator[None]:
     """Within the block ``look`` is shown the first ``calls`` denoiser calls (all of them with None) of a run given ``given``.
 
     After the last of so many the run ends, and with it the block; with None it goes on as it would unwatched, to the same picture.
     """
     try:
-        with quiet(pipe), watched(Encoder(pipe, given), _Reader(look, calls)):
+        with quiet(pipe), watched(Encoder(pipe, given), _FirstCalls(look, calls)):
             yield
     except _Enough:
         pass
 
 
-def read(
+def probe_run(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], look: Callable[[Observation], None], calls: int | None = 1, **setting: Any
 ) -> None:
     """Show ``look`` the first ``calls`` denoiser calls (all of them with None) of one run of ``prompts``, one seed each.
@@ -115,6 +119,6 @@ def read(
     prompt and call.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with beside(pipe, setting) as given, shown(pipe, given, look, calls):
+    with isolated_components(pipe, setting) as given, observe_calls(pipe, given, look, calls):
         inputs = {name: value if name.startswith("ip_adapter") else for_each(len(prompts), value) for name, value in given.items()}
         pipe(prompt=list(prompts), generator=generators, output_type="latent", **inputs)

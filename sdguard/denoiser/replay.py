@@ -1,69 +1,82 @@
-"""Restarting one image of a running batch: its own way from the start, and into the scheduler's memory, past its neighbours."""
+"""Replaying one image of a running batch from its start, as its correction says, up to the call under way."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-
-def private_copy(scheduler: Any) -> Any:
-    """A copy of a scheduler with a memory of its own, free of whatever has been hung on the instance in place of ``step``."""
-    twin, hung = copy.copy(scheduler), ("step", "add_noise", "scale_noise")
-    memory = {name: value for name, value in vars(scheduler).items() if name not in (*hung, "_internal_dict")}  # the latter is its config
-    vars(twin).update(copy.deepcopy(memory))
-    for name in hung:
-        vars(twin).pop(name, None)
-    return twin
+from sdguard.correction import Correction, corrected
+from sdguard.denoiser.guidance import apply_guidance, to_model_output
+from sdguard.denoiser.latents import pack_latents, unpack_latents
+from sdguard.denoiser.record import RunRecord
+from sdguard.denoiser.schedulers import clone_scheduler, input_scale, scale_input
+from sdguard.observation import Observation, prediction_type
 
 
-def scaled(scheduler: Any, x: Tensor, timestep: Tensor) -> Tensor:
-    """The denoiser's input for latents ``x``; schedulers of flow matching scale nothing."""
-    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+class Replayed(NamedTuple):
+    """Where a replayed image is: its unscaled latents, a batch of one as the pipeline holds them, and the scheduler that has seen them."""
+
+    latents: Tensor
+    scheduler: Any
 
 
-def input_scale(scheduler: Any, timestep: Tensor) -> float:
-    """The factor between a scheduler's latents and the denoiser's input at ``timestep``."""
-    return float(scaled(private_copy(scheduler), torch.ones(1), timestep))
-
-
-def own_way(
-    start: Any, x: Tensor, timesteps: list[Tensor], follow: Callable[[int, Tensor, Tensor], Tensor], arguments: dict[str, Any]
-) -> tuple[Tensor, Any]:
+def replay_trajectory(
+    initial_scheduler: Any,
+    x: Tensor,
+    timesteps: list[Tensor],
+    predict: Callable[[int, Tensor, Tensor], Tensor],
+    step_arguments: dict[str, Any],
+) -> Replayed:
     """Where one image (unscaled latents ``[1, C, H, W]`` at the first timestep) is before the last of ``timesteps``.
 
-    ``follow(call, input, timestep)`` gives what the denoiser's call and guidance give at the earlier ones. Returns the unscaled
-    latents, and the scheduler that has seen them. Noise of a stochastic scheduler is drawn from a generator that hangs on ``x`` alone;
-    no other generator is touched.
+    ``predict(call, input, timestep)`` gives what the denoiser's call and guidance give at the earlier ones. Noise of a stochastic scheduler
+    is drawn from a generator that hangs on ``x`` alone; no other generator is touched.
     """
-    scheduler = private_copy(start)
+    scheduler = clone_scheduler(initial_scheduler)
     seed = int.from_bytes(hashlib.blake2b(x.float().cpu().contiguous().numpy().tobytes(), digest_size=7).digest(), "big")
     if "generator" in inspect.signature(scheduler.step).parameters:
-        arguments = {**arguments, "generator": torch.Generator().manual_seed(seed)}
+        step_arguments = {**step_arguments, "generator": torch.Generator().manual_seed(seed)}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for call, timestep in enumerate(timesteps[:-1]):
-            output = follow(call, scaled(scheduler, x, timestep), timestep)
-            x = scheduler.step(output, timestep, x, **{**arguments, "return_dict": False})[0].to(x.dtype)
-    return x, scheduler
+            output = predict(call, scale_input(scheduler, x, timestep), timestep)
+            x = scheduler.step(output, timestep, x, **{**step_arguments, "return_dict": False})[0].to(x.dtype)
+    return Replayed(x, scheduler)
 
 
-def splice(scheduler: Any, other: Any, row: int, shape: torch.Size) -> None:
-    """Put ``other``'s memory of its one image in the place of ``row`` in ``scheduler``'s memory of a batch of latents of ``shape``."""
+def activate_correction(
+    here: Observation, correction: Correction, record: RunRecord, rescale: float, step_arguments: dict[str, Any]
+) -> tuple[Observation, Replayed | None]:
+    """One row at the call under way under its correction; and where its latents are, if it starts elsewhere or late and was replayed.
 
-    def joined(mine: Any, its: Any) -> Any:
-        if isinstance(mine, Tensor) and isinstance(its, Tensor) and mine.shape == shape and its.shape[1:] == shape[1:]:
-            mine = mine.clone()
-            mine[row] = its[0]
-        elif isinstance(mine, list) and isinstance(its, list):
-            return [joined(*pair) for pair in zip(mine, its, strict=True)]
-        return mine
+    ``here`` is the row's observation without the correction, ``step_arguments`` are those of ``scheduler.step``. Cost: that of `corrected`,
+    and where the row is replayed 2 evaluations for each call after the first, and its rule's.
+    """
+    if not here.step and correction.x is None:
+        return corrected(here, [correction]), None
+    assert record.first is not None
+    kind, patch_rows = prediction_type(record.scheduler), record.patch_rows
+    there = corrected(record.first.select(here.rows), [correction])
 
-    for name, value in vars(scheduler).items():
-        if name in vars(other):
-            vars(scheduler)[name] = joined(value, vars(other)[name])
+    def moved(x: Tensor, timestep: float, call: int) -> Observation:
+        return replace(there.at(unpack_latents(x.float(), patch_rows), timestep), guidance_scale=record.guidance_scales[call])
+
+    def predict(call: int, x: Tensor, timestep: Tensor) -> Tensor:
+        nonlocal there
+        if call:
+            there = moved(x, float(timestep), call)
+        guided = apply_guidance(*to_model_output(there, kind), there.guidance_scale, rescale)
+        return pack_latents(guided, patch_rows).to(x.dtype)
+
+    start = there.x / input_scale(record.initial_scheduler, record.timesteps[0])
+    latents = pack_latents(start, patch_rows).to(record.dtype)
+    replayed = replay_trajectory(record.initial_scheduler, latents, record.timesteps, predict, step_arguments)
+    if here.step:
+        there = moved(scale_input(replayed.scheduler, replayed.latents, record.timesteps[-1]), here.timestep, -1)
+    return there, replayed

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sdguard.geometry.hessian import norm
 from sdguard.geometry.rollout import independent_noise
+from sdguard.geometry.rowwise import norm
 from sdguard.observation import Observation
 
 #: noise level at which the denoiser is asked.
@@ -22,5 +22,5 @@ def alignment(observation: Observation, picture: Tensor, condition: Tensor) -> T
     ``condition`` must not itself be memorized: a memorized text explains its own picture and nothing else. Cost: 2 evaluations.
     """
     level, noise = observation.level_at(TIMESTEP), independent_noise(picture, 2)
-    eps_c, eps_u = replace(observation, condition=condition).replay(level.a * picture + level.s * noise, TIMESTEP)
+    eps_c, eps_u = replace(observation, condition=condition).both_branches(level.a * picture + level.s * noise, TIMESTEP)
     return 1 - (norm(noise - eps_c) / norm(noise - eps_u).clamp_min(1e-12)).square()

@@ -1,11 +1,11 @@
-"""The geometry of the learned density at a point: Hessian products of log p_t, and what is read off them.
+"""The Hessian of log p_t at a point: its products with vectors, exact or by differences, its trace, spectrum and extreme directions.
 
 Everything is a function of a *score* ``s(x) = grad log p_t(x)``, ``[B, ...] -> [B, ...]``, each row on its own, and of a point ``x``.
 ``H`` is the Hessian of log p_t, ``d`` the number of dimensions of a row. A learned score is no exact gradient, so that its
 Jacobian is only nearly symmetric; what is stated below for ``H`` holds for it as far as it is.
 
-Sources: Ross et al. 2024 (2411.00113) with FLIPD of Kamkari et al. 2024 (2406.03537) for dimension, Jeon et al. 2024 (2412.04140)
-for sharpness, Feiszli 2017 (1705.09303) for volume. ``J = (I + s**2 H) / a``, the Jacobian of the denoised estimate, ties all three.
+Sharpness (Jeon et al. 2024, 2412.04140) is read off it here, dimension in `sdguard.geometry.dimension`, volume in
+`sdguard.geometry.volume`. ``J = (I + s**2 H) / a``, the Jacobian of the denoised estimate, ties all three.
 """
 
 from __future__ import annotations
@@ -18,30 +18,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdguard.observation import NoiseLevel, Observation
+from sdguard.geometry.rowwise import dot, expand_like, norm
+from sdguard.observation import Observation
 
 #: ``x -> grad log p_t(x)``, ``[B, ...] -> [B, ...]``.
 Score = Callable[[Tensor], Tensor]
 #: ``v -> H v`` at a fixed point, per row.
 HessianProduct = Callable[[Tensor], Tensor]
-
-#: standard deviation of a pipeline's latents, to which its autoencoder's scaling factor brings them.
-RESOLUTION = 1.0
-
-
-def dot(one: Tensor, other: Tensor) -> Tensor:
-    """Inner product of each pair of rows, ``[B]``."""
-    return (one * other).flatten(1).sum(1)
-
-
-def norm(v: Tensor) -> Tensor:
-    """Euclidean norm of each row, ``[B]``."""
-    return torch.linalg.vector_norm(v.flatten(1), dim=1)
-
-
-def spread(value: Tensor, like: Tensor) -> Tensor:
-    """``[B]`` shaped to multiply rows of ``like``."""
-    return value.view(-1, *[1] * (like.ndim - 1))
 
 
 def exact_product(score: Score, x: Tensor) -> HessianProduct:
@@ -67,7 +50,7 @@ def difference_product(score: Score, x: Tensor, known: Tensor | None = None, ste
 
     def product(v: Tensor) -> Tensor:
         length = norm(v).clamp_min(1e-30)
-        h = spread(step * norm(x).clamp_min(1e-30) / length, x)
+        h = expand_like(step * norm(x).clamp_min(1e-30) / length, x)
         return (score(x + h * v) - score(x - h * v)) / (2 * h) if known is None else (score(x + h * v) - known) / h
 
     return product
@@ -119,18 +102,18 @@ class Krylov(NamedTuple):
 
 def lanczos(product: HessianProduct, start: Tensor, iterations: int) -> Krylov:
     """Lanczos with full reorthogonalisation from ``start``. Cost: one product an iteration."""
-    q = start / spread(norm(start), start)
+    q = start / expand_like(norm(start), start)
     basis, alphas, betas = [q], [], []
     for _ in range(min(iterations, start[0].numel())):
         w = product(basis[-1])
         alphas.append(dot(basis[-1], w))
         for _ in range(2):
             for b in basis:
-                w = w - spread(dot(b, w), w) * b
+                w = w - expand_like(dot(b, w), w) * b
         beta = norm(w)
         beta = torch.where(beta > 1e-5 * torch.stack(alphas).abs().amax(dim=0), beta, torch.zeros_like(beta))
         betas.append(beta)
-        basis.append(torch.where(spread(beta, w) > 0, w / spread(beta, w).clamp_min(1e-30), torch.zeros_like(w)))
+        basis.append(torch.where(expand_like(beta, w) > 0, w / expand_like(beta, w).clamp_min(1e-30), torch.zeros_like(w)))
     tridiagonal = torch.diag_embed(torch.stack(alphas, 1))
     if len(alphas) > 1:
         off = torch.stack(betas[:-1], 1)
@@ -164,41 +147,14 @@ def extreme_directions(product: HessianProduct, start: Tensor, iterations: int) 
     rows = torch.arange(len(start))
     along = torch.stack(basis, 1)
     found = (torch.einsum("bk,bk...->b...", vectors[rows, :, index].to(start), along) for index in which)
-    sharpest, freest = (v / spread(norm(v), v) for v in found)
-    any_other = torch.arange(freest[0].numel()).cos().to(freest).view_as(freest[:1]).expand_as(freest)
-    any_other = any_other - spread(dot(any_other, sharpest), freest) * sharpest
-    same = spread(dot(sharpest, freest).abs() > 0.5, freest)
-    return sharpest, torch.where(same, any_other / spread(norm(any_other), freest), freest)
+    sharpest, flattest = (v / expand_like(norm(v), v) for v in found)
+    any_other = torch.arange(flattest[0].numel()).cos().to(flattest).view_as(flattest[:1]).expand_as(flattest)
+    any_other = any_other - expand_like(dot(any_other, sharpest), flattest) * sharpest
+    same = expand_like(dot(sharpest, flattest).abs() > 0.5, flattest)
+    return sharpest, torch.where(same, any_other / expand_like(norm(any_other), flattest), flattest)
 
 
 def extreme_eigenvalues(product: HessianProduct, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """The smallest and the largest eigenvalue of H, ``[B]`` each, approached from inside. Cost: one product an iteration."""
     nodes = spectrum(product, start, iterations).nodes
     return nodes[:, 0], nodes[:, -1]
-
-
-def log_volume(
-    product: HessianProduct, probes: Sequence[Tensor], level: NoiseLevel, iterations: int, resolution: float = RESOLUTION
-) -> Estimate:
-    """``log det (J J^T + resolution**2 I) / 2`` of the denoised estimate's Jacobian ``J = (I + s**2 H) / a``.
-
-    Minus this, added to log p(z), is to first order the log output density of Feiszli 2017 (1705.09303) of the one-step generator,
-    seen at a resolution: with Gaussian noise of that standard deviation added to what it draws. Without it, directions in which a
-    network's Jacobian is nothing but error decide the volume, and a delta component has none at all. By stochastic Lanczos quadrature
-    (Ubaru et al. 2017); ``probes`` of independent signs. Cost: ``iterations`` products a probe.
-    """
-
-    def log_size(eigenvalues: Tensor) -> Tensor:
-        return (((1 + level.s**2 * eigenvalues) / level.a).square() + resolution**2).log() / 2
-
-    d = probes[0][0].numel()
-    return averaged([d * (weights * log_size(nodes)).sum(1) for nodes, weights in (spectrum(product, v, iterations) for v in probes)])
-
-
-def flipd(score: Score, trace_of_hessian: Tensor, y: Tensor, level: NoiseLevel) -> Tensor:
-    """Local intrinsic dimension ``d + s**2 (tr H + ||score||**2)`` at ``y = a x_0``, ``[B]`` (FLIPD, Kamkari et al. 2024, 2406.03537).
-
-    The estimate of the dimension at the clean point ``x_0``, for a noise level small against the manifold's own scales; no noise is
-    added to ``y``. In noise predictions it reads ``d - s tr(d eps / dx) + ||eps||**2``. Cost: 1 evaluation beside the trace's.
-    """
-    return y[0].numel() + level.s**2 * (trace_of_hessian + norm(score(y)).square())

@@ -1,4 +1,4 @@
-"""A short deterministic look-ahead: where would this sample end, before a single step of the run is taken?"""
+"""A short deterministic rollout: where would this sample end, before a single step of the run is taken?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdguard.observation import CLEAN, NoiseLevel, Observation, denoised
 
-LOOK_AHEAD_STEPS = 4
+ROLLOUT_STEPS = 4
 
 
 class Step(NamedTuple):
@@ -28,12 +28,12 @@ class Step(NamedTuple):
         return self.following.a * denoised(self.x, self.eps, self.level) + self.following.s * self.eps
 
 
-def grid(observation: Observation, steps: int = LOOK_AHEAD_STEPS) -> list[float]:
-    """The look-ahead's timesteps, from the observation's own down."""
+def grid(observation: Observation, steps: int = ROLLOUT_STEPS) -> list[float]:
+    """The short rollout's timesteps, from the observation's own down."""
     return [observation.timestep, *torch.linspace(observation.timestep, 0, steps + 1)[1:-1].round().tolist()]
 
 
-def trajectory(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Iterator[Step]:
+def trajectory(observation: Observation, noise: Tensor | None = None, steps: int = ROLLOUT_STEPS) -> Iterator[Step]:
     """The guided DDIM steps from the observation's own ``x_t`` and predictions, or from ``noise`` in their place, to the end.
 
     Rows that have a rule follow it. Cost: 2 evaluations per image a step, the first from the observation's own point excepted, and the
@@ -48,19 +48,19 @@ def trajectory(observation: Observation, noise: Tensor | None = None, steps: int
             here = here.at(step.taken(), timestep)
 
 
-def look_ahead(observation: Observation, noise: Tensor | None = None, steps: int = LOOK_AHEAD_STEPS) -> Tensor:
+def short_rollout(observation: Observation, noise: Tensor | None = None, steps: int = ROLLOUT_STEPS) -> Tensor:
     """The denoised estimate at the end of `trajectory`, ``[B, C, H, W]``. Cost: that of the trajectory."""
     *_, last = trajectory(observation, noise, steps)
     return last.taken()
 
 
-def estimate(observation: Observation, independent: bool = False) -> Tensor:
-    """`look_ahead` from the rows' own noise or from independent noise; made once for each row of a run, ``[B, C, H, W]``."""
-    known = {} if observation.estimates is None else observation.estimates
+def rollout_end(observation: Observation, independent: bool = False) -> Tensor:
+    """`short_rollout` from the rows' own noise or from independent noise; made once for each row of a run, ``[B, C, H, W]``."""
+    known = {} if observation.rollout_ends is None else observation.rollout_ends
     keys = [(row, independent) for row in observation.rows.tolist()]
     if missing := [i for i, key in enumerate(keys) if key not in known]:
         here = observation.select(torch.tensor(missing))
-        ends = look_ahead(here, independent_start(here) if independent else None)
+        ends = short_rollout(here, independent_start(here) if independent else None)
         known.update({keys[i]: end for i, end in zip(missing, ends, strict=True)})
     return torch.stack([known[key] for key in keys])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,13 +12,15 @@ from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import Tensor, nn
 
 from sdguard.correction import Correction
-from sdguard.decision.calibration import profile_of
 from sdguard.decision.profile import ProfileError
-from sdguard.denoiser.families import GUIDANCE, Encoder, denoiser_of, family_of
-from sdguard.denoiser.hook import PER_ROW, Call, DenoiserHook, hung, kept
+from sdguard.denoiser.calls import PER_ROW, DenoiserCall, concat_calls, snapshot
+from sdguard.denoiser.families import GUIDANCE, denoiser_of, family_of
+from sdguard.denoiser.hook import DenoiserHook
+from sdguard.denoiser.install import attached, wrapped
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
-from sdguard.guarded.run import GuardedRun
+from sdguard.guarded.run import GuardedRun, profile_of
 from sdguard.observation import Observation
 
 #: how far an embedding may be from the one it should be, token by token: batches of another size round differently.
@@ -69,7 +72,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
         self.pipe, self.guard, self.inputs = pipe, guard or GuardConfig(), inputs or {}
         self.prompts: str | list[str] | None = None
         self.reports: list[GuardReport] = []
-        self.seam: Seam | None = None
+        self.hook: GuiderHook | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,43 +88,43 @@ class GuardedGuidance(ClassifierFreeGuidance):
         """Note the step that begins; the first begins a run."""
         super().set_state(step, num_inference_steps, timestep)
         if step == 0:
-            if self.seam is not None:  # of a run that an error may have ended between two calls
-                self.seam.leave()
-            self.reports, self.seam = [], Seam(self)
+            if self.hook is not None:  # of a run that an error may have ended between two calls
+                self.hook.detach()
+            self.reports, self.hook = [], GuiderHook(self)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Have the next call of the denoiser noted."""
         super().prepare_models(denoiser)
         if denoiser is not denoiser_of(self.pipe) or self.pipe.guider is not self:
             raise ValueError("This GuardedGuidance was made for another pipeline than the one that runs.")
-        assert self.seam is not None
-        self.seam.await_call(denoiser)
+        assert self.hook is not None
+        self.hook.await_call(denoiser)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """Note no further call; one that has come has ended that itself."""
         super().cleanup_models(denoiser)
-        assert self.seam is not None
-        self.seam.leave()
+        assert self.hook is not None
+        self.hook.detach()
 
     def __call__(self, data: list[Any]) -> Any:
         """Judge the step whose calls are over, and guide what comes of it."""
-        assert self.seam is not None
-        for branch, prediction in zip(data, self.seam.judged(), strict=True):
+        assert self.hook is not None
+        for branch, prediction in zip(data, self.hook.judged(), strict=True):
             branch.noise_pred = prediction
         guided = super().__call__(data)
-        self.seam.await_step([report.row for report in self.reports if report.verdict == "withheld"])
+        self.hook.await_step([report.row for report in self.reports if report.verdict == "withheld"])
         return guided
 
     def begin(self, first: Observation) -> GuardedRun:
         """The watcher of a run, from its first call. Cost: none where the profile is known, else `calibrate`'s, in runs of their own."""
         pipe, inputs = self.pipe, dict(self.inputs)
-        if family_of(pipe).blank:  # with none at all the pipeline gives the prompt to both branches
+        if family_of(pipe).empty_negative_is_none:  # with none at all the pipeline gives the prompt to both branches
             inputs.setdefault("negative_prompt", "")
         encoder = Encoder(pipe, inputs)
         self.check_null(encoder, first)
         prompts = self.prompts_of(encoder, first)
-        usual = inspect.signature(ClassifierFreeGuidance).parameters
-        unusual = {name: value for name, value in self.options.items() if name != "guidance_scale" and value != usual[name].default}
+        defaults = inspect.signature(ClassifierFreeGuidance).parameters
+        unusual = {name: value for name, value in self.options.items() if name != "guidance_scale" and value != defaults[name].default}
         height, width = (side * pipe.vae_scale_factor for side in first.x.shape[2:])
         setting = {"steps": self._num_inference_steps, "guidance_scale": self.guidance_scale, "height": height, "width": width}
         profile = profile_of(pipe, self.guard, **setting, inputs=inputs | unusual)
@@ -140,8 +143,8 @@ class GuardedGuidance(ClassifierFreeGuidance):
 
     def prompts_of(self, encoder: Encoder, first: Observation) -> list[str | None]:
         """The prompt of each image; raises `ValueError` if they are not those of the run."""
-        told, self.prompts = self.prompts, None
-        texts, images = [told] if isinstance(told, str) else told, first.run_rows
+        given, self.prompts = self.prompts, None
+        texts, images = [given] if isinstance(given, str) else given, first.run_rows
         if texts is None:
             return [None] * images
         if not texts or images % len(texts):
@@ -160,7 +163,7 @@ def same(found: Tensor, wanted: Tensor) -> bool:
     return bool(((found - wanted).norm(dim=-1) <= SAME * wanted.norm(dim=-1)).all())
 
 
-class Opening:
+class RunOpener:
     """The watcher of a guider's run: the guard's, from the first call on, which says how many images of which size there are."""
 
     def __init__(self, guider: GuardedGuidance) -> None:
@@ -178,7 +181,7 @@ class Opening:
         self.run.observe(observation)
 
 
-class Seam(DenoiserHook):
+class GuiderHook(DenoiserHook):
     """The hook of one run of a guider. It stands around the denoiser, and around ``scheduler.step``, for one call at a time.
 
     It is gone when that call begins, whatever becomes of it, and a step is judged between its calls of the denoiser and the scheduler's:
@@ -186,48 +189,49 @@ class Seam(DenoiserHook):
     """
 
     def __init__(self, guider: GuardedGuidance) -> None:
-        super().__init__(Opening(guider), Encoder(guider.pipe, guider.inputs))
+        super().__init__(RunOpener(guider), Encoder(guider.pipe, guider.inputs))
         self.guider = guider
-        self.calls: list[Call] = []
+        self.calls: list[DenoiserCall] = []
         self.module: Any = None
-        self.standing = ExitStack()
+        self.attachments = ExitStack()
 
-    def leave(self) -> None:
-        """Take away what still stands."""
-        self.standing.close()
+    def detach(self) -> None:
+        """Take away what still stands around denoiser and scheduler."""
+        self.attachments.close()
 
     def await_call(self, denoiser: nn.Module) -> None:
         """Stand around the denoiser until it is called."""
-        self.leave()
+        self.detach()
         self.module = denoiser
-        self.standing.enter_context(hung(denoiser, self))
+        self.attachments.enter_context(attached(denoiser, self))
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.strange(kwargs):
+        if self.is_foreign_call(kwargs):
             return self.fn_ref.original_forward(*args, **kwargs)
-        self.leave()
-        kwargs = self.named(args, kwargs)
+        self.detach()
+        kwargs = self.by_name(args, kwargs)
         if not self.calls:
-            self.begin(kwargs, len(kwargs[self.family.sample]))
-            kwargs = self.redirect(kwargs)
+            self.begin_step(kwargs, len(kwargs[self.family.sample]))
+            kwargs = self.with_corrected_conditions(kwargs)
         output = self.fn_ref.original_forward(**kwargs)
-        self.calls.append(kept(kwargs, output[0]))
+        self.calls.append(snapshot(kwargs, output[0]))
         return output
 
     def judged(self) -> list[Tensor]:
         """What the step's calls gave, in their order, as the watcher's corrections want it."""
-        (text, *null), self.calls = self.calls, []
-        if len(self.timesteps) == 1:
-            self.check(*text)
-        if null:
-            return list(reversed(self.look_at_both(self.module, null[0], text).chunk(2)))
-        return [text[1] if self.idle else self.look(self.module, *text)]
+        (conditional, *unconditional), self.calls = self.calls, []
+        if self.record.step == 0:
+            self.check(*conditional)
+        if unconditional:
+            both = concat_calls(unconditional[0], conditional, self.family.sample)
+            return list(reversed(self.process_step(self.module, both).chunk(2)))
+        return [conditional.prediction if self.can_skip else self.process_step(self.module, conditional)]
 
     def check(self, kwargs: dict[str, Any], output: Tensor) -> None:
         """Raise `ValueError` if a run's first call is not that of a text-to-image run of a whole schedule."""
         scheduler, given = self.pipe.scheduler, [name for name in PER_ROW if kwargs.get(name) is not None]
         images = [(kwargs.get(name) or {}).get(entry) for name, entry in IMAGES]
-        whole = self.timesteps[0] == scheduler.timesteps[0] and scheduler.num_inference_steps == self.guider._num_inference_steps
+        whole = self.record.timesteps[0] == scheduler.timesteps[0] and scheduler.num_inference_steps == self.guider._num_inference_steps
         found = {
             "has a ControlNet": any("residual" in name or "controlnet" in name for name in given),
             "has an IP-Adapter": any(image is not None for image in images),
@@ -243,19 +247,15 @@ class Seam(DenoiserHook):
 
     def await_step(self, withheld: list[int]) -> None:
         """Stand around ``scheduler.step`` until it is called, for the rows that arrive and those that are withheld."""
-        scheduler = self.pipe.scheduler
-        original, before = scheduler.step, {name: value for name, value in vars(scheduler).items() if name == "step"}
 
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            self.leave()
-            output = self.step(original)(*args, **kwargs)
-            output[0][withheld] = 0
-            return output
+        def once(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def step(*args: Any, **kwargs: Any) -> Any:
+                self.detach()
+                output = self.wrap_step(original)(*args, **kwargs)
+                output[0][withheld] = 0
+                return output
 
-        def restore() -> None:
-            vars(scheduler).pop("step")
-            vars(scheduler).update(before)
+            return step
 
-        vars(scheduler)["step"] = step
-        self.standing.callback(restore)
+        self.attachments.enter_context(wrapped(self.pipe.scheduler, {"step": once}))

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sdguard.geometry.hessian import norm
+from sdguard.geometry.rowwise import norm
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -17,7 +17,7 @@ def condition_jacobian(observation: Observation) -> Tensor:
     neighbourhood of the prompt, where the slope is small.
     """
     nearer = observation.condition - STEP * (observation.condition - observation.null_condition)
-    observation.spend(1)
+    observation.count_nfe(1)
     return norm(observation.eps_c - observation.conditional(observation.x, observation.timestep, nearer)) / STEP
 
 

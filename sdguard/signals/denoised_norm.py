@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sdguard.geometry.hessian import norm
+from sdguard.geometry.rowwise import norm
 from sdguard.observation import Observation, denoised
 from sdguard.signals.signal import Signal
 

@@ -14,7 +14,7 @@ def low_noise_alignment(observation: Observation) -> Tensor:
 
     2601.20642. Cost: 2 evaluations. Its sign is not the same on every model: take it from calibration, not from the paper.
     """
-    eps_c, eps_u = observation.replay(observation.x, TIMESTEP)
+    eps_c, eps_u = observation.both_branches(observation.x, TIMESTEP)
     return torch.cosine_similarity((eps_c - eps_u).flatten(1), eps_u.flatten(1), dim=1)
 
 

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
-from sdguard.geometry.hessian import branch_product, log_volume, norm
-from sdguard.geometry.rollout import LOOK_AHEAD_STEPS, look_ahead, probe
+from sdguard.geometry.hessian import branch_product
+from sdguard.geometry.rollout import ROLLOUT_STEPS, probe, short_rollout
+from sdguard.geometry.rowwise import norm
+from sdguard.geometry.volume import log_volume
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -25,17 +27,17 @@ def output_density(observation: Observation) -> Tensor:
 
 
 def output_density_ahead(observation: Observation) -> Tensor:
-    """A lower bound of the log output density of the look-ahead as a generator ``g: x_T -> x_0``, per dimension, ``[B]``, in nats.
+    """A lower bound of the log output density of the short rollout as a generator ``g: x_T -> x_0``, per dimension, ``[B]``, in nats.
 
     Minus the log volume element of Feiszli 2017 (1705.09303), ``-log det(J^T J) / 2d``, is at least ``-log(tr(J^T J) / d) / 2``
     (arithmetic and geometric mean of the squared singular values), and one sign probe v estimates the trace by
-    ``||g(x + hv) - g(x)||**2 / h**2``. The constant log density of ``x_T`` is left out. Cost: 18 evaluations, two look-aheads.
+    ``||g(x + hv) - g(x)||**2 / h**2``. The constant log density of ``x_T`` is left out. Cost: 18 evaluations, two short rollouts.
     Blind to a collapse in a few directions only.
     """
     v, h = probe(observation.x), STEP
-    moved = norm(look_ahead(observation, observation.x + h * v) - look_ahead(observation)) / h
+    moved = norm(short_rollout(observation, observation.x + h * v) - short_rollout(observation)) / h
     return -(moved.square() / v[0].numel()).clamp_min(1e-30).log() / 2
 
 
 OUTPUT_DENSITY = Signal("output_density", output_density, cost=2 * ITERATIONS)
-OUTPUT_DENSITY_AHEAD = Signal("output_density_ahead", output_density_ahead, cost=4 * LOOK_AHEAD_STEPS - 2)
+OUTPUT_DENSITY_AHEAD = Signal("output_density_ahead", output_density_ahead, cost=4 * ROLLOUT_STEPS - 2)

@@ -8,12 +8,12 @@ from sdguard.signals.signal import Signal
 
 
 def prediction_change(observation: Observation) -> Tensor:
-    """``||eps_c(x_next) - eps_c(x_t)||_2**2`` over the look-ahead's first step, ``[B]``, in squared noise-prediction units.
+    """``||eps_c(x_next) - eps_c(x_t)||_2**2`` over the short rollout's first step, ``[B]``, in squared noise-prediction units.
 
     Cost: 1 evaluation. Blind where both steps are equally sure of one picture.
     """
     x, following = next(trajectory(observation)).taken(), grid(observation)[1]
-    observation.spend(1)
+    observation.count_nfe(1)
     return (observation.conditional(x, following) - observation.eps_c).flatten(1).square().sum(dim=1)
 
 

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from sdguard.geometry.hessian import branch_product, difference_product, extreme_eigenvalues, norm
+from sdguard.geometry.hessian import branch_product, difference_product, extreme_eigenvalues
 from sdguard.geometry.rollout import probe
+from sdguard.geometry.rowwise import norm
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 

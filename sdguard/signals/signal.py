@@ -10,7 +10,7 @@ from torch import Tensor
 from sdguard.observation import Observation
 
 
-class NoPart(ValueError):
+class UnsupportedModel(ValueError):
     """A signal reads something inside the denoiser that this one does not have."""
 
 

@@ -15,10 +15,11 @@ from families import DISTILLED, PIPELINES, PROMPTS, build, call, profile_for, re
 
 import sdguard
 from sdguard import GuardConfig, Profile
-from sdguard.denoiser.families import Encoder, denoiser_of
-from sdguard.denoiser.hook import HOOK
-from sdguard.denoiser.probe import read
-from sdguard.denoiser.replay import private_copy, scaled
+from sdguard.denoiser.families import denoiser_of
+from sdguard.denoiser.install import HOOK_NAME
+from sdguard.denoiser.probe import probe_run
+from sdguard.denoiser.schedulers import clone_scheduler, scale_input
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded import run as run_module
 from sdguard.observation import LEAST_SIGNAL, NoiseLevel, Observation, denoised, from_noise, noise_level, to_noise
 
@@ -43,7 +44,7 @@ def pipe(request: pytest.FixtureRequest, embedded: Any) -> Any:
 
 @pytest.mark.parametrize("pipe", CASES, indirect=True, ids=str)
 def test_the_guard_changes_the_flagged_row_and_nothing_else(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     plain = call(pipe).images
     denoiser = denoiser_of(pipe)
@@ -61,7 +62,7 @@ def test_the_guard_changes_the_flagged_row_and_nothing_else(pipe: Any, monkeypat
     assert [report.extra_evaluations > cost for report in steered.guard] == [i == row for i in range(3)]
     after = [vars(denoiser).get(name) for name in ("forward", "_diffusers_hook")]
     assert all(now is then for now, then in zip(after, before, strict=True))
-    assert after[1] is None or HOOK not in after[1].hooks  # Flux's own pipeline puts a registry there
+    assert after[1] is None or HOOK_NAME not in after[1].hooks  # Flux's own pipeline puts a registry there
     assert not {"step", "add_noise", "scale_noise"} & set(vars(pipe.scheduler))
     assert np.array_equal(call(pipe).images, plain)
 
@@ -103,14 +104,14 @@ def test_a_captured_call_is_evaluated_again_as_it_was(pipe: Any) -> None:
 
     def look(observation: Observation) -> None:
         some = observation.select(torch.tensor([2, 0]))
-        eps_c, eps_u = some.replay(some.x, some.timestep)
+        eps_c, eps_u = some.both_branches(some.x, some.timestep)
         torch.testing.assert_close(eps_c, some.eps_c, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(eps_u, some.eps_u, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(Encoder(pipe, inputs)(PROMPTS), observation.condition, rtol=1e-3, atol=1e-5)
         found.append(observation)
 
     inputs = PIPELINES[type(pipe).__name__][1]()
-    read(pipe, PROMPTS, [0, 1, 2], look, num_inference_steps=4, guidance_scale=4.0, **inputs)
+    probe_run(pipe, PROMPTS, [0, 1, 2], look, num_inference_steps=4, guidance_scale=4.0, **inputs)
     assert found[0].origin is None or found[0].origin.shape == found[0].x.shape
     assert (found[0].origin is not None) == (inputs.get("strength", 1.0) < 1)
 
@@ -121,7 +122,7 @@ def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     name: str, guidance_scale: float, embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build(name, embedded.tokenizer)
     arguments = {"num_inference_steps": 4, "output_type": "np", **PIPELINES[name][1](), "guidance_scale": guidance_scale}
 
@@ -156,7 +157,7 @@ def test_another_negative_prompt_is_another_configuration(embedded: Any, tmp_pat
 def test_branches_that_are_two_calls_are_recognised(name: str, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flux under true guidance: nothing is paid, rows that are left alone keep their bits, a steered one goes the way of its new prompt."""
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build(name, embedded.tokenizer)
     true: dict[str, Any] = {"negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0}
     plain = call(pipe, **true).images
@@ -217,9 +218,9 @@ def test_noise_levels_recover_a_known_picture(name: str, spacing: str, zero_snr:
     made.set_timesteps(7)
     clean, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     for timestep in made.timesteps[1:-1:2]:
-        seen = private_copy(made)
+        seen = clone_scheduler(made)
         latents = seen.add_noise(clean, noise, timestep.reshape(1))
-        x, level = scaled(seen, latents, timestep), noise_level(made, float(timestep))
+        x, level = scale_input(seen, latents, timestep), noise_level(made, float(timestep))
         torch.testing.assert_close(denoised(x, noise, level), clean, rtol=2e-2, atol=2e-2)
 
 
@@ -248,7 +249,7 @@ def test_without_any_signal_the_network_is_still_heard(prediction_type: str) -> 
 
 def test_a_compiled_denoiser_is_guarded(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build("StableDiffusionPipeline", embedded.tokenizer)
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     plain = call(pipe).images

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.families import Encoder
-from sdguard.denoiser.hook import watched
-from sdguard.denoiser.replay import input_scale
+from sdguard.denoiser.install import watched
+from sdguard.denoiser.schedulers import input_scale
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation
 
 PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
@@ -122,7 +122,7 @@ def test_rescaled_guidance_is_gone_through_again_as_the_pipeline_does_it(tiny: A
 
 
 @pytest.mark.parametrize(("step", "spent"), [(0, 1), (2, 1 + 2 + 2)])
-def test_going_again_is_booked_on_the_row_that_goes(step: int, spent: int, tiny: Any) -> None:
+def test_the_nfe_of_a_replay_are_counted_for_the_row_that_is_replayed(step: int, spent: int, tiny: Any) -> None:
     watcher = At(step, reworded(tiny))
     run(tiny, watcher=watcher)
     assert watcher.spent == [0, spent, 0]

@@ -7,20 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdguard.denoiser.probe import read
-from sdguard.geometry.hessian import (
-    Score,
-    difference_product,
-    exact_product,
-    extreme_directions,
-    extreme_eigenvalues,
-    flipd,
-    log_volume,
-    norm,
-    spectrum,
-    trace,
-)
+from sdguard.denoiser.probe import probe_run
+from sdguard.geometry.dimension import flipd
+from sdguard.geometry.hessian import Score, difference_product, exact_product, extreme_directions, extreme_eigenvalues, spectrum, trace
 from sdguard.geometry.rollout import probe
+from sdguard.geometry.rowwise import norm
+from sdguard.geometry.volume import log_volume
 from sdguard.observation import NoiseLevel, Observation, to_noise
 
 VP = NoiseLevel(0.8, 0.6)
@@ -197,17 +189,17 @@ def test_exact_and_difference_products_agree_on_the_network(branch: Any, embedde
         exact, near = exact_product(score, observation.x)(v), difference_product(score, observation.x)(v)
         found.append((norm(exact - near) / norm(exact)).max().item())
 
-    read(embedded, ["a zebra in snow"], [0], look, num_inference_steps=2, guidance_scale=2.5)
+    probe_run(embedded, ["a zebra in snow"], [0], look, num_inference_steps=2, guidance_scale=2.5)
     assert found[0] < 0.02
 
 
 def test_extreme_directions_of_a_gaussian_are_its_axes() -> None:
     score, eigenvalues = gaussian(torch.tensor([0.01, 0.8, 0.9, 1.0, 1.1, 20.0]), VP)
     x = torch.randn(3, 6)
-    sharpest, freest = extreme_directions(exact_product(score, x), torch.randn(3, 6), 6)
+    sharpest, flattest = extreme_directions(exact_product(score, x), torch.randn(3, 6), 6)
     assert sharpest.abs()[:, 0] == pytest.approx(torch.ones(3), abs=1e-3)
-    assert freest.abs()[:, 5] == pytest.approx(torch.ones(3), abs=1e-3)
-    assert (sharpest * freest).sum(1) == pytest.approx(torch.zeros(3), abs=1e-4)
+    assert flattest.abs()[:, 5] == pytest.approx(torch.ones(3), abs=1e-3)
+    assert (sharpest * flattest).sum(1) == pytest.approx(torch.zeros(3), abs=1e-4)
     product = exact_product(score, x)
     assert (sharpest * product(sharpest)).sum(1) == pytest.approx(eigenvalues[0].expand(3), rel=1e-3)
 
@@ -215,7 +207,7 @@ def test_extreme_directions_of_a_gaussian_are_its_axes() -> None:
 def test_extreme_directions_survive_an_exhausted_space() -> None:
     score, _ = gaussian(torch.tensor([0.2, 0.2, 0.2, 5.0]), VP)
     x = torch.randn(2, 4)
-    sharpest, freest = extreme_directions(exact_product(score, x), torch.randn(2, 4), 4)
-    assert freest.abs()[:, 3] == pytest.approx(torch.ones(2), abs=1e-3)
+    sharpest, flattest = extreme_directions(exact_product(score, x), torch.randn(2, 4), 4)
+    assert flattest.abs()[:, 3] == pytest.approx(torch.ones(2), abs=1e-3)
     assert sharpest[:, 3] == pytest.approx(torch.zeros(2), abs=1e-3)
     assert norm(sharpest) == pytest.approx(torch.ones(2), abs=1e-5)

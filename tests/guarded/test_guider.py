@@ -16,16 +16,17 @@ from families import ADDED, PROMPTS, SIZED, controlnet, mask, modular, picture, 
 import sdguard
 from sdguard import GuardConfig, GuardReport, MemorizationError, Profile, ProfileError, calibrate
 from sdguard.correction import Correction
-from sdguard.decision import calibration as calibration_module
+from sdguard.decision import store as store_module
 from sdguard.decision.cascade import Scale
-from sdguard.denoiser.families import Encoder, denoiser_of
-from sdguard.denoiser.probe import quiet, read
+from sdguard.denoiser.families import denoiser_of
+from sdguard.denoiser.probe import probe_run, quiet
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded import guider as guider_module
 from sdguard.guarded import run as run_module
 from sdguard.guarded.guider import GuardedGuidance
 from sdguard.observation import Observation
-from sdguard.steering import Flagged
-from sdguard.steering.ladder import Outcome
+from sdguard.steering import SteeringInput
+from sdguard.steering.fallback import Outcome
 
 SDXL, SD3 = "StableDiffusionXLModularPipeline", "StableDiffusion3ModularPipeline"
 #: what the calls of a pipeline need beside prompts
@@ -91,7 +92,7 @@ CASES += [(SDXL, None, {"use_original_formulation": True}), (SDXL, None, {"stop"
 def test_a_flagged_row_goes_the_way_of_its_new_prompt_and_no_other_row_changes(
     pipe: Any, scheduler: str | None, guidance: dict[str, Any], given: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     if scheduler:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     plain, asked = plainly(pipe, guidance=guidance), [plainly(pipe, told(row), guidance) for row in range(3)]
@@ -123,7 +124,7 @@ def test_a_flagged_row_goes_the_way_of_its_new_prompt_and_no_other_row_changes(
 def test_a_row_that_is_flagged_late_is_started_again(
     pipe: Any, scheduler: str, guidance: dict[str, Any], given: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     plain = plainly(pipe, guidance=guidance)
 
@@ -144,13 +145,13 @@ def test_a_row_that_is_flagged_late_is_started_again(
     assert clear(pipe)
 
 
-def always(make: Callable[[Flagged], list[Correction]]) -> Callable[..., list[Outcome]]:
+def always(make: Callable[[SteeringInput], list[Correction]]) -> Callable[..., list[Outcome]]:
     return lambda flagged, methods: [Outcome(correction, [{"method": "..."}]) for correction in make(flagged)]
 
 
 def test_a_row_may_start_from_another_noise(pipe: Any, given: None, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = torch.randn(4, 8, 8)
-    monkeypatch.setattr(run_module, "climb", always(lambda flagged: [Correction({}, x=noise)]))
+    monkeypatch.setattr(run_module, "try_in_order", always(lambda flagged: [Correction({}, x=noise)]))
     guider = guarded(pipe, profile_for(1e6))
     plain = call(pipe)
     row, bound = strongest(guider.reports)
@@ -163,7 +164,9 @@ def test_a_row_may_start_from_another_noise(pipe: Any, given: None, monkeypatch:
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 def test_a_rule_stands_in_guidances_place(pipe: Any, rescale: float, given: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule "as the text alone has it" gives the run without guidance, also where guidance is rescaled."""
-    monkeypatch.setattr(run_module, "climb", always(lambda flagged: [Correction({}, rule=lambda here: here.eps_c)] * len(flagged.prompts)))
+    monkeypatch.setattr(
+        run_module, "try_in_order", always(lambda flagged: [Correction({}, rule=lambda here: here.eps_c)] * len(flagged.prompts))
+    )
     guider = guarded(pipe, profile_for(1e-9), guidance_rescale=rescale)
     steered = call(pipe)
     assert [report.verdict for report in guider.reports] == ["steered"] * 3
@@ -176,7 +179,7 @@ def test_a_rule_stands_in_guidances_place(pipe: Any, rescale: float, given: None
 def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     pipe: Any, guidance: dict[str, Any], given: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     plain = plainly(pipe, guidance=guidance)
     guider = guarded(pipe, profile_for(1e6), **guidance)
     assert np.array_equal(call(pipe), plain)
@@ -198,7 +201,7 @@ def test_an_unknown_configuration_is_calibrated_inside_the_first_run_and_does_no
         made.append(kwargs["inputs"])
         return calibrate(*args, **kwargs)
 
-    monkeypatch.setattr(calibration_module, "calibrate", counted)
+    monkeypatch.setattr(store_module, "calibrate", counted)
     if type(pipe).__name__ == SDXL:  # one that remembers earlier steps
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     plain = plainly(pipe)
@@ -225,7 +228,7 @@ def test_a_calibration_that_fails_leaves_the_pipeline_as_it_was(pipe: Any) -> No
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        read(pipe, PROMPTS, [0, 1, 2], look, num_inference_steps=4, **SIZED)
+        probe_run(pipe, PROMPTS, [0, 1, 2], look, num_inference_steps=4, **SIZED)
     assert (pipe.guider, pipe.scheduler) == (guider, scheduler)
     assert clear(pipe)
 
@@ -320,7 +323,7 @@ def test_a_negative_prompt_is_part_of_the_configuration(pipe: Any) -> None:
 def test_a_captured_call_is_evaluated_again_as_it_was(pipe: Any) -> None:
     def look(observation: Observation) -> None:
         some = observation.select(torch.tensor([2, 0]))
-        eps_c, eps_u = some.replay(some.x, some.timestep)
+        eps_c, eps_u = some.both_branches(some.x, some.timestep)
         torch.testing.assert_close(eps_c, some.eps_c, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(eps_u, some.eps_u, rtol=1e-3, atol=1e-5)
         text, null = Encoder(pipe, INPUTS[type(pipe).__name__]).both(PROMPTS)
@@ -329,7 +332,7 @@ def test_a_captured_call_is_evaluated_again_as_it_was(pipe: Any) -> None:
         seen.append(observation.guidance_scale)
 
     seen: list[float] = []
-    read(pipe, PROMPTS, [0, 1, 2], look, 2, num_inference_steps=4, guidance_scale=4.0, **SIZED, **INPUTS[type(pipe).__name__])
+    probe_run(pipe, PROMPTS, [0, 1, 2], look, 2, num_inference_steps=4, guidance_scale=4.0, **SIZED, **INPUTS[type(pipe).__name__])
     assert seen == [4.0, 4.0]
 
 

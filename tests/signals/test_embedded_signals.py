@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from sdguard import testbed
-from sdguard.denoiser.probe import read
+from sdguard.denoiser.probe import probe_run
 from sdguard.observation import Observation
 from sdguard.signals import SIGNALS, Signal
 
@@ -34,7 +34,7 @@ def values(embedded: Any) -> dict[str, np.ndarray]:
             found[signal.name].extend(signal.read(observation).tolist())
 
     prompts = [*copied.text, *never.text]
-    read(embedded, prompts, [0] * len(prompts), look, num_inference_steps=testbed.STEPS, guidance_scale=testbed.GUIDANCE_SCALE)
+    probe_run(embedded, prompts, [0] * len(prompts), look, num_inference_steps=testbed.STEPS, guidance_scale=testbed.GUIDANCE_SCALE)
     return {name: np.array(v) for name, v in found.items()}
 
 

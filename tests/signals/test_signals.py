@@ -1,4 +1,4 @@
-"""Signals and the look-ahead against models whose answer is known."""
+"""Signals and the short rollout against models whose answer is known."""
 
 import itertools
 import math
@@ -10,13 +10,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from sdguard.denoiser.probe import read
-from sdguard.geometry.hessian import RESOLUTION
-from sdguard.geometry.rollout import grid, independent_noise, look_ahead
+from sdguard.denoiser.probe import probe_run
+from sdguard.geometry.rollout import grid, independent_noise, short_rollout
+from sdguard.geometry.volume import RESOLUTION
 from sdguard.observation import CLEAN, NoiseLevel, Observation
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.agreement import agreement, correlation
-from sdguard.signals.attention_entropy import ATTENTION_ENTROPY, attention_paid, entropy, paid
+from sdguard.signals.attention_entropy import ATTENTION_ENTROPY, attention_by_token, entropy, mean_attention
 from sdguard.signals.bottleneck_spread import BOTTLENECK_SPREAD
 from sdguard.signals.condition_jacobian import condition_jacobian
 from sdguard.signals.denoised_norm import denoised_norm
@@ -40,15 +40,15 @@ def gaussian(mean: Tensor, spread: float) -> Callable[[Tensor, NoiseLevel, Tenso
 
 def test_look_ahead_ends_at_the_only_picture_a_delta_has(observe: Observe) -> None:
     mean = torch.randn(SHAPE[1:])
-    found = look_ahead(observe(gaussian(mean, 1e-4), torch.randn(SHAPE), torch.zeros(4, 3, 2)))
+    found = short_rollout(observe(gaussian(mean, 1e-4), torch.randn(SHAPE), torch.zeros(4, 3, 2)))
     torch.testing.assert_close(found, mean.expand(SHAPE), atol=1e-3, rtol=1e-3)
 
 
 def test_look_ahead_costs_what_it_says(observe: Observe) -> None:
     observation = observe(gaussian(torch.zeros(SHAPE[1:]), 1.0), torch.randn(SHAPE), torch.zeros(4, 3, 2))
-    look_ahead(observation.select(torch.tensor([1, 3])))
+    short_rollout(observation.select(torch.tensor([1, 3])))
     assert observation.evaluations.tolist() == [0, 6, 0, 6]
-    look_ahead(observation, noise=torch.randn(SHAPE))
+    short_rollout(observation, noise=torch.randn(SHAPE))
     assert observation.evaluations.tolist() == [8, 14, 8, 14]
 
 
@@ -97,19 +97,19 @@ def test_a_signal_that_reads_features_keeps_the_same_contract(signal: Signal, ti
         together.extend(signal.read(observation).tolist())
         costs.extend(observation.evaluations.tolist())
 
-    read(tiny, prompts, range(3), look, **setting)
+    probe_run(tiny, prompts, range(3), look, **setting)
     assert costs == [signal.cost] * 3
     for i in (2, 0):
-        read(tiny, prompts[i : i + 1], [i], lambda observation: together.append(signal.read(observation).item()), **setting)
+        probe_run(tiny, prompts[i : i + 1], [i], lambda observation: together.append(signal.read(observation).item()), **setting)
     assert together[3:] == pytest.approx([together[2], together[0]], rel=1e-4)
     assert not tiny.unet.mid_block._forward_hooks
 
 
 def test_entropy_of_even_and_of_single_attention() -> None:
-    assert entropy(paid(torch.zeros(1, 5, 8), torch.randn(1, 7, 8), 2)).tolist() == [pytest.approx([math.log(7)] * 2)]
+    assert entropy(mean_attention(torch.zeros(1, 5, 8), torch.randn(1, 7, 8), 2)).tolist() == [pytest.approx([math.log(7)] * 2)]
     key = torch.zeros(1, 7, 8)
     key[:, 3] = 100.0
-    assert entropy(paid(torch.ones(1, 5, 8), key, 2)).tolist() == [pytest.approx([0, 0], abs=1e-3)]
+    assert entropy(mean_attention(torch.ones(1, 5, 8), key, 2)).tolist() == [pytest.approx([0, 0], abs=1e-3)]
 
 
 def test_attention_layers_come_in_the_order_in_which_they_run_each_with_its_own_heads(observe: Observe) -> None:
@@ -129,7 +129,7 @@ def test_attention_layers_come_in_the_order_in_which_they_run_each_with_its_own_
             return net(x, t, text).sample
 
     observation = observe(lambda x, level, text: x, torch.randn(SHAPE), torch.randn(4, 3, 2), denoiser=net, denoise=denoise)
-    shares = attention_paid(observation)
+    shares = attention_by_token(observation)
     assert [share.shape[1] for share in shares] == [2, 4, 4, 4, 4, 2, 2]
     assert observation.evaluations.tolist() == [1] * 4
     for share in shares:

@@ -1,0 +1,56 @@
+"""Calls of the denoiser as values: their arguments row by row, and what they gave."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor
+
+from sdguard.denoiser.families import TEXT
+
+#: the denoiser's arguments that have an entry for each row of its batch, beside the point and the token embeddings.
+PER_ROW = (
+    "added_cond_kwargs", "timestep_cond", "class_labels", "encoder_attention_mask", "down_block_additional_residuals",
+    "mid_block_additional_residual", "down_intrablock_additional_residuals", "pooled_projections", "block_controlnet_hidden_states",
+    "guidance", "controlnet_block_samples", "controlnet_single_block_samples", "joint_attention_kwargs",
+)  # fmt: skip
+
+
+class DenoiserCall(NamedTuple):
+    """A call of the denoiser: its arguments, by name, and the prediction it gave."""
+
+    kwargs: dict[str, Any]
+    prediction: Tensor
+
+
+def snapshot(kwargs: dict[str, Any], prediction: Tensor) -> DenoiserCall:
+    """A call that stays as it is, whatever becomes of the containers among its arguments."""
+    return DenoiserCall(recursively_apply(lambda entry: entry, kwargs), prediction)
+
+
+def concat_kwargs(first: Any, second: Any) -> Any:
+    """Per-row arguments of two calls as those of one with the rows of both."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, dict):
+        return {name: concat_kwargs(entry, second[name]) for name, entry in first.items()}
+    return type(first)(map(concat_kwargs, first, second)) if isinstance(first, (list, tuple)) else first
+
+
+def concat_calls(first: DenoiserCall, second: DenoiserCall, sample: str) -> DenoiserCall:
+    """Two calls as one with the rows of both; ``sample`` is the name of the denoiser's first argument."""
+    names = [name for name in (sample, TEXT, *PER_ROW) if name in first.kwargs]
+    rows = {name: concat_kwargs(first.kwargs[name], second.kwargs[name]) for name in names}
+    return DenoiserCall(first.kwargs | rows, torch.cat([first.prediction, second.prediction]))
+
+
+def select_rows(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """A call's arguments with the per-row ones for ``rows`` alone, which may repeat."""
+    return kwargs | {name: recursively_apply(lambda entry: entry[rows], kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None}
+
+
+def replace_prediction(output: Any, prediction: Tensor) -> Any:
+    """A denoiser's output with another prediction in it."""
+    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)

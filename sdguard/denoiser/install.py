@@ -1,0 +1,72 @@
+"""Putting hooks around a pipeline's denoiser and scheduler for a while; afterwards both are the objects they were."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from sdguard.denoiser.families import denoiser_of
+from sdguard.denoiser.hook import DenoiserHook, Watcher
+from sdguard.denoiser.text_encoding import Encoder
+
+#: under which the hook stands in the library's registry.
+HOOK_NAME = "sdguard"
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def lock_of(denoiser: nn.Module) -> threading.RLock:
+    """The lock under which a denoiser is watched."""
+    return _locks.setdefault(denoiser, threading.RLock())
+
+
+@contextmanager
+def restored(instance: Any, names: Collection[str]) -> Iterator[None]:
+    """After the block the attributes ``names`` of ``instance`` itself, not those of its class, are what they were before, or are none."""
+    before = {name: vars(instance)[name] for name in names if name in vars(instance)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(instance).pop(name, None)
+        vars(instance).update(before)
+
+
+@contextmanager
+def attached(denoiser: nn.Module, hook: ModelHook) -> Iterator[None]:
+    """Within the block ``hook`` stands around ``denoiser``."""
+    # the registry leaves itself and a bound forward behind on a module that had neither
+    with restored(denoiser, ("forward", "_diffusers_hook")):
+        registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        registry.register_hook(hook, HOOK_NAME)
+        try:
+            yield
+        finally:
+            registry.remove_hook(HOOK_NAME, recurse=False)
+
+
+@contextmanager
+def wrapped(scheduler: Any, wrappers: Mapping[str, Callable[[Any], Any]]) -> Iterator[None]:
+    """Within the block the methods of ``scheduler`` that ``wrappers`` names, as far as it has them, are what the wrappers make of them."""
+    methods = {name: wrap(getattr(scheduler, name)) for name, wrap in wrappers.items() if hasattr(scheduler, name)}
+    with restored(scheduler, methods):
+        vars(scheduler).update(methods)
+        yield
+
+
+@contextmanager
+def watched(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
+    """Within the block ``watcher`` sees every call of the denoiser of the encoder's pipeline.
+
+    Of several threads that share a denoiser one is watched at a time, the others wait.
+    """
+    pipe, hook = encoder.pipe, DenoiserHook(watcher, encoder)
+    denoiser = denoiser_of(pipe)
+    with lock_of(denoiser), attached(denoiser, hook), wrapped(pipe.scheduler, hook.wrappers):
+        yield

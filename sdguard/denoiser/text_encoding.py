@@ -1,0 +1,52 @@
+"""The text encoders of a pipeline, as the guard uses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sdguard.denoiser.families import family_of
+from sdguard.denoiser.latents import pack_condition
+
+#: arguments of a pipeline's call that its prompts are encoded with.
+ENCODING = ("max_sequence_length",)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The text encoders of a pipeline, as a running call of the pipeline uses them for its own prompts.
+
+    Attributes:
+        pipe: the pipeline.
+        given: the arguments of its call.
+    """
+
+    pipe: Any
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""
+        family = family_of(self.pipe)
+        scale = (getattr(self.pipe, family.scale, None) or {}).get("scale")
+        options = {name: self.given[name] for name in ENCODING if name in self.given}
+        text, pooled, null, null_pooled = family.encode(self.pipe, texts, {"lora_scale": scale, **options})
+        return pack_condition(text, pooled), pack_condition(null, null_pooled)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Text condition of n texts, ``[n, T (+ 1), E]``."""
+        return self.both(texts)[0]
+
+    def length(self, text: str) -> int:
+        """Tokens of ``text``, begin and end token included, that fit into the text encoder's window."""
+        tokenizer = self.pipe.tokenizer
+        if hasattr(self.pipe, "maybe_convert_prompt"):  # textual inversion's tokens of several vectors
+            text = self.pipe.maybe_convert_prompt(text, tokenizer)
+        return min(len(tokenizer(text).input_ids), int(tokenizer.model_max_length))
+
+    @property
+    def pads_with_end(self) -> bool:
+        """Whether what lies behind a prompt is filled with copies of the end token, by the only text encoder there is."""
+        alone = not family_of(self.pipe).pooled
+        return alone and bool(self.pipe.tokenizer.pad_token_id == self.pipe.tokenizer.eos_token_id)
