@@ -69,7 +69,7 @@ def built(shape: str, dtype: torch.dtype) -> Any:
 
 
 def profile(path: str, configuration: dict[str, Any]) -> Profile:
-    """A profile under which every sample takes a path: the free signals stop it, or it buys the look-ahead, or it is flagged as well."""
+    """A profile under which every sample takes a path: the free signals stop it, or it buys the short rollout, or it is flagged as well."""
     bound = math.inf if path == "clean" else -1e9
     stages = (
         Stage(("guidance_norm",), {"guidance_norm": 1.0}, bound),

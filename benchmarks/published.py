@@ -228,7 +228,7 @@ def released(prediction_type: str) -> tuple[Released, ...]:
         ),
         Released(
             "ssim_released", ssim, SSIM_SEEDS, "agreement",
-            "largest SSIM over ten noises of a single prediction without guidance, for the correlation of two guided look-aheads",
+            "largest SSIM over ten noises of a single prediction without guidance, for the correlation of two guided short rollouts",
         ),
         Released(
             "attention_entropy_released", layer_entropy, 1, "attention_entropy",

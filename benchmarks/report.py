@@ -45,7 +45,7 @@ NAMES = {
     "lid_unconditional": "dimension (LID), unconditional",
     "lid_guided": "dimension (LID), guided",
     "lid_noisy": "dimension (LID), at the noise itself",
-    "output_density_ahead": "output density along the look-ahead",
+    "output_density_ahead": "output density along the short rollout",
     "wen_released": "guidance norm, as released",
     "ssim_released": "SSIM over seeds, as released",
     "flipd_finished_released": "FLIPD of the finished sample, as released",
@@ -237,7 +237,7 @@ def table_of_detectors(names: Sequence[str]) -> dict[str, Any]:
     rows = [
         {
             "detector": plain(GUARD).strip("*"),
-            "reads": "the free signals that its profile names, and in doubt the agreement of two look-aheads",
+            "reads": "the free signals that its profile names, and in doubt the agreement of two short rollouts",
         },
         {"detector": plain(CAPTION), "reads": "the caption's letters, by naive Bayes in five folds"},
     ]

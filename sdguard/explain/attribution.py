@@ -23,7 +23,7 @@ def norm_gradient(observation: Observation, condition: Tensor) -> tuple[Tensor, 
         condition = condition.detach().float().requires_grad_()
         norm = (observation.conditional(observation.x, observation.timestep, condition) - observation.eps_u).flatten(1).norm(dim=1)
         (gradient,) = torch.autograd.grad(norm.sum(), condition)
-    observation.spend(2)
+    observation.count_nfe(2)
     return norm.detach(), gradient
 
 
