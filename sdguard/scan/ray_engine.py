@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from sdguard.decision.profile import Profile
+from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.guarded.config import GuardConfig
-from sdguard.scan.scan import BATCH, Batch, Row, cache_key, guarded_profile, run_resumable, scan_batch
+from sdguard.scan.scan import Batch, Row, cache_key, guarded_profile, run_resumable, scan_batch
 
 
 class Scanner:
@@ -59,14 +60,14 @@ def scan_with_ray(
     *,
     seeds: int = 1,
     false_positive_rate: float = 0.01,
-    batch_size: int = BATCH,
-    journal: Path | None = None,
+    batch_size: int = BATCH_SIZE,
+    work: Path | None = None,
     **setting: Any,
 ) -> Iterator[list[Row]]:
     """What `scan` yields, in the order in which workers finish: one for each GPU of the cluster, without any one for each CPU.
 
-    ``load`` gives a worker its pipeline, which ``profile`` must be of. A worker that is lost is started again, and its batch with it. The
-    journal is kept by the calling process and is the same as the other engine's: what the one has done the other does not do again. A scan
+    ``load`` gives a worker its pipeline, which ``profile`` must be of. A worker that is lost is started again, and its batch with it. What
+    the calling process keeps in ``work`` is the same as the other engine's: what the one has done the other does not do again. A scan
     that is killed loses what the workers had under way. Cost: as `scan`.
 
     Raises:
@@ -78,7 +79,7 @@ def scan_with_ray(
     gpus = int(there.get("GPU", 0))
     options = {"seeds": seeds, "false_positive_rate": false_positive_rate, "setting": setting}
 
-    def work(batches: Sequence[Batch]) -> Iterator[list[Row]]:
+    def scan_batches(batches: Sequence[Batch]) -> Iterator[list[Row]]:
         if not batches:
             return
         items = [{"batch": json.dumps(batch)} for batch in batches]
@@ -94,4 +95,4 @@ def scan_with_ray(
             yield json.loads(record["rows"])
 
     key = cache_key(profile, seeds, false_positive_rate)
-    yield from run_resumable(work, prompts, key, batch_size=batch_size, journal=journal)
+    yield from run_resumable(scan_batches, prompts, key, batch_size=batch_size, work=work)

@@ -7,7 +7,6 @@ it is cut into batches, they are those of a guarded run from the same seed, and 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import inspect
 import json
@@ -25,9 +24,9 @@ from scipy.stats import false_discovery_control
 
 from sdguard.decision.profile import Profile
 from sdguard.denoiser.families import blends, family_of
-from sdguard.denoiser.probe import probe_run
+from sdguard.denoiser.probe import BATCH_SIZE, probe_run
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.files.journal import Journal
+from sdguard.files.resumable import Parts
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.pipeline import guard
 from sdguard.guarded.report import GuardReport
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Batch = Sequence[tuple[int, str]]
-BATCH = 8
 
 
 def guarded_profile(pipe: Any, config: GuardConfig, setting: Mapping[str, Any]) -> Profile:
@@ -128,12 +126,12 @@ def scan(
     *,
     seeds: int = 1,
     false_positive_rate: float = 0.01,
-    batch_size: int = BATCH,
-    journal: Path | None = None,
+    batch_size: int = BATCH_SIZE,
+    work: Path | None = None,
     state: PartialState | None = None,
     **setting: Any,
 ) -> Iterator[list[Row]]:
-    """Yield the rows of `scan_batch` batch by batch as they are done, first of all those that ``journal`` knows already.
+    """Yield the rows of `scan_batch` batch by batch as they are done, first of all those that ``work`` knows already.
 
     Cost: for each prompt and seed 2 denoiser evaluations (1 without guidance, and what reading such a run costs) at each of the first
     ``1 + LATER_CALLS`` calls, and what the cascade buys. No picture is decoded.
@@ -143,7 +141,7 @@ def scan(
         seeds: noises for each prompt.
         false_positive_rate: the guard's: a prompt that is flagged at a call at this rate keeps the score it had there, as in a guarded run.
         batch_size: prompts in one denoiser batch.
-        journal: where results are kept as they come (`journals`), so that a scan killed at any time goes on and loses at most a batch.
+        work: a folder that keeps results as they come, so that a scan killed at any time goes on and loses at most a batch.
         state: accelerate's, where several processes share the work, each on its own pipeline; each yields its own rows, and all
             have to take all of theirs.
         setting: arguments of the pipeline's call.
@@ -152,54 +150,51 @@ def scan(
         ProfileError: the profile does not match the pipeline and setting, or is too small for the rate.
     """
     guarded_profile(pipe, GuardConfig(profile=profile), setting).allowed(false_positive_rate)
-    work = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate, setting=setting)
+    scan_one = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate, setting=setting)
     yield from run_resumable(
-        lambda batches: map(work, batches),
+        lambda batches: map(scan_one, batches),
         prompts,
         cache_key(profile, seeds, false_positive_rate),
         batch_size=batch_size,
-        journal=journal,
+        work=work,
         state=state,
     )
 
 
 def cache_key(profile: Profile, seeds: int, false_positive_rate: float) -> dict[str, Any]:
-    """What moves the results of a scan beside its prompts; the same for every engine, so that the one goes on with the other's journal."""
+    """What moves the results of a scan beside its prompts; the same for every engine, so that the one goes on with the other's work."""
     return {"profile": asdict(profile), "seeds": seeds, "rate": false_positive_rate}
 
 
 def run_resumable(
-    work: Callable[[Sequence[Batch]], Iterable[list[Row]]],
+    scan_batches: Callable[[Sequence[Batch]], Iterable[list[Row]]],
     prompts: Mapping[int, str],
     key: Mapping[str, Any],
     *,
     batch_size: int,
-    journal: Path | None,
+    work: Path | None,
     state: PartialState | None = None,
 ) -> Iterator[list[Row]]:
-    """Yield what the journals of this very scan know, then what ``work`` makes of this process's share of the other prompts, noted first.
+    """Yield what ``work`` knows of this very scan, then what ``scan_batches`` makes of this process's share of the others, kept first.
 
     ``key`` has whatever moves the results beside the prompts (`cache_key`).
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    digest = hashlib.sha256(json.dumps([list(prompts.items()), key]).encode()).hexdigest()
-    notes = [Journal(path, {"scan": digest}) for path in (journals(journal, rank, processes) if journal else [None])]
-    known = [row for note in notes for rows in note.results.values() for row in rows if not row["error"]]
+    parts = Parts(work, "scan", [list(prompts.items()), key])
+    known = [row for name in parts.dealt(state) for row in parts[name] if not row["error"]]
     if known:
         yield known
     done = [row["row"] for row in known]
     everyone = set(gather_object(done) if processes > 1 else done)
     left = [(row, prompt) for row, prompt in prompts.items() if row not in everyone]
-    for rows in work([left[start : start + batch_size] for start in range(0, len(left), batch_size)][rank::processes]):
-        notes[0].add(str(rows[0]["row"]), rows)
+    for rows in scan_batches([left[start : start + batch_size] for start in range(0, len(left), batch_size)][rank::processes]):
+        parts.keep(part_name([row["row"] for row in rows]), rows)
         yield rows
 
 
-def journals(path: Path, rank: int = 0, processes: int = 1) -> list[Path]:
-    """The files in which a process keeps the results of a scan to ``path``, its own first, then those that more processes have left it."""
-    own = path.with_name(f"{path.name}.{rank}.jsonl")
-    left = [file for file in path.parent.glob(glob.escape(path.name) + ".*.jsonl") if file.suffixes[-2][1:].isdigit()]
-    return [own, *(file for file in sorted(left) if int(file.suffixes[-2][1:]) % processes == rank and file != own)]
+def part_name(numbers: Sequence[int]) -> str:
+    """A name for the rows of these numbers, which another batch does not have: what failed is tried again beside other rows."""
+    return f"{numbers[0]:09d}-{hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:8]}"
 
 
 def rank_prompts(rows: Iterable[Row], prompts: Mapping[int, str], fdr: float) -> pd.DataFrame:

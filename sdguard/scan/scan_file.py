@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,9 @@ from sdguard.files.inputs import BadInput
 from sdguard.files.outputs import ensure_writable
 from sdguard.files.processes import processes
 from sdguard.files.prompt_files import check_suffix, import_pandas, prompts_by_row, write_table
+from sdguard.files.resumable import parts_folder
 from sdguard.guarded.config import GuardConfig
-from sdguard.scan.scan import Row, guarded_profile, journals, rank_prompts, scan
+from sdguard.scan.scan import Row, guarded_profile, rank_prompts, scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,7 +84,7 @@ def scan_file(
     setting = default_setting(model, steps, guidance)
     found = broadcast_object_list([guarded_profile(pipe, config, setting) if state.is_main_process else None])[0]
     ensure_writable(out.parent)
-    options = {"seeds": seeds, "false_positive_rate": false_positive_rate, "batch_size": batch_size, "journal": out, **setting}
+    options = {"seeds": seeds, "false_positive_rate": false_positive_rate, "batch_size": batch_size, "work": parts_folder(out), **setting}
     if engine == "ray":
         from sdguard.scan.ray_engine import scan_with_ray
 
@@ -99,8 +101,7 @@ def scan_file(
         table = rank_prompts(rows, prompts, fdr)
         write_table(table, out)
     state.wait_for_everyone()
-    for path in journals(out, state.process_index, state.num_processes):
-        path.unlink(missing_ok=True)
+    shutil.rmtree(parts_folder(out), ignore_errors=True)
     if not state.is_main_process:
         return None
     return FileScan(table, found, pipe.tokenizer.model_max_length, count_truncated(list(prompts.values()), pipe.tokenizer))

@@ -20,14 +20,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sdguard.files.resumable import measured
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import audit, detection, report
 from benchmarks.published import over_run, released, similarity, ssim
 from benchmarks.readme import put
 from benchmarks.statistics import auc, bootstrap_weights, estimates, roc_band, true_positive_rate
-from sdguard.denoiser.probe import read
-from sdguard.files.measuring import measured
+from sdguard.denoiser.probe import probe_run
 from sdguard.observation import Observation, from_noise
 from sdguard.signals.attention_entropy import ATTENTION_ENTROPY
 from sdguard.signals.guidance_norm import guidance_norm
@@ -108,7 +108,7 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 import pandas as pd
-from sdguard.files.measuring import measured
+from sdguard.files.resumable import measured
 from sdguard.files.processes import processes
 
 def measure(part):
@@ -145,7 +145,7 @@ def test_released_detectors_are_their_corrected_forms_up_to_what_they_say(kind: 
     factor = observation.level.a if kind == "v_prediction" else 1.0
     torch.testing.assert_close(wen * factor, guidance_norm(observation))
     torch.testing.assert_close(sharp.square(), sharpness(observation), rtol=1e-2, atol=1e-6)
-    text, null = (from_noise(e, x, observation.level_at(41.0), kind) for e in observation.replay(x, 41.0))
+    text, null = (from_noise(e, x, observation.level_at(41.0), kind) for e in observation.both_branches(x, 41.0))
     cosine = 1.0 if torch.equal((text - null).sign(), null.sign()) else -1.0  # everything points along x
     torch.testing.assert_close(anisotropy, wen + (2.0 if kind == "epsilon" else 0.1) * cosine, rtol=1e-4, atol=1e-5)
 
@@ -281,10 +281,10 @@ def test_a_released_detector_is_a_function_of_its_row_and_costs_what_it_declares
                 found.setdefault(f"{detector.name} cost", []).extend((observation.evaluations - before).tolist())
 
     setting: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0}
-    read(tiny, prompts, range(3), lambda observation: look(observation, lengths), None, **setting)
+    probe_run(tiny, prompts, range(3), lambda observation: look(observation, lengths), None, **setting)
     together, found = found, {}
     for i in (2, 0):
-        read(tiny, prompts[i : i + 1], [i], lambda observation, i=i: look(observation, lengths[i : i + 1]), None, **setting)  # type: ignore[misc]
+        probe_run(tiny, prompts[i : i + 1], [i], lambda observation, i=i: look(observation, lengths[i : i + 1]), None, **setting)  # type: ignore[misc]
     for detector in (*released("epsilon"), *over_run(3, lengths)):
         calls = len(getattr(detector, "calls", (0,)))
         assert together[f"{detector.name} cost"] == [detector.cost / calls] * 3 * calls

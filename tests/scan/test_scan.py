@@ -23,8 +23,9 @@ from sdguard import GuardConfig, Profile, testbed
 from sdguard.cli.main import app
 from sdguard.decision.profile import ProfileError
 from sdguard.files.prompt_files import read_table, write_table
+from sdguard.files.resumable import parts_folder
 from sdguard.scan import scan as scanning
-from sdguard.scan.scan import combine_p_values, guarded_profile, journals, power_note, rank_prompts, scan, scan_batch, seed_of
+from sdguard.scan.scan import combine_p_values, guarded_profile, power_note, rank_prompts, scan, scan_batch, seed_of
 
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 MEMORIZED, ORDINARY = 2, 4
@@ -140,11 +141,11 @@ def test_what_cannot_be_judged_is_told_and_tried_again(
 
     with monkeypatch.context() as patched:
         patched.setattr("sdguard.guarded.run.judge", fails)
-        failed = scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv")
+        failed = scanned(embedded, profile, prompts, work=tmp_path / "work")
     assert set(failed.error) == {"ArithmeticError: no luck"}
     assert failed.p_value.isna().all()
     assert not failed.discovered.any()
-    same(scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv"), table)
+    same(scanned(embedded, profile, prompts, work=tmp_path / "work"), table)
 
 
 def test_an_interrupted_scan_goes_on(
@@ -160,25 +161,16 @@ def test_an_interrupted_scan_goes_on(
 
     monkeypatch.setattr(scanning, "scan_batch", counted)
     with pytest.raises(KeyboardInterrupt):
-        scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv")
+        scanned(embedded, profile, prompts, work=tmp_path / "work")
     assert done == [0, 1, 2, 3]
     done.append(-1)
-    same(scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv", batch_size=2), table)
+    same(scanned(embedded, profile, prompts, work=tmp_path / "work", batch_size=2), table)
     assert done == [0, 1, 2, 3, -1, 4, 5]
-    same(scanned(embedded, profile, prompts, journal=tmp_path / "scan.csv"), table)
+    same(scanned(embedded, profile, prompts, work=tmp_path / "work"), table)
     assert len(done) == 7
     other = {**prompts, 0: "another cat"}
-    assert len(scanned(embedded, profile, other, journal=tmp_path / "scan.csv")) == 6
+    assert len(scanned(embedded, profile, other, work=tmp_path / "work")) == 6
     assert len(done) == 13
-
-
-def test_journals_of_more_processes_are_taken_over(tmp_path: Path) -> None:
-    out = tmp_path / "scan.csv"
-    for name in ("scan.csv.0.jsonl", "scan.csv.1.jsonl", "scan.csv.2.jsonl", "scan.csv.4.jsonl", "scan.csv.old.jsonl", "scan.json.1.jsonl"):
-        (tmp_path / name).touch()
-    taken = [[path.name.split(".")[2] for path in journals(out, rank, 3)] for rank in range(3)]
-    assert taken == [["0"], ["1", "4"], ["2"]]
-    assert [path.name.split(".")[2] for path in journals(out)] == ["0", "1", "2", "4"]
 
 
 def test_an_unknown_configuration_is_calibrated_once(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +178,7 @@ def test_an_unknown_configuration_is_calibrated_once(embedded: Any, monkeypatch:
     config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a lion number {i}" for i in range(9)])
     made = guarded_profile(embedded, config, setting)
     assert made.prompts == 6
-    monkeypatch.setattr("sdguard.decision.calibration.calibrate", None)
+    monkeypatch.setattr("sdguard.decision.store.calibrate", None)
     assert guarded_profile(embedded, config, setting) == made
     with pytest.raises(ProfileError, match="steps is 3, the profile's is 2"):
         next(scan(embedded, made, {0: "a cat"}, num_inference_steps=3, guidance_scale=2.5))
@@ -274,13 +266,13 @@ def test_a_killed_command_goes_on(
     options = [str(listed), "--out", str(out), "--seeds", "2", "--batch-size", "1"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside this process's threads
     process = subprocess.Popen([sys.executable, "-m", "sdguard.cli", "scan", *options], stderr=subprocess.DEVNULL, env=alone)
-    journal = journals(out)[0]
+    work = parts_folder(out)
     until = time.monotonic() + 120
-    while not (journal.exists() and journal.read_text().count("\n") > 2) and time.monotonic() < until:
+    while len(list(work.glob("*/*.json"))) < 2 and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    kept = journal.read_text().count("\n") - 1
+    kept = len(list(work.glob("*/*.json")))
     assert 2 <= kept < len(prompts)
     done: list[int] = []
 
@@ -292,7 +284,7 @@ def test_a_killed_command_goes_on(
     assert command(*options).exit_code == 0
     assert done == list(range(kept, len(prompts)))
     same(read_table(out), table)
-    assert not journal.exists()
+    assert not work.exists()
 
 
 def test_two_processes_scan_to_the_same_table_as_one(

@@ -40,7 +40,7 @@ def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedde
         (workers / str(os.getpid())).touch()
         return testbed.load()
 
-    options: dict[str, Any] = {"batch_size": 1, "journal": tmp_path / "scan.csv", **SETTING}
+    options: dict[str, Any] = {"batch_size": 1, "work": tmp_path / "work", **SETTING}
     rows = []
     for batch in scan_with_ray(load, profile, prompts, **options):
         rows += batch
@@ -55,5 +55,5 @@ def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedde
     tables = [rank_prompts(some, prompts, 0.05) for some in (rows, here)]
     pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
 
-    known = next(scan(embedded, profile, prompts, **options))  # the journal serves the other engine
+    known = next(scan(embedded, profile, prompts, **options))  # what is kept serves the other engine
     assert sorted(row["row"] for row in known) == list(prompts)

@@ -1,0 +1,85 @@
+"""Resumable work: what a killed run keeps, and what it is kept for."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sdguard.files import resumable
+from sdguard.files.resumable import Parts, parts_folder, run_pieces
+
+ABOUT = {"of": "this"}
+
+
+def test_results_are_remembered_and_go_when_the_work_is_done(tmp_path: Path) -> None:
+    folder = parts_folder(tmp_path / "deep.csv")
+    Parts(folder, "work", ABOUT).keep("one", [1.5, None])
+    again = Parts(folder, "work", ABOUT)
+    assert dict(again) == {"one": [1.5, None]}
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_other_work_nothing_is_known_and_it_is_left_alone(tmp_path: Path) -> None:
+    that, this = Parts(tmp_path / "work", "work", {"of": "that"}), Parts(tmp_path / "work", "work", ABOUT)
+    that.keep("one", 1)
+    assert dict(this) == {}
+    this.keep("one", 2)
+    this.remove()
+    assert dict(that) == {"one": 1}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_a_half_written_result_is_not_known(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Path, target: Path) -> Any:
+        raise KeyboardInterrupt
+
+    parts, table = Parts(tmp_path, "work", ABOUT, suffix), pd.DataFrame({"a": [1]})
+    parts.keep("one", table if suffix == ".parquet" else [1])
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            parts.keep("two", table if suffix == ".parquet" else [2])
+    assert list(Parts(tmp_path, "work", ABOUT, suffix)) == ["one"]
+
+
+def test_without_a_folder_nothing_is_kept_for_later() -> None:
+    parts = Parts(None, "work", ABOUT)
+    parts.keep("one", 1)
+    assert dict(parts) == {"one": 1}
+    assert dict(Parts(None, "work", ABOUT)) == {}
+    parts.remove()
+    assert not parts
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_piece_that_is_known_is_not_done_again(kept: bool, tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def square(number: int) -> int:
+        if number == 3 and not done[3:]:
+            done.append(number)
+            raise KeyboardInterrupt
+        done.append(number)
+        return number**2
+
+    pieces, folder = {f"{i}": i for i in range(5)}, tmp_path if kept else None
+    with pytest.raises(KeyboardInterrupt):
+        run_pieces(Parts(folder, "squares", ABOUT), pieces, square)
+    assert run_pieces(Parts(folder, "squares", ABOUT), pieces, square) == [0, 1, 4, 9, 16]
+    assert done == [0, 1, 2, 3, *([3, 4] if kept else range(5))]
+
+
+def test_each_known_result_falls_to_one_process_that_can_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the processes share a folder, or have one each with some results in both."""
+    for folders in ([tmp_path / "all"] * 3, [tmp_path / f"{i}" for i in range(3)]):
+        parts = [Parts(folder, "work", ABOUT) for folder in folders]
+        for number in range(9):
+            parts[number % 3].keep(f"{number}", number)
+            parts[(number + number // 3) % 3].keep(f"{number}", number)
+        monkeypatch.setattr(resumable, "gather_object", lambda _, parts=parts: [list(part) for part in parts])
+        dealt = [part.dealt(SimpleNamespace(num_processes=3, process_index=rank)) for rank, part in enumerate(parts)]  # type: ignore[arg-type]
+        assert sorted(name for names in dealt for name in names) == [f"{number}" for number in range(9)]
+        assert all(name in part for part, names in zip(parts, dealt, strict=True) for name in names)
