@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdguard import testbed
-from sdguard.decision.calibration import fingerprint
 from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.decision.fingerprint import fingerprint
 from sdguard.decision.profile import Profile
 from sdguard.observation import NoiseLevel, Observation, noise_level
 

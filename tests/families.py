@@ -25,8 +25,8 @@ import sdguard
 from sdguard import Profile
 from sdguard.correction import Correction
 from sdguard.decision.cascade import Cascade, Scale, Stage
-from sdguard.steering import Flagged
-from sdguard.steering.ladder import Outcome
+from sdguard.steering import SteeringInput
+from sdguard.steering.fallback import Outcome
 
 SIZE = 16
 PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
@@ -284,9 +284,9 @@ def profile_for(threshold: float) -> Profile:
     return Profile({}, cascade, norms, {"guidance_norm": norms, "agreement": [0.99] * 100, "alignment": [-1e6] * 100})
 
 
-def reworded(flagged: Flagged, methods: Any) -> list[Outcome]:
+def reworded(flagged: SteeringInput, methods: Any) -> list[Outcome]:
     conditions = flagged.encoder([str(prompt).split()[-1] for prompt in flagged.prompts])
-    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": "..."}]) for c in conditions]
+    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "paraphrase": "..."}]) for c in conditions]
 
 
 def modular(name: str, tokenizer: Any) -> Any:

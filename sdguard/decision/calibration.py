@@ -1,128 +1,36 @@
-"""Calibration: ordinary prompts measured on a configuration, and where the profiles that come of it are kept."""
+"""Calibration: ordinary prompts measured on a configuration. Some fit the cascade, the others are scored by it."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import itertools
-import json
-import logging
 import math
-import os
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from importlib import resources
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import align_module_device, gather_object
-from torch import Tensor, nn
 
 from sdguard.decision.cascade import BY_NAME, LATER_CALLS, PLAN, Cascade, judge, judge_later
-from sdguard.decision.profile import FORMAT, SERIES, Profile, ProfileError
-from sdguard.denoiser.families import denoiser_of, parameters_of
-from sdguard.denoiser.probe import read
-from sdguard.files.journal import Journal
+from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.profile import FORMAT, SERIES, Profile
+from sdguard.denoiser.families import parameters_of
+from sdguard.denoiser.probe import BATCH_SIZE, probe_run
+from sdguard.files.resumable import Parts, run_pieces
 from sdguard.geometry.alignment import alignment
-from sdguard.geometry.rollout import estimate
-from sdguard.guarded.config import GuardConfig
+from sdguard.geometry.rollout import rollout_end
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.words import document_frequency
 
-logger = logging.getLogger(__name__)
-
-PROFILE_FILE, PROMPTS_FILE = "sdguard/profile.json", "sdguard/ordinary_prompts.txt"
-BATCH = 8
 #: ordinary prompts that fit the cascade, at most, and whose later steps are measured.
 FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
-#: attributes by which peft's adapters, IP-Adapters and FreeU change what a module does, its parameters being the same.
-SETTINGS = ("scaling", "_active_adapter", "_disable_adapters", "s1", "s2", "b1", "b2", "scale")
-
-
-def fingerprint(
-    pipe: Any, *, steps: int, guidance_scale: float, height: int, width: int, inputs: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Everything about a run that moves the statistics of ordinary prompts; of its other ``inputs`` numbers and texts, not the pictures."""
-    plain = {name: json.loads(json.dumps(value)) for name, value in (inputs or {}).items() if is_plain(value)}
-    scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_") and k != "trained_betas"}
-    return {
-        "pipeline": type(pipe).__name__,
-        "weights": weights_digest(pipe),
-        "scheduler": type(pipe.scheduler).__name__,
-        "scheduler_config": hashlib.sha256(json.dumps(scheduler, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "steps": steps,
-        "guidance_scale": float(guidance_scale),
-        "height": height,
-        "width": width,
-        "dtype": str(next(denoiser_of(pipe).parameters()).dtype),
-        **plain,
-    }
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value is a number or a text, or a list, tuple or dictionary of nothing else."""
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    return all(map(is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, (int, float, str))
-
-
-def settings_of(module: nn.Module) -> list[Any]:
-    """What moves a module's output beside its parameters: an adapter's scale and whether it is on, FreeU's factors."""
-    held = vars(module)
-    names = SETTINGS if "IPAdapter" in type(module).__name__ else SETTINGS[:-1]
-    return [[name, held[name]] for name in names if held.get(name) is not None]
-
-
-def sampled(parameter: Tensor) -> Tensor:
-    """16 evenly spaced values of a parameter, or all if there are fewer; its shape if it cannot be read."""
-    if parameter.is_meta:
-        return torch.tensor(parameter.shape).float()
-    count, flat = parameter.numel(), parameter if parameter.is_contiguous() else parameter.reshape(-1)
-    return flat.as_strided((16,), (count // 16,)) if count >= 16 else flat.as_strided((count,), (1,))
-
-
-def parts(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all inside it, as ``module.modules()`` has them, in less than half the time."""
-    ahead = [module]
-    while ahead:
-        yield (part := ahead.pop())
-        ahead += [child for child in reversed(part._modules.values()) if child is not None]
-
-
-@torch.inference_mode()
-def weights_digest(pipe: Any) -> str:
-    """A hash over 16 evenly spaced values of every parameter of denoiser and text encoders, and `settings_of` their modules.
-
-    Cheap, and moved by any fine-tune, LoRA or IP-Adapter and its scale. Accelerate's offloaded parameters are loaded for it, module by
-    module; those that cannot be read even so count by their shapes.
-    """
-    digest, nothing = hashlib.sha256(), nullcontext()
-    encoders = (getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "controlnet"))
-    for module in (denoiser_of(pipe), *encoders):
-        values, settings = [], []
-        # this is done at every guarded call, and is half of what the guard costs where nothing is flagged
-        for part in parts(module) if module is not None else ():
-            held = vars(part)
-            if not held.keys().isdisjoint(SETTINGS):
-                settings += settings_of(part)
-            with align_module_device(part) if "_hf_hook" in held else nothing:
-                values += [sampled(parameter) for parameter in held["_parameters"].values() if parameter is not None]
-        for _, group in itertools.groupby(values, key=lambda value: value.device):
-            digest.update(torch.cat(list(group)).float().cpu().numpy().tobytes())
-        if settings:
-            digest.update(json.dumps(settings).encode())
-    return digest.hexdigest()[:16]
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
     """Which of ``count`` prompts fit the cascade (every third, at most `FITTING_PROMPTS`, evenly spaced) and which are scored by it."""
-    apart = math.ceil(count / max(2, min(FITTING_PROMPTS, count // 3)))
-    return [i for i in range(count) if i % apart == 0], [i for i in range(count) if i % apart]
+    stride = math.ceil(count / max(2, min(FITTING_PROMPTS, count // 3)))
+    return [i for i in range(count) if i % stride == 0], [i for i in range(count) if i % stride]
 
 
 def evenly(items: Sequence[str], count: int) -> list[str]:
@@ -137,11 +45,6 @@ def call_setting(pipe: Any, steps: int, guidance_scale: float, height: int, widt
     return {name: value for name, value in setting.items() if name in parameters_of(pipe)}
 
 
-def batched(positions: list[int]) -> list[list[int]]:
-    """``positions`` in batches."""
-    return [positions[start : start + BATCH] for start in range(0, len(positions), BATCH)]
-
-
 def calibrate(
     pipe: Any,
     prompts: Sequence[str],
@@ -154,7 +57,7 @@ def calibrate(
     seed: int = 0,
     memorized: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
-    journal: Path | None = None,
+    work: Path | None = None,
     state: PartialState | None = None,
 ) -> Profile:
     """Measure ordinary prompts on a pipeline, one seed each, and return the `Profile`.
@@ -167,7 +70,7 @@ def calibrate(
         inputs: what else the pipeline's call is given, such as the picture of an image-to-image run; the same for every prompt.
         memorized: prompts known to be memorized, where there are some: they fit the weights of the signals and nothing else.
         progress: called with prompts done and prompts in all.
-        journal: a file that keeps what has been measured, so that a killed calibration goes on; removed at the end.
+        work: a folder that keeps what has been measured, so that a killed calibration goes on; removed at the end.
         state: accelerate's, where several processes share the work, each on its own pipeline; every one of them returns the profile.
 
     Raises:
@@ -175,145 +78,112 @@ def calibrate(
     """
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
+    configuration = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width, inputs=inputs)
+    about = [FORMAT, configuration, list(prompts), list(memorized), seed, PLAN, BATCH_SIZE]
+    parts = Parts(work, "calibration", about)
     setting = call_setting(pipe, steps, guidance_scale, height, width) | dict(inputs or {})
-    print_ = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width, inputs=inputs)
-    rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    digest = hashlib.sha256(json.dumps([list(prompts), list(memorized), seed, PLAN]).encode()).hexdigest()
-    notes = Journal(journal and journal.with_suffix(f".{rank}.jsonl"), {"format": FORMAT, "fingerprint": print_, "prompts": digest})
+    measurement = Measurement(pipe, [*prompts, *memorized], setting, seed, parts, state, progress)
     fitting, scoring = split(len(prompts))
-    done = 0
+    cascade, values = fit(measurement, fitting, range(len(prompts), len(prompts) + len(memorized)))
+    scores = score(measurement, scoring, cascade)
+    series, timesteps = measure_series(measurement, scoring[:SERIES_PROMPTS])
+    parts.remove()
+    return Profile(configuration, cascade, scores, values, series, timesteps, document_frequency(prompts))
 
-    everything, total = [*prompts, *memorized], len(prompts) + len(memorized)
 
-    def measure(what: str, positions: list[int], see: Callable[[Observation], Any], calls: int | None = 1) -> list[Any]:
-        """What ``see`` makes of every observation of ``positions``, by batch and call; from the journal where it is known."""
-        nonlocal done
-        batches = batched(positions)
-        for number, batch in list(enumerate(batches))[rank::processes]:
-            if f"{what} {number}" not in notes.results:
-                seen: list[Any] = []
-                look = [everything[i] for i in batch], [seed + i for i in batch]
-                read(pipe, *look, lambda observation, seen=seen: seen.append(see(observation)), calls, **setting)  # type: ignore[misc]
-                notes.add(f"{what} {number}", seen)
-            done += len(batch) * (what != "series")
-            if progress:
-                progress(min(total, done * processes), total)
-        mine = {key: result for key, result in notes.results.items() if key.startswith(what)}
-        everyone = gather_object([mine]) if processes > 1 else [mine]
-        found = {key: result for part in everyone for key, result in part.items()}
-        return [found[f"{what} {number}"] for number in range(len(batches))]
+class Measurement:
+    """The prompts of one calibration on its pipeline, measured in batches that are kept in ``parts`` and shared by processes."""
 
-    names = [name for stage, _ in PLAN for name in stage]
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        setting: Mapping[str, Any],
+        seed: int,
+        parts: Parts,
+        state: PartialState | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.pipe, self.prompts, self.setting, self.seed = pipe, prompts, setting, seed
+        self.parts, self.state, self.progress = parts, state, progress
+        self.done = 0
 
-    def first(observation: Observation) -> dict[str, list[float]]:
-        values = {name: BY_NAME[name].read(observation).tolist() for name in names}
-        return {**values, "alignment": alignment(observation, estimate(observation), observation.condition).tolist()}
+    def read(self, what: str, positions: Sequence[int], look: Callable[[Observation], Any], calls: int | None = 1) -> list[list[Any]]:
+        """What ``look`` makes of the first ``calls`` calls (all with None) of the prompts at ``positions``: by batch, then by call."""
+        batches = [positions[start : start + BATCH_SIZE] for start in range(0, len(positions), BATCH_SIZE)]
+        pieces = {f"{what}-{number:06d}": batch for number, batch in enumerate(batches)}
+        return run_pieces(self.parts, pieces, partial(self.read_batch, look, calls), self.state, partial(self.advance, what != "series"))
 
-    def fit(observation: Observation) -> dict[str, list[float]]:
-        """Every signal of the plan and alignment at the first call, the guidance norm at the later ones."""
-        return {"later": guidance_norm(observation).tolist()} if observation.step else first(observation)
+    def read_batch(self, look: Callable[[Observation], Any], calls: int | None, batch: Sequence[int]) -> list[Any]:
+        """What ``look`` makes of each call of one batch."""
+        found: list[Any] = []
+        prompts, seeds = [self.prompts[i] for i in batch], [self.seed + i for i in batch]
+        probe_run(self.pipe, prompts, seeds, lambda observation: found.append(look(observation)), calls, **self.setting)
+        return found
 
-    def score(observation: Observation) -> list[float]:
-        if observation.step:
-            return judge_later(guidance_norm(observation), observation.step, cascade).tolist()
-        return judge(observation, cascade)[0].tolist()
+    def advance(self, first_time: bool, batch: Sequence[int]) -> None:
+        """Report the progress after a batch, whose prompts count the first time that they are measured."""
+        self.done += len(batch) * first_time
+        if self.progress:
+            processes = self.state.num_processes if self.state else 1
+            self.progress(min(len(self.prompts), self.done * processes), len(self.prompts))
 
-    def whole(observation: Observation) -> list[list[float]]:
-        return [[observation.timestep], *(BY_NAME[name].read(observation).tolist() for name in SERIES)]
 
-    seen = measure("fit", fitting, fit, 1 + LATER_CALLS)
-    values = {name: joined([calls[0][name] for calls in seen]) for name in seen[0][0]}
-    later = [joined([call["later"] for call in calls]) for calls in list(zip(*seen, strict=True))[1:]]
+def fit(measurement: Measurement, ordinary: Sequence[int], memorized: Sequence[int]) -> tuple[Cascade, dict[str, list[float]]]:
+    """The cascade fitted on the ``ordinary`` prompts at these positions, and the values of its signals and alignment there, ascending."""
+    batches = measurement.read("fit", ordinary, values_to_fit, 1 + LATER_CALLS)
+    values = {name: flatten(first[name] for first, *_ in batches) for name in batches[0][0]}
+    later = [flatten(call["later"] for call in calls) for calls in list(zip(*batches, strict=True))[1:]]
     labelled: dict[str, list[float]] | None = None
     if memorized:
-        known = measure("memorized", list(range(len(prompts), total)), first)
-        labelled = {name: joined([call[name] for (call,) in known]) for name in names}
-    cascade = Cascade.fit(values, labelled, later=later)
-    scored = measure("score", scoring, score, 1 + LATER_CALLS)
-    runs = measure("series", scoring[:SERIES_PROMPTS], whole, None)
-    timesteps = [call[0][0] for call in runs[0]]
-    series = {
-        name: [(statistics.fmean(at), statistics.stdev(at)) for at in (joined([c[i] for c in call]) for call in zip(*runs, strict=True))]
-        for i, name in enumerate(SERIES, start=1)
-    }
-    notes.close()
-    scores = sorted(max(run) for calls in scored for run in zip(*calls, strict=True))
-    clean = {name: sorted(found) for name, found in values.items()}
-    return Profile(print_, cascade, scores, clean, series, timesteps, document_frequency(prompts))
+        known = measurement.read("memorized", memorized, values_at_first_call)
+        labelled = {name: flatten(call[name] for (call,) in known) for stage, _ in PLAN for name in stage}
+    return Cascade.fit(values, labelled, later=later), {name: sorted(found) for name, found in values.items()}
 
 
-def joined(lists: Iterable[Sequence[float]]) -> list[float]:
+def values_at_first_call(observation: Observation) -> dict[str, list[float]]:
+    """Every signal of the plan, and alignment."""
+    values = {name: BY_NAME[name].read(observation).tolist() for stage, _ in PLAN for name in stage}
+    return {**values, "alignment": alignment(observation, rollout_end(observation), observation.condition).tolist()}
+
+
+def values_to_fit(observation: Observation) -> dict[str, list[float]]:
+    """`values_at_first_call`, and at the later ones the guidance norm."""
+    return {"later": guidance_norm(observation).tolist()} if observation.step else values_at_first_call(observation)
+
+
+def score(measurement: Measurement, positions: Sequence[int], cascade: Cascade) -> list[float]:
+    """The scores of the runs of the prompts at ``positions``, later calls included, ascending."""
+    batches = measurement.read("score", positions, partial(scores_of_call, cascade), 1 + LATER_CALLS)
+    return sorted(max(run) for calls in batches for run in zip(*calls, strict=True))
+
+
+def scores_of_call(cascade: Cascade, observation: Observation) -> list[float]:
+    """The score of each row at this call alone."""
+    if observation.step:
+        return judge_later(guidance_norm(observation), observation.step, cascade).tolist()
+    return judge(observation, cascade)[0].tolist()
+
+
+def measure_series(measurement: Measurement, positions: Sequence[int]) -> tuple[dict[str, list[tuple[float, float]]], list[float]]:
+    """Mean and standard deviation of the signals in `SERIES` at every call of whole runs, and the calls' timesteps."""
+    batches = measurement.read("series", positions, values_of_series, None)
+    timesteps = [call[0][0] for call in batches[0]]
+    calls = list(zip(*batches, strict=True))
+    series = {name: [mean_and_deviation(flatten(part[i] for part in call)) for call in calls] for i, name in enumerate(SERIES, start=1)}
+    return series, timesteps
+
+
+def values_of_series(observation: Observation) -> list[list[float]]:
+    """The timestep, alone in its list, and each signal of `SERIES`."""
+    return [[observation.timestep], *(BY_NAME[name].read(observation).tolist() for name in SERIES)]
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of at least two values."""
+    return statistics.fmean(values), statistics.stdev(values)
+
+
+def flatten(lists: Iterable[Sequence[float]]) -> list[float]:
     """The values of all lists, in order."""
     return [value for values in lists for value in values]
-
-
-def cache_folder() -> Path:
-    """Where the user's profiles are cached."""
-    return Path(os.environ.get("SDGUARD_CACHE", Path.home() / ".cache" / "sdguard")) / "profiles"
-
-
-def cache_path(print_: dict[str, Any]) -> Path:
-    """Where the user's profile of a configuration is cached."""
-    return cache_folder() / (hashlib.sha256(json.dumps([FORMAT, print_], sort_keys=True).encode()).hexdigest()[:24] + ".json")
-
-
-def model_folder(pipe: Any) -> Path | None:
-    """The directory a pipeline was loaded from, if it was one."""
-    source = getattr(pipe, "_pretrained_model_name_or_path", None) or getattr(pipe.config, "_name_or_path", None)
-    return Path(source) if source and Path(source).is_dir() else None
-
-
-def loaded(path: Path) -> Profile:
-    """The profile in a file, read once as long as the file stays as it is: it is asked for at every guarded call."""
-    status = path.stat() if path.exists() else None
-    return _loaded(path, status and (status.st_mtime_ns, status.st_size, status.st_ino))
-
-
-@functools.lru_cache(maxsize=16)
-def _loaded(path: Path, version: Any) -> Profile:
-    return Profile.load(path)
-
-
-def known_profile(pipe: Any, print_: dict[str, Any]) -> Profile | None:
-    """The profile that came with the model, else the cached one, if either is of this very configuration."""
-    folder = model_folder(pipe)
-    for path in ([folder / PROFILE_FILE] if folder else []) + [cache_path(print_)]:
-        if path.exists():
-            profile = loaded(path)
-            if profile.fingerprint == print_:
-                return profile
-    return None
-
-
-def profile_of(pipe: Any, config: GuardConfig, **setting: Any) -> Profile:
-    """The profile of a configuration (`fingerprint`'s ``setting``): the one ``config`` gives, a known one, or one made now.
-
-    Raises:
-        ProfileError: the profile given is another configuration's, or calibration is forbidden and none is known.
-    """
-    print_ = fingerprint(pipe, **setting)
-    if config.profile is not None:
-        profile = config.profile if isinstance(config.profile, Profile) else loaded(Path(config.profile))
-        profile.check(print_)
-        return profile
-    if known := known_profile(pipe, print_):
-        return known
-    if not config.calibrate:
-        raise ProfileError("No profile is known for this configuration, and GuardConfig(calibrate=False) forbids to make one.")
-    prompts = config.calibration_prompts or ordinary_prompts(pipe)
-    logger.warning("sdguard: calibrating this configuration on %d ordinary prompts, once; 'sdguard calibrate' does it ahead", len(prompts))
-    path, started = cache_path(print_), time.monotonic()
-    made = calibrate(pipe, prompts, **setting, journal=path)
-    made.save(path)
-    logger.warning("sdguard: calibrated in %.0f seconds; the profile is %s", time.monotonic() - started, path)
-    return made
-
-
-def ordinary_prompts(pipe: Any) -> list[str]:
-    """The ordinary prompts that come with the model, else those that come with sdguard."""
-    folder = model_folder(pipe)
-    if folder and (folder / PROMPTS_FILE).exists():
-        text = (folder / PROMPTS_FILE).read_text()
-    else:
-        text = resources.files("sdguard.decision").joinpath("ordinary_prompts.txt").read_text()
-    return [line for line in text.splitlines() if line.strip()]

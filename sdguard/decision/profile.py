@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +14,9 @@ import numpy as np
 from scipy.stats import beta, betabinom
 
 from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.files.atomic import write_text
 
-FORMAT = 4
+FORMAT = 5
 #: free signals whose course over a whole run is measured.
 SERIES = ("guidance_norm", "denoised_norm")
 
@@ -36,7 +36,7 @@ def scores_needed(false_positive_rate: float) -> int:
 
 
 @dataclass(frozen=True)
-class Rung:
+class MethodStatistics:
     """A steering method as measured on memorized prompts.
 
     Attributes:
@@ -64,7 +64,7 @@ class Profile:
         series: ``(mean, standard deviation)`` of the signals in `SERIES` at every call.
         timesteps: those of the calls.
         words: how many of the prompts hold each word.
-        ladder: steering methods in the order in which they are tried, learnt from memorized prompts; empty where none were known.
+        methods: steering methods in the order in which they are tried, learnt from memorized prompts; empty where none were known.
         format: version of the file format.
     """
 
@@ -75,7 +75,7 @@ class Profile:
     series: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     timesteps: list[float] = field(default_factory=list)
     words: dict[str, int] = field(default_factory=dict)
-    ladder: list[Rung] = field(default_factory=list)
+    methods: list[MethodStatistics] = field(default_factory=list)
     format: int = FORMAT
 
     @property
@@ -152,28 +152,35 @@ class Profile:
     def save(self, path: Path) -> None:
         """Write the profile as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(path)
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Read a profile; raises `ProfileError` in one sentence if the file is missing, damaged or of another format."""
+        damaged = ProfileError(f"{path} is not a profile of sdguard, or it is damaged.")
         try:
             fields = json.loads(path.read_text())
+        except OSError as error:
+            raise ProfileError(f"The profile {path} cannot be read: {error.strerror}.") from None
+        except ValueError:
+            raise damaged from None
+        found = fields.get("format") if isinstance(fields, dict) else None
+        if isinstance(found, int) and found != FORMAT:
+            raise ProfileError(
+                f"{path} was written by another version of sdguard (format {found}; this one reads {FORMAT}): calibrate again."
+            )
+        try:
             stages = tuple(Stage(tuple(stage["signals"]), stage["weights"], stage["bound"]) for stage in fields["cascade"]["stages"])
             scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
             later = tuple(Scale(**scale) for scale in fields["cascade"]["later"])
             series = {name: [(float(mean), float(std)) for mean, std in pairs] for name, pairs in fields["series"].items()}
-            ladder = [Rung(**rung) for rung in fields["ladder"]]
-            profile = cls(**{**fields, "cascade": Cascade(stages, scales, later), "series": series, "ladder": ladder})
+            methods = [MethodStatistics(**method) for method in fields["methods"]]
+            profile = cls(**{**fields, "cascade": Cascade(stages, scales, later), "series": series, "methods": methods})
             lists = [*profile.values.values(), *([v for pair in pairs for v in pair] for pairs in series.values())]
             numbers = [*profile.scores, *(v for values in lists for v in values), *profile.timesteps]
             whole = all(map(math.isfinite, numbers)) and all(profile.values.get(name) for name in profile.cascade.signals)
-        except OSError as error:
-            raise ProfileError(f"The profile {path} cannot be read: {error.strerror}.") from None
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.") from None
+            raise damaged from None
         if profile.format != FORMAT or len(profile.scores) < 2 or not whole:
-            raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.")
+            raise damaged
         return profile

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sdguard.steering import METHODS
-from sdguard.steering.wording import Rewriter
+from sdguard.steering.paraphrase import Rewriter
 
 if TYPE_CHECKING:
     from sdguard.decision.profile import Profile
@@ -35,11 +35,11 @@ class GuardConfig:
         calibrate: whether an unknown configuration may be calibrated on first use; if not, `ProfileError` is raised.
         steering: names of the methods to be tried, in order (`sdguard.steering.METHODS`). By default the order the profile has
             learnt, else rewording, then descent on the responsible tokens, then on the whole embedding.
-        rewriter: gives other wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
+        rewriter: gives paraphrases of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts for that, by default those that come with the model or with sdguard.
         on_call: shown each denoiser call once the guard has acted on it, with the reports as they stand: what was judged, at the first
             call or a later one, and from then on a steered row under its steering. It moves nothing of the run and its evaluations
-            are not booked; what it raises ends the run.
+            are not counted; what it raises ends the run.
 
     Raises:
         ValueError: a field has a value it cannot have.

@@ -10,10 +10,10 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
+from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.guarded.pipeline import unguard
 from sdguard.guarded.report import GuardReport
 
-BATCH = 8
 COLOURS = {"clean": "green", "flagged": "yellow", "steered": "cyan", "withheld": "red"}
 
 
@@ -25,8 +25,8 @@ def generate_guarded(
     images: list[Any] = []
     twins: list[Any] = []
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(jobs), BATCH):
-        some = jobs[start : start + BATCH]
+    for start in range(0, len(jobs), BATCH_SIZE):
+        some = jobs[start : start + BATCH_SIZE]
 
         def call(target: Any, some: list[tuple[str, int]] = some) -> Any:
             generators = [torch.Generator().manual_seed(seed) for _, seed in some]

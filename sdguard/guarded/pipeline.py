@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import wrapt
-from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers import DiffusionPipeline
 
-from sdguard.decision.calibration import is_plain, profile_of
+from sdguard.decision.fingerprint import is_plain
 from sdguard.decision.profile import Profile
-from sdguard.denoiser.families import Encoder, blends, default_size, family_of, sized_by_picture
-from sdguard.denoiser.hook import watched
+from sdguard.denoiser.families import blends, default_size, family_of, is_modular, sized_by_picture
+from sdguard.denoiser.install import watched
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
-from sdguard.guarded.run import GuardedRun, blank
+from sdguard.guarded.run import GuardedRun, blank, profile_of
 
 #: looked up at every guarded call.
 signature_of = functools.cache(inspect.signature)
 
 #: arguments of a call, beside its setting, that move the statistics of ordinary prompts.
-INPUTS = (
+FINGERPRINTED_ARGUMENTS = (
     "max_sequence_length", "clip_skip", "negative_prompt", "true_cfg_scale", "guidance_rescale", "eta", "timesteps", "sigmas",
     "cross_attention_kwargs", "joint_attention_kwargs",
     "original_size", "target_size", "crops_coords_top_left", "negative_original_size", "negative_target_size",
@@ -46,7 +47,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
     """
 
     def __init__(self, pipe: Any, config: GuardConfig | None = None) -> None:
-        if isinstance(pipe, ModularPipeline):
+        if is_modular(pipe):
             raise TypeError(
                 f"{type(pipe).__name__} is a modular pipeline: it is guarded by its guider, sdguard.guarded.guider.GuardedGuidance."
             )
@@ -84,8 +85,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline under guard; takes and returns what the pipeline does, and ``output.guard`` has the reports.
 
-        Cost: no denoiser evaluations beyond the pipeline's own for an image that stops at the cascade's free signals; the look-ahead's
-        for one that goes on, and the ladder's for one that is flagged.
+        Cost: no denoiser evaluations beyond the pipeline's own for an image that stops at the cascade's free signals; the short rollout's
+        for one that goes on, and steering's for one that is flagged.
 
         Raises:
             ProfileError: the profile given does not match the run, or calibration is forbidden and none is known.
@@ -115,9 +116,9 @@ class GuardedPipeline(wrapt.ObjectProxy):
         height, width = size_of(pipe, given)
         steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name) is not None), given["num_inference_steps"])
         given = {**given, "negative_prompt": negative_prompt_of(pipe, given)}
-        usual = {name: parameter.default for name, parameter in signature_of(type(pipe).__call__).parameters.items()}
-        chosen = {name: given[name] for name in INPUTS if given.get(name) is not None}
-        inputs = {name: value for name, value in chosen.items() if not (is_plain(value) and value == usual[name])}
+        defaults = {name: parameter.default for name, parameter in signature_of(type(pipe).__call__).parameters.items()}
+        chosen = {name: given[name] for name in FINGERPRINTED_ARGUMENTS if given.get(name) is not None}
+        inputs = {name: value for name, value in chosen.items() if not (is_plain(value) and value == defaults[name])}
         setting = {"steps": steps, "guidance_scale": given["guidance_scale"], "height": height, "width": width, "inputs": inputs}
         return profile_of(pipe, config, **setting)
 
@@ -140,7 +141,7 @@ def negative_prompt_of(pipe: Any, given: dict[str, Any]) -> str | None:
     if len(different) > 1:
         raise ValueError(f"A guarded call takes one negative prompt for all its images; this one has {len(different)}.")
     (only,) = different
-    return None if only == "" and family_of(pipe).blank else only
+    return None if only == "" and family_of(pipe).empty_negative_is_none else only
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:

@@ -58,7 +58,7 @@ class GuardReport:
                 return f"Predicted to be memorized: {pull}; nothing was changed."
             case "steered":
                 how = (self.steering or {})["passed"]
-                way = f"reworded to “{how['wording']}”" if how["method"] == "rewording" else f"steered by {how['method']}"
+                way = f"reworded to “{how['paraphrase']}”" if how["method"] == "rewording" else f"steered by {how['method']}"
                 return f"Predicted to be memorized: {pull}; {way}, verified by the look-ahead."
         return f"Predicted to be memorized: {pull}; withheld."
 

@@ -13,14 +13,20 @@ from torch import Tensor
 from sdguard.correction import Correction
 from sdguard.decision.cascade import BY_NAME, judge, judge_later
 from sdguard.decision.profile import SERIES, Profile
-from sdguard.denoiser.families import Encoder
+from sdguard.decision.store import profile_for
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 from sdguard.observation import Observation
-from sdguard.steering.flagged import Flagged
-from sdguard.steering.ladder import climb, rungs
+from sdguard.steering.fallback import methods_of, try_in_order
+from sdguard.steering.method import SteeringInput
 
 logger = logging.getLogger(__name__)
+
+
+def profile_of(pipe: Any, config: GuardConfig, **setting: Any) -> Profile:
+    """The profile that runs of a configuration (`fingerprint`'s ``setting``) go by; raises as `profile_for` does."""
+    return profile_for(pipe, given=config.profile, may_calibrate=config.calibrate, prompts=config.calibration_prompts, **setting)
 
 
 class MemorizationError(RuntimeError):
@@ -58,7 +64,7 @@ class GuardedRun:
             self.config.on_call(self.shown(observation), self.reports)
 
     def shown(self, observation: Observation) -> Observation:
-        """The observation for ``on_call``: under the rules that its rows follow, and with books of its own."""
+        """The observation for ``on_call``: under the rules that its rows follow, and with a count of evaluations of its own."""
         rules = tuple(self.corrections[row].rule if row in self.corrections else None for row in range(len(self.reports)))
         return replace(observation, rules=rules, evaluations=observation.evaluations.clone())
 
@@ -120,12 +126,12 @@ class GuardedRun:
             self.settle(report)
 
     def steer(self, reports: list[GuardReport]) -> None:
-        """Send images up the ladder, from their own beginning; verified ones are corrected."""
+        """Try steering methods in order on images, from their own beginning; verified ones are corrected."""
         assert self.first is not None
         observation = self.first.select(torch.tensor([report.row for report in reports]))
-        flagged = Flagged.of(observation, [report.prompt for report in reports], self.encoder, self.profile, self.config.rewriter)
+        flagged = SteeringInput.of(observation, [report.prompt for report in reports], self.encoder, self.profile, self.config.rewriter)
         try:
-            outcomes = climb(flagged, rungs(self.profile, self.config.steering))
+            outcomes = try_in_order(flagged, methods_of(self.profile, self.config.steering))
         except Exception as error:  # as in judge_first
             self.fail(reports, error)
             return

@@ -1,11 +1,11 @@
-"""Steering: ways to turn flagged samples away from a memorized picture. One file each; the ladder chooses among them."""
+"""Steering: ways to turn flagged samples away from a memorized picture. One file each; `fallback` tries them in order."""
 
 from sdguard.steering.attention import ATTENTION_ATTENUATION
 from sdguard.steering.baselines import EMBEDDING_NOISE, RANDOM_NUMBERS, RANDOM_TOKENS
 from sdguard.steering.clamp import NORM_CLAMP
 from sdguard.steering.descent import EMBEDDING_DESCENT, LID_ASCENT, TOKEN_DESCENT
-from sdguard.steering.flagged import Flagged, Method
 from sdguard.steering.guidance import ATTRACTIVE_REPULSIVE, GUIDANCE_DELAY, OPPOSITE_GUIDANCE, WEAKENED_GUIDANCE
+from sdguard.steering.method import Method, SteeringInput
 from sdguard.steering.noise import NOISE_ADJUSTMENT, SAIL
 from sdguard.steering.padding import PADDING_DAMPING
 from sdguard.steering.rewording import REWORDING
@@ -17,7 +17,7 @@ METHODS: dict[str, Method] = {
         ATTENTION_ATTENUATION, ATTRACTIVE_REPULSIVE, TOKEN_DESCENT, EMBEDDING_DESCENT, LID_ASCENT, SAIL,
     )
 }  # fmt: skip
-#: for comparison only; no ladder takes them.
+#: for comparison only; a profile's order never has them.
 BASELINES: dict[str, Method] = {method.name: method for method in (RANDOM_TOKENS, RANDOM_NUMBERS, EMBEDDING_NOISE)}
 
-__all__ = ["BASELINES", "METHODS", "Flagged", "Method"]
+__all__ = ["BASELINES", "METHODS", "Method", "SteeringInput"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdguard.correction import Correction
 from sdguard.observation import Observation
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 #: a token spikes in a head where its highest logit stands this many standard deviations above the other tokens'.
 SPIKE = 2.0
@@ -53,7 +53,7 @@ def attenuated(denoiser: Any) -> Iterator[None]:
 
 def attenuated_prediction(observation: Observation) -> Tensor:
     """The conditional noise prediction under attenuated attention, ``[B, C, H, W]``. Cost: 1 evaluation."""
-    observation.spend(1)
+    observation.count_nfe(1)
     with attenuated(observation.denoiser):
         return observation.conditional(observation.x, observation.timestep)
 
@@ -63,7 +63,7 @@ def attenuation_rule(observation: Observation) -> Tensor:
     return observation.guided(attenuated_prediction(observation), observation.eps_u)
 
 
-def attention_attenuation(flagged: Flagged) -> list[Correction | None]:
+def attention_attenuation(flagged: SteeringInput) -> list[Correction | None]:
     """The attenuation of GUARD (2603.00133) at every step; not where the denoiser has no cross-attention processors.
 
     It runs in a call of its own, so that the batch's other rows keep theirs. Cost: none ahead, 1 evaluation a step.

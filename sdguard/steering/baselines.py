@@ -8,13 +8,13 @@ import numpy as np
 
 from sdguard.correction import Correction
 from sdguard.geometry.rollout import independent_noise
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 #: words or numbers put in, and the noise's standard deviation as a share of the embedding's.
 INSERTED, NOISE = 4, 0.1
 
 
-def inserted(flagged: Flagged, draw: Callable[[np.random.Generator], str]) -> list[Correction | None]:
+def inserted(flagged: SteeringInput, draw: Callable[[np.random.Generator], str]) -> list[Correction | None]:
     """The prompt with `INSERTED` drawn words at random places, a fixed function of prompt and noise."""
     corrections: list[Correction | None] = []
     for prompt, x in zip(flagged.prompts, flagged.observation.x, strict=True):
@@ -25,22 +25,22 @@ def inserted(flagged: Flagged, draw: Callable[[np.random.Generator], str]) -> li
         words = prompt.split()
         for _ in range(INSERTED):
             words.insert(int(rng.integers(len(words) + 1)), draw(rng))
-        corrections.append(Correction({"wording": " ".join(words)}, condition=flagged.encoder([" ".join(words)])[0]))
+        corrections.append(Correction({"paraphrase": " ".join(words)}, condition=flagged.encoder([" ".join(words)])[0]))
     return corrections
 
 
-def random_tokens(flagged: Flagged) -> list[Correction | None]:
+def random_tokens(flagged: SteeringInput) -> list[Correction | None]:
     """Random words of ordinary prompts put in. Cost: the text encoder's alone."""
     vocabulary = sorted(flagged.profile.words)
     return inserted(flagged, lambda rng: str(rng.choice(vocabulary)))
 
 
-def random_numbers(flagged: Flagged) -> list[Correction | None]:
+def random_numbers(flagged: SteeringInput) -> list[Correction | None]:
     """Random numbers put in. Cost: the text encoder's alone."""
     return inserted(flagged, lambda rng: str(rng.integers(1000)))
 
 
-def embedding_noise(flagged: Flagged) -> list[Correction | None]:
+def embedding_noise(flagged: SteeringInput) -> list[Correction | None]:
     """Gaussian noise on the prompt embedding. Cost: none."""
     condition = flagged.observation.condition
     noise = independent_noise(condition.float(), 20) * condition.float().std(dim=(1, 2), keepdim=True)

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from sdguard.correction import Correction
 from sdguard.decision.profile import Profile
-from sdguard.geometry.hessian import norm, spread
+from sdguard.geometry.rowwise import expand_like, norm
 from sdguard.observation import Observation, denoised
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 #: half width of the band in standard deviations of ordinary prompts.
 WIDTH = 2.0
@@ -19,11 +19,11 @@ def clamped(profile: Profile, observation: Observation) -> Tensor:
     mean, std = profile.at("denoised_norm", observation.timestep)
     estimate = denoised(observation.x, observation.guided(observation.eps_c, observation.eps_u), observation.level)
     length = norm(estimate).clamp_min(1e-12)
-    estimate = estimate * spread(length.clamp(mean - WIDTH * std, mean + WIDTH * std) / length, estimate)
+    estimate = estimate * expand_like(length.clamp(mean - WIDTH * std, mean + WIDTH * std) / length, estimate)
     return (observation.x - observation.level.a * estimate) / observation.level.s
 
 
-def norm_clamp(flagged: Flagged) -> list[Correction | None]:
+def norm_clamp(flagged: SteeringInput) -> list[Correction | None]:
     """The denoised norm brought back into the ordinary band at every step (2605.22050, the half of it that hangs on no scheduler)."""
 
     def rule(observation: Observation) -> Tensor:

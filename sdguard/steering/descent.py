@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sdguard.correction import Correction
 from sdguard.explain.attribution import norm_gradient, token_shares
-from sdguard.geometry.hessian import dot, norm
 from sdguard.geometry.rollout import probe
+from sdguard.geometry.rowwise import dot, norm
 from sdguard.observation import Observation
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 ITERATIONS = 8
 #: as a share of each token's distance from the empty prompt's.
@@ -43,7 +43,7 @@ def lid_gradient(observation: Observation, condition: Tensor, step: float = 4e-3
         ahead = observation.conditional(observation.x + h * v, observation.timestep, condition)
         lost = observation.level.s * dot(v, (ahead - eps) / h)
         (gradient,) = torch.autograd.grad(lost.sum(), condition)
-    observation.spend(4)
+    observation.count_nfe(4)
     return norm(eps.detach() - observation.eps_u), gradient
 
 
@@ -79,7 +79,7 @@ def descent(
     return condition.to(observation.condition.dtype), [row.nonzero().flatten().tolist() for row in moving.squeeze(-1)]
 
 
-def embedding_descent(flagged: Flagged, slope: Slope = norm_gradient, share: float = 1.0) -> list[Correction | None]:
+def embedding_descent(flagged: SteeringInput, slope: Slope = norm_gradient, share: float = 1.0) -> list[Correction | None]:
     """Each prompt's embedding moved by `descent` until it pulls as ordinary prompts do."""
     condition, tokens = descent(flagged.observation, flagged.target, slope, share)
     return [Correction({"tokens": moved}, condition=row) for row, moved in zip(condition, tokens, strict=True)]

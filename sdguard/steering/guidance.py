@@ -10,7 +10,7 @@ from torch import Tensor
 from sdguard.correction import Correction
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 #: timestep at which guidance sets in at the latest.
 LATEST = 500.0
@@ -31,32 +31,32 @@ def delay_rule(before: float, observation: Observation) -> Tensor:
     return torch.where(past_transition(observation).view(-1, 1, 1, 1), observation.guided(observation.eps_c, observation.eps_u), early)
 
 
-def delayed(before: float, flagged: Flagged) -> list[Correction | None]:
+def delayed(before: float, flagged: SteeringInput) -> list[Correction | None]:
     """Guidance put off to the transition point (attraction basin, 2411.16738), at the latest to timestep `LATEST`. Cost: none."""
     return [Correction({"guidance_before": before}, rule=partial(delay_rule, before)) for _ in flagged.prompts]
 
 
 def repulsion_rule(original: Tensor, observation: Observation) -> Tensor:
     """``eps_u + w (eps_+ - eps_u) - r (eps_- - eps_u)``, eps_- that of the ``original`` condition (2603.00133). Cost: 1 evaluation."""
-    observation.spend(1)
+    observation.count_nfe(1)
     negative = observation.conditional(observation.x, observation.timestep, original.unsqueeze(0))
     away = REPULSION * observation.guidance_scale * (negative - observation.eps_u)
     return observation.guided(observation.eps_c, observation.eps_u) - away
 
 
-def attractive_repulsive(flagged: Flagged) -> list[Correction | None]:
-    """Guidance towards the prompt's wording and away from the prompt itself; not where no wording was found.
+def attractive_repulsive(flagged: SteeringInput) -> list[Correction | None]:
+    """Guidance towards the prompt's paraphrase and away from the prompt itself; not where no paraphrase was found.
 
     Cost: the text encoder's ahead, 1 evaluation a step.
     """
     corrections: list[Correction | None] = []
-    for wording, original in zip(flagged.wordings, flagged.observation.condition, strict=True):
-        if wording is None:
+    for paraphrase, original in zip(flagged.paraphrases, flagged.observation.condition, strict=True):
+        if paraphrase is None:
             corrections.append(None)
             continue
-        how = {"wording": wording.text, "dropped": wording.dropped}
+        how = {"paraphrase": paraphrase.text, "dropped": paraphrase.dropped}
         rule = partial(repulsion_rule, original)
-        corrections.append(Correction(how, condition=flagged.encoder([wording.text])[0], rule=rule))
+        corrections.append(Correction(how, condition=flagged.encoder([paraphrase.text])[0], rule=rule))
     return corrections
 
 
@@ -66,7 +66,7 @@ def weakened_rule(target: float, observation: Observation) -> Tensor:
     return observation.guided(observation.eps_u + share * observation.difference, observation.eps_u)
 
 
-def weakened_guidance(flagged: Flagged) -> list[Correction | None]:
+def weakened_guidance(flagged: SteeringInput) -> list[Correction | None]:
     """A guidance scale of the image's own: no more pull at any step than ordinary prompts have there. Cost: none."""
 
     def rule(observation: Observation) -> Tensor:

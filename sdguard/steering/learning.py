@@ -1,4 +1,4 @@
-"""Learning the ladder: which methods cure on this model, at what cost, from prompts that are known to be memorized."""
+"""Learning the order of methods: which cure on this model, at what cost, from prompts that are known to be memorized."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdguard.decision.profile import Profile, Rung
-from sdguard.denoiser.families import Encoder
-from sdguard.denoiser.probe import read
-from sdguard.geometry.rollout import estimate
+from sdguard.decision.profile import MethodStatistics, Profile
+from sdguard.denoiser.probe import BATCH_SIZE, probe_run
+from sdguard.denoiser.text_encoding import Encoder
+from sdguard.geometry.rollout import rollout_end
 from sdguard.observation import Observation
 from sdguard.steering import METHODS
-from sdguard.steering.flagged import Flagged
-from sdguard.steering.ladder import attempt
-
-BATCH = 8
+from sdguard.steering.fallback import attempt
+from sdguard.steering.method import SteeringInput
 
 
-def ordered(rungs: Sequence[Rung]) -> list[Rung]:
+def ordered(methods: Sequence[MethodStatistics]) -> list[MethodStatistics]:
     """Least expected cost of a cure first, of equal cost the one that moves the prediction least; what cures nothing is left out.
 
     For independent tries that stop at the first success, the order by cost over probability has the least expected cost.
     """
-    curing = [rung for rung in rungs if rung.cured]
-    return sorted(curing, key=lambda rung: (round(rung.cost / rung.cured), rung.moved))
+    curing = [method for method in methods if method.cured]
+    return sorted(curing, key=lambda method: (round(method.cost / method.cured), method.moved))
 
 
-def learn_ladder(
+def learn_methods(
     pipe: Any,
     profile: Profile,
     memorized: Sequence[str],
@@ -40,7 +38,7 @@ def learn_ladder(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
-    """The profile with its ladder learnt: every method is tried on every memorized prompt, one seed each, and verified.
+    """The profile with the order of methods learnt: every one is tried on every memorized prompt, one seed each, and verified.
 
     Cost: that of all methods and verifications, some 600 evaluations a prompt.
     """
@@ -48,8 +46,8 @@ def learn_ladder(
     found: dict[str, list[tuple[bool, int, float]]] = {name: [] for name in METHODS}
 
     def look(observation: Observation, prompts: list[str]) -> None:
-        estimate(observation, independent=True)  # the decision has made it by the time a sample is steered
-        flagged = Flagged.of(observation, list(prompts), Encoder(pipe), profile)
+        rollout_end(observation, independent=True)  # the decision has made it by the time a sample is steered
+        flagged = SteeringInput.of(observation, list(prompts), Encoder(pipe), profile)
         for name, method in METHODS.items():
             before = observation.evaluations.clone()
             tried = attempt(flagged, method)
@@ -57,10 +55,10 @@ def learn_ladder(
             verified = [(entry[1], cost) for entry, cost in zip(tried, costs, strict=True) if entry]
             found[name] += [(verification.passed, cost, verification.moved["prediction"]) for verification, cost in verified]
 
-    for start in range(0, len(memorized), BATCH):
-        some = list(memorized[start : start + BATCH])
-        read(pipe, some, [seed + i for i in range(start, start + len(some))], lambda o, some=some: look(o, some), **setting)  # type: ignore[misc]
+    for start in range(0, len(memorized), BATCH_SIZE):
+        some = list(memorized[start : start + BATCH_SIZE])
+        probe_run(pipe, some, [seed + i for i in range(start, start + len(some))], lambda o, some=some: look(o, some), **setting)  # type: ignore[misc]
         if progress:
             progress(start + len(some), len(memorized))
-    rungs = [Rung(name, *(statistics.fmean(column) for column in zip(*tried, strict=True))) for name, tried in found.items() if tried]
-    return replace(profile, ladder=ordered(rungs))
+    means = {name: map(statistics.fmean, zip(*tried, strict=True)) for name, tried in found.items() if tried}
+    return replace(profile, methods=ordered([MethodStatistics(name, *columns) for name, columns in means.items()]))

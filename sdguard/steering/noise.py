@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.geometry.hessian import norm, spread
 from sdguard.geometry.rollout import independent_start
+from sdguard.geometry.rowwise import expand_like, norm
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 #: initial-noise adjustment: length of the look uphill as a share of the noise's norm (50 of 128 on Stable Diffusion), step, passes.
 UPHILL, STEP, PASSES = 50 / 128, 0.7, 2
@@ -20,21 +20,21 @@ FRESH, DESCENT_STEPS, LEARNING_RATE, LOOK = 4, 10, 0.05, 1 / 128
 
 def on_shell(x: Tensor) -> Tensor:
     """``x`` with each row brought to the norm Gaussian noise has, the square root of its dimension."""
-    return x * spread(x[0].numel() ** 0.5 / norm(x), x)
+    return x * expand_like(x[0].numel() ** 0.5 / norm(x), x)
 
 
 def contrast(observation: Observation, x: Tensor) -> Tensor:
     """``D = eps_c - eps_u`` at ``x``, ``[B, C, H, W]``. Cost: 2 evaluations."""
-    eps_c, eps_u = observation.replay(x, observation.timestep)
+    eps_c, eps_u = observation.both_branches(x, observation.timestep)
     return eps_c - eps_u
 
 
 def along(d: Tensor, x: Tensor, length: float) -> Tensor:
     """The direction of ``d`` at ``length`` times the norm of ``x``."""
-    return d * spread(length * norm(x) / norm(d).clamp_min(1e-12), d)
+    return d * expand_like(length * norm(x) / norm(d).clamp_min(1e-12), d)
 
 
-def noise_adjustment(flagged: Flagged) -> list[Correction | None]:
+def noise_adjustment(flagged: SteeringInput) -> list[Correction | None]:
     """The noise moved against the change of the contrast along itself: ``x -= g (D(x + u) - D(x))``, u uphill along D.
 
     The batch-wise method of 2510.08625, by forward passes alone. Cost: 4 evaluations a pass, 2 at the first.
@@ -56,7 +56,7 @@ def sharpness(observation: Observation, x: Tensor) -> Tensor:
     return norm(contrast(observation, x + along(d, x, LOOK)) - d).square()
 
 
-def sail(flagged: Flagged) -> list[Correction | None]:
+def sail(flagged: SteeringInput) -> list[Correction | None]:
     """Sharpness-aware initial noise (Jeon et al. 2025): the flattest of some fresh noises, descended on the objective.
 
     The direction follows the iterate. Fresh noises hang on the row's own, and so on the user's generator. An image stops once its guidance
@@ -75,7 +75,7 @@ def sail(flagged: Flagged) -> list[Correction | None]:
         with torch.enable_grad():
             x.requires_grad_()
             (gradient,) = torch.autograd.grad(sharpness(observation, x).sum(), x)
-        observation.spend(4)  # a gradient counts as one more than its forward pass
+        observation.count_nfe(4)  # a gradient counts as one more than its forward pass
         before, x.grad = x.detach().clone(), gradient
         adam.step()
         x.requires_grad_(False)

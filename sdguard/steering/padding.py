@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from sdguard.correction import Correction
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 
-def padding_damping(flagged: Flagged) -> list[Correction | None]:
+def padding_damping(flagged: SteeringInput) -> list[Correction | None]:
     """The end token and the padding after it replaced by the unconditional prompt's in the same places.
 
     Where the padding repeats the end token, as in Stable Diffusion 1, its copies sum up the prompt and dominate cross-attention
-    (remedies for it: CVPR 2026, see ``methods.md``). Not where the text is unknown or the padding is another token. Cost: none.
+    (Kim & No 2026, 2605.02908, who pad with ``!`` or mask them). Not where the text is unknown or the padding is another token. Cost: none.
     """
     encoder, observation = flagged.encoder, flagged.observation
     corrections: list[Correction | None] = []

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from sdguard.correction import Correction
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 
 
-def rewording(flagged: Flagged) -> list[Correction | None]:
-    """The prompt's wording in place of the prompt; not where none was found. Cost: the text encoder's alone."""
-    found = [wording for wording in flagged.wordings if wording]
-    conditions = iter(flagged.encoder([wording.text for wording in found]) if found else ())
+def rewording(flagged: SteeringInput) -> list[Correction | None]:
+    """The prompt's paraphrase in place of the prompt; not where none was found. Cost: the text encoder's alone."""
+    found = [paraphrase for paraphrase in flagged.paraphrases if paraphrase]
+    conditions = iter(flagged.encoder([paraphrase.text for paraphrase in found]) if found else ())
     return [
-        Correction({"wording": wording.text, "dropped": wording.dropped}, condition=next(conditions)) if wording else None
-        for wording in flagged.wordings
+        Correction({"paraphrase": paraphrase.text, "dropped": paraphrase.dropped}, condition=next(conditions)) if paraphrase else None
+        for paraphrase in flagged.paraphrases
     ]
 
 

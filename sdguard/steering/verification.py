@@ -1,6 +1,6 @@
 """Verification: is the corrected sample memorized after all, and does it still show what was asked for?
 
-Nothing here reads the signal that methods descend on. The look-aheads ask whether the corrected condition and noise lead to *any*
+Nothing here reads the signal that methods descend on. The short rollouts ask whether the corrected condition and noise lead to *any*
 memorized picture, and the denoiser is asked whether the picture they lead to is the prompt's.
 """
 
@@ -16,11 +16,11 @@ import torch
 from sdguard.correction import Correction, corrected, movement
 from sdguard.decision.profile import quantile
 from sdguard.geometry.alignment import alignment
-from sdguard.geometry.rollout import estimate, independent_start, look_ahead
+from sdguard.geometry.rollout import independent_start, rollout_end, short_rollout
 from sdguard.observation import Observation
 from sdguard.signals.agreement import correlation
 from sdguard.signals.guidance_norm import guidance_norm
-from sdguard.steering.flagged import Flagged
+from sdguard.steering.method import SteeringInput
 
 #: share of ordinary prompts that pull harder than what counts as an emptied prompt.
 PULLING = 0.99
@@ -31,11 +31,11 @@ class Verification:
     """What was found of one corrected image.
 
     Attributes:
-        agreement: of its look-aheads from its own noise and an independent one.
-        agreement_with_uncorrected: of its look-ahead with the uncorrected one from independent noise.
-        alignment: how much of the picture ahead the prompt's ordinary wording explains; nan where no wording is known.
+        agreement: of its short rollouts from its own noise and an independent one.
+        agreement_with_uncorrected: of its short rollout with the uncorrected one from independent noise.
+        alignment: how much of the picture ahead the prompt's paraphrase explains; nan where none is known.
         moved: how far text embeddings, noise and prediction were moved (see `movement`).
-        memorized: whether the look-aheads agree more than 99% of ordinary prompts' do.
+        memorized: whether the short rollouts agree more than 99% of ordinary prompts' do.
         aligned: whether the alignment is that of 99% of ordinary prompts, or, where it is unknown, whether the prompt still pulls.
     """
 
@@ -56,17 +56,17 @@ class Verification:
         return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
 
 
-def verify(flagged: Flagged, corrections: Sequence[Correction]) -> list[Verification]:
+def verify(flagged: SteeringInput, corrections: Sequence[Correction]) -> list[Verification]:
     """Verify one correction for each flagged image.
 
-    Cost for K look-ahead steps: that of applying the correction; ``2 (K - 1)`` for the corrected look-ahead, ``2 K`` for the other, beside
+    Cost for K short rollout steps: that of applying the correction; ``2 (K - 1)`` for the corrected rollout, ``2 K`` for the other, beside
     what a rule takes; ``2 K`` once an image for the uncorrected one, unless the decision has made it; 2 for the alignment.
     """
     observation, profile = flagged.observation, flagged.profile
-    noise, uncorrected = independent_start(observation), estimate(observation, independent=True)
+    noise, uncorrected = independent_start(observation), rollout_end(observation, independent=True)
     candidate = corrected(observation, corrections)
-    own = look_ahead(candidate)
-    across = correlation(own, look_ahead(candidate, noise)).tolist()
+    own = short_rollout(candidate)
+    across = correlation(own, short_rollout(candidate, noise)).tolist()
     stayed = correlation(own, uncorrected).tolist()
     aligned = alignments(flagged, own)
     pulls = guidance_norm(candidate).tolist()
@@ -85,12 +85,12 @@ def verify(flagged: Flagged, corrections: Sequence[Correction]) -> list[Verifica
     ]
 
 
-def alignments(flagged: Flagged, pictures: torch.Tensor) -> list[float]:
-    """The alignment of each picture with its prompt's ordinary wording, nan where there is none. Cost: 2 evaluations where there is."""
-    rows = [row for row, wording in enumerate(flagged.wordings) if wording]
-    found = [math.nan] * len(flagged.wordings)
+def alignments(flagged: SteeringInput, pictures: torch.Tensor) -> list[float]:
+    """The alignment of each picture with its prompt's paraphrase, nan where there is none. Cost: 2 evaluations where there is."""
+    rows = [row for row, paraphrase in enumerate(flagged.paraphrases) if paraphrase]
+    found = [math.nan] * len(flagged.paraphrases)
     if rows:
-        condition = flagged.encoder([wording.text for wording in flagged.wordings if wording])
+        condition = flagged.encoder([paraphrase.text for paraphrase in flagged.paraphrases if paraphrase])
         here: Observation = flagged.observation.select(torch.tensor(rows))
         for row, value in zip(rows, alignment(here, pictures[rows], condition).tolist(), strict=True):
             found[row] = value

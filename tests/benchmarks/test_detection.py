@@ -27,7 +27,7 @@ from benchmarks.__main__ import app
 from benchmarks.detection import BATCH, CAPTION, GUARD
 from benchmarks.published import over_run, released
 from sdguard import Profile
-from sdguard.decision.calibration import fingerprint
+from sdguard.decision.fingerprint import fingerprint
 from sdguard.files.prompt_files import write_table
 from sdguard.signals import SIGNALS
 
@@ -44,8 +44,8 @@ EACH = len(PROMPTS["verbatim"])
 def saved(pipe: Any, folder: Path) -> list[str]:
     """A tiny pipeline with its profile and a file of prompts in a folder, and the arguments of a command that measures them."""
     pipe.save_pretrained(folder / "model")
-    print_ = fingerprint(pipe, steps=STEPS, guidance_scale=4.0, height=SIZE, width=SIZE)
-    replace(profile_for(3.0), fingerprint=print_).save(folder / "model" / "sdguard" / "profile.json")
+    configuration = fingerprint(pipe, steps=STEPS, guidance_scale=4.0, height=SIZE, width=SIZE)
+    replace(profile_for(3.0), fingerprint=configuration).save(folder / "model" / "sdguard" / "profile.json")
     rows = [{"caption": prompt, "kind": kind} for kind, prompts in PROMPTS.items() for prompt in prompts]
     write_table(pd.DataFrame(rows).assign(source="made up"), folder / "prompts.csv")
     given = {"model": folder / "model", "prompts": folder / "prompts.csv", "seeds": SEEDS, "steps": STEPS, "guidance": 4.0}

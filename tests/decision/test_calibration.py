@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdguard.decision.calibration import calibrate, fingerprint, loaded
+from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
-from sdguard.decision.profile import Profile, ProfileError, Rung
-from sdguard.denoiser.probe import read
-from sdguard.steering.learning import learn_ladder
+from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.profile import MethodStatistics, Profile, ProfileError
+from sdguard.decision.store import load_profile
+from sdguard.denoiser.probe import probe_run
+from sdguard.steering.learning import learn_methods
 
 values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 
@@ -22,8 +24,8 @@ values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 def profile(norms: list[float]) -> Profile:
     cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
     course = {"guidance_norm": [(1.0, 0.1), (2.0, 0.3)]}
-    ladder = [Rung("rewording", 0.9, 20.0, 0.4)]
-    return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, course, [900.0, 100.0], {"cat": 2}, ladder)
+    methods = [MethodStatistics("rewording", 0.9, 20.0, 0.4)]
+    return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, course, [900.0, 100.0], {"cat": 2}, methods)
 
 
 @given(values, st.floats(0.001, 200))
@@ -65,10 +67,10 @@ def test_a_profile_file_is_read_again_once_it_has_changed(tmp_path: Path) -> Non
     path = tmp_path / "profile.json"
     for scores in ([1.0, 2.0], [1.0, 3.0]):
         profile(scores).save(path)
-        assert loaded(path).scores == scores
+        assert load_profile(path).scores == scores
     path.unlink()
     with pytest.raises(ProfileError, match="cannot be read"):
-        loaded(path)
+        load_profile(path)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_profile_of_another_format_is_refused(tmp_path: Path) -> None:
     profile([1, 2]).save(tmp_path / "profile.json")
     fields = json.loads((tmp_path / "profile.json").read_text())
     (tmp_path / "profile.json").write_text(json.dumps({**fields, "format": 99}))
-    with pytest.raises(ProfileError):
+    with pytest.raises(ProfileError, match=r"another version of sdguard \(format 99; this one reads 5\): calibrate again\.$"):
         Profile.load(tmp_path / "profile.json")
 
 
@@ -115,7 +117,7 @@ def test_calibration_is_deterministic_and_independent_of_batching(tiny: Any, mon
     prompts = [f"a cat number {i}" for i in range(6)]
     setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
     whole = calibrate(tiny, prompts, **setting)
-    monkeypatch.setattr("sdguard.decision.calibration.BATCH", 4)
+    monkeypatch.setattr("sdguard.decision.calibration.BATCH_SIZE", 4)
     parts = calibrate(tiny, prompts, **setting)
     assert parts.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3)
     assert parts.values["agreement"] == pytest.approx(whole.values["agreement"], abs=1e-3)
@@ -147,7 +149,7 @@ def test_the_interval_of_the_realised_rate_holds_its_mean_and_narrows(prompts: i
 def test_a_killed_calibration_goes_on_where_it_stopped(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a cat number {i}" for i in range(9)]
     setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
-    monkeypatch.setattr("sdguard.decision.calibration.BATCH", 2)
+    monkeypatch.setattr("sdguard.decision.calibration.BATCH_SIZE", 2)
     whole = calibrate(tiny, prompts, **setting)
     asked: list[str] = []
 
@@ -155,16 +157,15 @@ def test_a_killed_calibration_goes_on_where_it_stopped(tiny: Any, tmp_path: Path
         asked.extend(batch)
         if len(asked) == 7:
             raise KeyboardInterrupt
-        read(pipe, batch, *args, **kwargs)
+        probe_run(pipe, batch, *args, **kwargs)
 
-    monkeypatch.setattr("sdguard.decision.calibration.read", counted)
-    journal = tmp_path / "profile.json"
+    monkeypatch.setattr("sdguard.decision.calibration.probe_run", counted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny, prompts, **setting, journal=journal)
+        calibrate(tiny, prompts, **setting, work=tmp_path / "work")
     before = len(asked)
-    assert calibrate(tiny, prompts, **setting, journal=journal) == whole
+    assert calibrate(tiny, prompts, **setting, work=tmp_path / "work") == whole
     assert len(asked) - before < before + len(whole.scores)
-    assert not list(tmp_path.glob("*.jsonl"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_known_memorized_prompts_fit_the_weights_and_nothing_else(tiny: Any) -> None:
@@ -189,15 +190,15 @@ def test_limits_of_verification_are_those_of_99_in_100_ordinary_prompts() -> Non
     assert made.alignment_limit() == pytest.approx(0.01)
 
 
-def test_a_ladder_is_learnt_from_memorized_prompts_alone_and_the_same_each_time(tiny: Any) -> None:
+def test_the_order_of_methods_is_learnt_from_memorized_prompts_alone_and_the_same_each_time(tiny: Any) -> None:
     prompts = [f"a cat number {i}" for i in range(8)]
     setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
     profile = calibrate(tiny, prompts, **setting)
-    assert not profile.ladder
+    assert not profile.methods
     lenient = replace(profile, values={**profile.values, "agreement": [2.0] * 100, "alignment": [-1e9] * 100})
-    learnt = learn_ladder(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting)
-    assert {"embedding descent", "padding damping", "attention attenuation"} <= {rung.method for rung in learnt.ladder}
-    assert all(rung.cured > 0 and rung.cost > 0 for rung in learnt.ladder)
-    assert replace(learnt, ladder=[]) == lenient
-    assert learn_ladder(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting) == learnt
-    assert not learn_ladder(tiny, replace(lenient, values={**lenient.values, "agreement": [-2.0] * 100}), prompts[:1], **setting).ladder
+    learnt = learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting)
+    assert {"embedding descent", "padding damping", "attention attenuation"} <= {measured.method for measured in learnt.methods}
+    assert all(measured.cured > 0 and measured.cost > 0 for measured in learnt.methods)
+    assert replace(learnt, methods=[]) == lenient
+    assert learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting) == learnt
+    assert not learn_methods(tiny, replace(lenient, values={**lenient.values, "agreement": [-2.0] * 100}), prompts[:1], **setting).methods

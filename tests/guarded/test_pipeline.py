@@ -18,12 +18,12 @@ from diffusers import (
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
 from sdguard.correction import Correction
-from sdguard.decision import calibration as calibration_module
+from sdguard.decision import store as store_module
 from sdguard.decision.cascade import Scale
 from sdguard.guarded import run as run_module
 from sdguard.observation import denoised
-from sdguard.steering import Flagged
-from sdguard.steering.ladder import Outcome
+from sdguard.steering import SteeringInput
+from sdguard.steering.fallback import Outcome
 
 PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
 SETTING: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "np"}
@@ -66,7 +66,7 @@ def test_a_steered_image_leaves_its_neighbours_bit_identical(
 ) -> None:
     tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
     profile, row = flag_strongest(tiny, profile_for)
-    monkeypatch.setattr(run_module, "climb", always_passes)
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
     plain = call(tiny).images
     output = call(sdguard.guard(tiny, GuardConfig(profile=profile)))
     for i, report in enumerate(output.guard):
@@ -75,10 +75,10 @@ def test_a_steered_image_leaves_its_neighbours_bit_identical(
         assert (report.extra_evaluations > 0) == (i == row)
 
 
-def always_passes(flagged: Flagged, methods: Any) -> list[Outcome]:
+def always_passes(flagged: SteeringInput, methods: Any) -> list[Outcome]:
     texts = [str(prompt).split()[0] for prompt in flagged.prompts]
     conditions = zip(flagged.encoder(texts), texts, strict=True)
-    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": text}]) for c, text in conditions]
+    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "paraphrase": text}]) for c, text in conditions]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
@@ -87,7 +87,7 @@ def test_an_image_flagged_late_is_started_again_and_its_neighbours_are_not_distu
 ) -> None:
     """Only the second call's norm gives it away; the picture is the one that steering from the first call on gives."""
     tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
-    monkeypatch.setattr(run_module, "climb", always_passes)
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
     plain = call(tiny).images
     watching = profile_for(tiny, 1e6)
     series = [report.series["guidance_norm"][1] for report in call(sdguard.guard(tiny, GuardConfig("observe", profile=watching))).guard]
@@ -236,7 +236,7 @@ def test_an_unknown_configuration_is_calibrated_once_and_cached(tiny: Any, monke
         made.append(sdguard.calibrate(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(calibration_module, "calibrate", counted)
+    monkeypatch.setattr(store_module, "calibrate", counted)
     config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a cat {i}" for i in range(8)])
     for _ in range(2):
         assert len(call(sdguard.guard(tiny, config)).guard) == 3
@@ -265,12 +265,12 @@ def test_on_call_is_shown_every_call_and_moves_nothing(
 ) -> None:
     profile, row = flag_strongest(tiny, profile_for)
 
-    def steer(flagged: Flagged, methods: Any) -> list[Outcome]:
+    def steer(flagged: SteeringInput, methods: Any) -> list[Outcome]:
         condition = flagged.observation.null_condition[0]
         correction = Correction({"method": "m"}, None if rule else condition, rule=(lambda here: here.eps_u) if rule else None)
         return [Outcome(correction, [{"method": "m"}]) for _ in flagged.prompts]
 
-    monkeypatch.setattr(run_module, "climb", steer)
+    monkeypatch.setattr(run_module, "try_in_order", steer)
     unwatched = call(sdguard.guard(tiny, GuardConfig(profile=profile)), output_type="latent")
     steps, verdicts = [], []
     last: list[torch.Tensor] = []
@@ -278,7 +278,7 @@ def test_on_call_is_shown_every_call_and_moves_nothing(
     def watch(observation: Any, reports: Any) -> None:
         steps.append(observation.step)
         verdicts.append([report.verdict for report in reports])
-        observation.spend(5)
+        observation.count_nfe(5)
         last[:] = [denoised(observation.x, observation.prediction, observation.level)]
 
     watched = call(sdguard.guard(tiny, GuardConfig(profile=profile, on_call=watch)), output_type="latent")

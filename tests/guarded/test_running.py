@@ -28,14 +28,14 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, Profile, ProfileError, testbed
-from sdguard.decision import calibration as calibration_module
-from sdguard.decision.calibration import fingerprint
+from sdguard.decision import store as store_module
 from sdguard.decision.cascade import Scale
-from sdguard.denoiser.families import Encoder
+from sdguard.decision.fingerprint import fingerprint
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded import pipeline as pipeline_module
 from sdguard.guarded import run as run_module
-from sdguard.steering import Flagged
-from sdguard.steering.ladder import Outcome
+from sdguard.steering import SteeringInput
+from sdguard.steering.fallback import Outcome
 
 SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 CPU = torch.device("cpu")
@@ -324,13 +324,13 @@ def changed(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any
     return {key for key in before.keys() | after.keys() if key not in before or key not in after or before[key] is not after[key]}
 
 
-def looked(second_prompt: bool, flagged: Flagged, methods: Any) -> list[Outcome]:
+def looked(second_prompt: bool, flagged: SteeringInput, methods: Any) -> list[Outcome]:
     """`reworded`, once it is seen that the captured call can be made again and that prompts are encoded as the call encoded them.
 
-    A wording goes to all encoders, a call's ``prompt_2`` to the second alone.
+    A paraphrase goes to all encoders, a call's ``prompt_2`` to the second alone.
     """
     here = flagged.observation
-    for seen, again in zip((here.eps_c, here.eps_u), here.replay(here.x, here.timestep), strict=True):
+    for seen, again in zip((here.eps_c, here.eps_u), here.both_branches(here.x, here.timestep), strict=True):
         torch.testing.assert_close(again, seen, rtol=1e-3, atol=1e-4)
     if all(flagged.prompts) and not second_prompt:
         torch.testing.assert_close(flagged.encoder([str(prompt) for prompt in flagged.prompts]), here.condition, rtol=1e-3, atol=1e-5)
@@ -352,7 +352,7 @@ def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("given_profile")
 @pytest.mark.parametrize("way", [pytest.param(way, id=way.name, marks=way.marks) for way in WAYS])
 def test_a_guarded_run_is_the_plain_one_but_for_the_flagged_row(way: Way, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "climb", partial(looked, way.name.startswith("second prompt")))
+    monkeypatch.setattr(run_module, "try_in_order", partial(looked, way.name.startswith("second prompt")))
     pipe = made(way, embedded.tokenizer)
     run(pipe, way)
     first = state(pipe)
@@ -410,7 +410,7 @@ def test_an_unknown_configuration_is_calibrated_on_first_use(name: str, embedded
     assert all(report.p_value is not None for report in guarded.guard_reports)
 
 
-def print_of(pipe: Any, **inputs: Any) -> dict[str, Any]:
+def configurationof(pipe: Any, **inputs: Any) -> dict[str, Any]:
     return fingerprint(pipe, steps=4, guidance_scale=4.0, height=16, width=16, inputs=inputs)
 
 
@@ -435,35 +435,35 @@ MOVED: dict[str, tuple[Prepare, Prepare]] = {
 
 
 @pytest.mark.parametrize(("before", "change"), MOVED.values(), ids=MOVED)
-def test_the_fingerprint_is_moved_by(before: Prepare, change: Prepare, embedded: Any) -> None:
+def test_the_fingerconfigurationis_moved_by(before: Prepare, change: Prepare, embedded: Any) -> None:
     pipe = build(SD, copy.deepcopy(embedded.tokenizer))
     before(pipe)
-    known = print_of(pipe)
+    known = configurationof(pipe)
     call(pipe, **(image_embeds(pipe) if before is load_adapter else {}))
-    assert print_of(pipe) == known
+    assert configurationof(pipe) == known
     change(pipe)
-    assert print_of(pipe) != known
+    assert configurationof(pipe) != known
 
 
 @pytest.mark.parametrize("offload", ["model offload", "sequential offload", "group offload"])
-def test_the_fingerprint_is_not_moved_by_where_weights_are_kept(offload: str, embedded: Any) -> None:
+def test_the_fingerconfigurationis_not_moved_by_where_weights_are_kept(offload: str, embedded: Any) -> None:
     pipe = build(SD, embedded.tokenizer)
-    known = print_of(pipe)
+    known = configurationof(pipe)
     by_name[offload].prepare(pipe)
-    assert print_of(pipe) == known
+    assert configurationof(pipe) == known
 
 
-def test_the_fingerprint_holds_whatever_an_argument_is_of_numbers_made(embedded: Any) -> None:
+def test_the_fingerconfigurationholds_whatever_an_argument_is_of_numbers_made(embedded: Any) -> None:
     pipe = build(SD, embedded.tokenizer)
     inputs = {"clip_skip": 1, "original_size": (64, 32), "cross_attention_kwargs": {"scale": 0.5}, "timesteps": [900, 300]}
-    found = print_of(pipe, **inputs, image=[picture()], ip_adapter_image_embeds=[drawn(2, 1, 4)])
-    assert {name: found[name] for name in found.keys() - print_of(pipe).keys()} == {**inputs, "original_size": [64, 32]}
+    found = configurationof(pipe, **inputs, image=[picture()], ip_adapter_image_embeds=[drawn(2, 1, 4)])
+    assert {name: found[name] for name in found.keys() - configurationof(pipe).keys()} == {**inputs, "original_size": [64, 32]}
 
 
 def test_a_profile_of_a_run_with_other_arguments_is_refused(embedded: Any) -> None:
     """Also where the run was not given the argument at all."""
     pipe = build(SD, embedded.tokenizer)
-    profile = replace(profile_for(1e6), fingerprint=print_of(pipe, clip_skip=1))
+    profile = replace(profile_for(1e6), fingerprint=configurationof(pipe, clip_skip=1))
     with pytest.raises(ProfileError, match="clip_skip is None, the profile's is 1"):
         call(sdguard.guard(pipe, GuardConfig(profile=profile)))
 
@@ -496,11 +496,11 @@ def test_an_argument_that_moves_what_the_guard_reads_is_in_the_fingerprint(
     """Else a threshold that was measured without it is used with it."""
     prints: list[dict[str, Any]] = []
 
-    def known(pipe: Any, print_: dict[str, Any]) -> Profile:
-        prints.append(print_)
+    def known(pipe: Any, configuration: dict[str, Any]) -> Profile:
+        prints.append(configuration)
         return profile_for(1e6)
 
-    monkeypatch.setattr(calibration_module, "known_profile", known)
+    monkeypatch.setattr(store_module, "known_profile", known)
     guarded = sdguard.guard(made(way, embedded.tokenizer))
     without, within = (call(guarded, **extra).guard[0].series["guidance_norm"] for extra in ({}, way.arguments(guarded)))
     assert without != within
@@ -511,7 +511,7 @@ def test_an_argument_that_moves_what_the_guard_reads_is_in_the_fingerprint(
 def test_an_image_flagged_after_guidance_was_cut_off_is_guided_where_its_neighbours_were(
     embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     cut = by_name["callback that cuts guidance off"].arguments(None)
     pipe = build(SD, embedded.tokenizer)
     watching = profile_for(1e6)
@@ -525,8 +525,8 @@ def test_an_image_flagged_after_guidance_was_cut_off_is_guided_where_its_neighbo
     row = norms.index(max(norms))
     output = call(sdguard.guard(pipe, GuardConfig(profile=profile(sum(sorted(norms)[-2:]) / 2))), **cut)
     assert [report.flagged_at for report in output.guard] == [2 if i == row else None for i in range(3)]
-    wordings = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
-    np.testing.assert_allclose(output.images, call(pipe, wordings, **cut).images, atol=1e-4)
+    paraphrases = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
+    np.testing.assert_allclose(output.images, call(pipe, paraphrases, **cut).images, atol=1e-4)
 
 
 @pytest.mark.usefixtures("given_profile")
@@ -636,7 +636,7 @@ def stop(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("offload", ["none", "model offload", "sequential offload", "group offload"])
 @pytest.mark.parametrize("who", ["callback", "denoiser", "denoiser, steered", "scheduler"])
 def test_a_run_that_is_stopped_leaves_nothing_behind(who: str, offload: str, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "climb", reworded)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build(SD, embedded.tokenizer)
     if offload in by_name:
         by_name[offload].prepare(pipe)

@@ -1,4 +1,4 @@
-"""Steering methods, verification and the ladder on models whose answer is known."""
+"""Steering methods, verification and the fallback sequence on models whose answer is known."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from sdguard.correction import Correction, corrected
 from sdguard.decision.cascade import Cascade
-from sdguard.decision.profile import Profile, Rung
-from sdguard.denoiser.families import Encoder
-from sdguard.geometry.hessian import norm
+from sdguard.decision.profile import MethodStatistics, Profile
+from sdguard.denoiser.text_encoding import Encoder
+from sdguard.geometry.rowwise import norm
 from sdguard.observation import NoiseLevel, Observation, denoised
 from sdguard.signals.guidance_norm import guidance_norm
-from sdguard.steering import BASELINES, METHODS, Flagged, Method
+from sdguard.steering import BASELINES, METHODS, Method, SteeringInput
 from sdguard.steering.clamp import clamped
 from sdguard.steering.descent import descent, lid_gradient, responsible
+from sdguard.steering.fallback import methods_of, try_in_order
 from sdguard.steering.guidance import LATEST, delay_rule, past_transition, repulsion_rule, weakened_rule
-from sdguard.steering.ladder import climb, rungs
 from sdguard.steering.learning import ordered
 from sdguard.steering.noise import noise_adjustment, on_shell, sail, sharpness
+from sdguard.steering.paraphrase import Paraphrase, candidates, first_ordinary
 from sdguard.steering.verification import verify
-from sdguard.steering.wording import Wording, candidates, first_ordinary
 
 Observe = Callable[..., Observation]
 Eps = Callable[[Tensor, NoiseLevel, Tensor], Tensor]
@@ -56,14 +56,14 @@ ENCODER = BagOfWords()
 
 
 def ordinary(words: dict[str, int] | None = None, norm: float = 1e-3, **fields: Any) -> Profile:
-    """Ordinary prompts hardly pull, their look-aheads agree to .4, and any alignment is ordinary."""
+    """Ordinary prompts hardly pull, their short rollouts agree to .4, and any alignment is ordinary."""
     values = {"guidance_norm": [norm] * 3, "agreement": [0.4] * 100, "alignment": [-1e9] * 100}
     return Profile({}, Cascade((), {}), [0.0] * 997, values, words=words or {}, **fields)
 
 
-def flag(observation: Observation, profile: Profile | None = None, prompts: list[str | None] | None = None) -> Flagged:
-    """All rows of an observation, as the ladder gets them."""
-    return Flagged.of(observation, prompts or [None] * len(observation.x), ENCODER, profile or ordinary())
+def flag(observation: Observation, profile: Profile | None = None, prompts: list[str | None] | None = None) -> SteeringInput:
+    """All rows of an observation, as steering gets them."""
+    return SteeringInput.of(observation, prompts or [None] * len(observation.x), ENCODER, profile or ordinary())
 
 
 def key_token(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def test_padding_damping_replaces_the_end_token_and_what_follows(observe: Observ
 @pytest.mark.parametrize(("prompt", "pads"), [(None, True), ("a zork", False)])
 def test_padding_damping_applies_only_where_the_end_token_pads_a_known_prompt(prompt: str | None, pads: bool, observe: Observe) -> None:
     observation = observe(key_token, torch.randn(1, *X[1:]), torch.ones(1, 6, 4))
-    flagged = Flagged(observation, [prompt], BagOfWords(pads), ordinary(), [None])
+    flagged = SteeringInput(observation, [prompt], BagOfWords(pads), ordinary(), [None])
     assert METHODS["padding damping"].correct(flagged) == [None]
 
 
@@ -242,7 +242,9 @@ def pulled_by(**pull: float) -> Eps:
 PROMPT = "a zebra of zork canyon blick"
 
 
-def wording_of(observe: Observe, pull: dict[str, float], frequency: dict[str, float], target: float) -> tuple[Wording | None, Observation]:
+def paraphrase_of(
+    observe: Observe, pull: dict[str, float], frequency: dict[str, float], target: float
+) -> tuple[Paraphrase | None, Observation]:
     observation = observe(pulled_by(**pull), torch.randn(1, *X[1:]), ENCODER([PROMPT]))
     offered = candidates(observation, PROMPT, ENCODER, frequency)
     (found,) = first_ordinary(observation, [offered], ENCODER, target)
@@ -253,13 +255,13 @@ FREQUENCY = {"a": 0.9, "of": 0.8, "zebra": 0.005, "canyon": 0.006, "blick": 0.00
 
 
 def test_the_word_ordinary_prompts_use_least_is_dropped_first(observe: Observe) -> None:
-    found, observation = wording_of(observe, {"zork": 1.0, "zebra": 1.0}, FREQUENCY, target=12.0)  # a pull of 1 is a norm of sqrt(128)
-    assert found == Wording("a zebra of canyon blick", ["zork"])
+    found, observation = paraphrase_of(observe, {"zork": 1.0, "zebra": 1.0}, FREQUENCY, target=12.0)  # a pull of 1 is a norm of sqrt(128)
+    assert found == Paraphrase("a zebra of canyon blick", ["zork"])
     assert observation.evaluations.tolist() == [1]
 
 
 def test_among_equally_rare_words_the_one_that_pulls_most_goes_first(observe: Observe) -> None:
-    found, observation = wording_of(observe, {"canyon": 0.1, "zork": 0.5, "blick": 1.0}, {}, target=0.5)
+    found, observation = paraphrase_of(observe, {"canyon": 0.1, "zork": 0.5, "blick": 1.0}, {}, target=0.5)
     assert found is not None
     assert found.dropped == ["blick", "zork", "canyon"]
     assert observation.evaluations.tolist() == [6 + 3]
@@ -271,7 +273,7 @@ def test_what_ordinary_prompts_speak_of_is_never_dropped(observe: Observe) -> No
 
 
 def test_no_wording_is_found_where_the_norm_stays_high(observe: Observe) -> None:
-    assert wording_of(observe, {"zebra": 1.0}, {"zebra": 0.1}, target=1.0)[0] is None
+    assert paraphrase_of(observe, {"zebra": 1.0}, {"zebra": 0.1}, target=1.0)[0] is None
 
 
 def test_a_single_word_cannot_be_reworded(observe: Observe) -> None:
@@ -281,8 +283,8 @@ def test_a_single_word_cannot_be_reworded(observe: Observe) -> None:
 
 def test_a_rewriters_wordings_are_looked_at_first(observe: Observe) -> None:
     observation = observe(pulled_by(zork=1.0), torch.randn(1, *X[1:]), ENCODER([PROMPT]))
-    flagged = Flagged.of(observation, [PROMPT], ENCODER, ordinary(norm=1.0), lambda prompt: ["zork still", "a striped horse"])
-    assert flagged.wordings == [Wording("a striped horse", ["zebra", "of", "zork", "canyon", "blick"])]
+    flagged = SteeringInput.of(observation, [PROMPT], ENCODER, ordinary(norm=1.0), lambda prompt: ["zork still", "a striped horse"])
+    assert flagged.paraphrases == [Paraphrase("a striped horse", ["zebra", "of", "zork", "canyon", "blick"])]
 
 
 @pytest.mark.parametrize("name", ["random tokens", "random numbers"])
@@ -292,7 +294,7 @@ def test_baselines_put_words_in_and_keep_the_prompt(name: str, observe: Observe)
     (first,), (again,) = BASELINES[name].correct(flagged), BASELINES[name].correct(flagged)
     assert first is not None
     assert again is not None
-    words = first.how["wording"].split()
+    words = first.how["paraphrase"].split()
     assert len(words) == len(PROMPT.split()) + 4
     rest = iter(words)
     assert all(word in rest for word in PROMPT.split())
@@ -307,7 +309,7 @@ def test_embedding_noise_has_the_stated_size(observe: Observe) -> None:
     assert (correction.condition - text[0]).std().item() == pytest.approx(0.1, rel=0.1)
 
 
-# verification and the ladder
+# verification and the fallback sequence
 
 
 def memorizing(pictures: dict[float, Tensor]) -> Eps:
@@ -337,7 +339,7 @@ def to(key: float) -> Method:
 def test_the_ladder_stops_at_the_first_rung_that_passes(observe: Observe) -> None:
     picture, other = torch.randn(X[1:]) * 2, torch.randn(X[1:]) * 2
     observation = observe(memorizing({1.0: picture, 2.0: other}), torch.randn(X), keyed(1.0).expand(3, 5, 4))
-    outcomes = climb(flag(observation, ordinary(norm=0.0)), [to(1.1), to(2.0), to(3.0), to(4.0)])
+    outcomes = try_in_order(flag(observation, ordinary(norm=0.0)), [to(1.1), to(2.0), to(3.0), to(4.0)])
     assert [[attempt["method"] for attempt in outcome.attempts] for outcome in outcomes] == [["to 1.1", "to 2.0", "to 3.0"]] * 3
     assert all(outcome.correction is not None for outcome in outcomes)
 
@@ -364,7 +366,7 @@ def test_an_emptied_prompt_does_not_pass(observe: Observe) -> None:
 
 
 def test_alignment_is_judged_by_the_ordinary_wording(observe: Observe) -> None:
-    """Each word stands for a picture of its own; under the wording a sample has to show that word's."""
+    """Each word stands for a picture of its own; under the paraphrase a sample has to show that word's."""
     pictures = torch.randn(len(WORDS), *X[1:])
 
     def eps(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
@@ -374,8 +376,8 @@ def test_alignment_is_judged_by_the_ordinary_wording(observe: Observe) -> None:
     observation = observe(eps, torch.randn(2, *X[1:]), ENCODER(["zork zebra"] * 2), guidance_scale=1.0)
     profile = ordinary({"zebra": 9}, norm=1e9)
     profile.values["alignment"] = [0.0] * 100
-    flagged = Flagged.of(observation, prompts, ENCODER, profile)
-    assert [wording.text for wording in flagged.wordings if wording] == ["zebra", "zebra"]
+    flagged = SteeringInput.of(observation, prompts, ENCODER, profile)
+    assert [paraphrase.text for paraphrase in flagged.paraphrases if paraphrase] == ["zebra", "zebra"]
     zebra, canyon = verify(flagged, [Correction({}, condition=c) for c in ENCODER(["zebra", "canyon"])])
     assert zebra.alignment > 0.1 > 0 > canyon.alignment
     assert (zebra.aligned, canyon.aligned) == (True, False)
@@ -389,7 +391,7 @@ def test_a_memorized_picture_no_rung_escapes_is_never_called_steered(observe: Ob
         return (x - level.a * picture) / level.s + 0.01 * text.sum(dim=(1, 2)).view(-1, 1, 1, 1)
 
     observation = observe(stuck, torch.randn(X), torch.rand(3, 5, 4) + 1)
-    outcomes = climb(flag(observation), rungs(ordinary()))
+    outcomes = try_in_order(flag(observation), methods_of(ordinary()))
     assert all(outcome.correction is None for outcome in outcomes)
     assert all(attempt["agreement"] > 0.9 for outcome in outcomes for attempt in outcome.attempts)
     assert outcomes[0].summary()["passed"] is None
@@ -399,17 +401,17 @@ def test_rows_that_have_passed_pay_no_more(observe: Observe) -> None:
     text = torch.stack([keyed(1.0), keyed(2.0)])
     observation = observe(memorizing({1.0: torch.randn(X[1:]) * 2, 2.0: torch.randn(X[1:]) * 2}), torch.randn(2, *X[1:]), text)
 
-    def first_only(flagged: Flagged) -> list[Correction | None]:
+    def first_only(flagged: SteeringInput) -> list[Correction | None]:
         return [Correction({}, condition=keyed(3.0 if t[2, 0] == 1.0 else 2.0)) for t in flagged.observation.condition]
 
-    outcomes = climb(flag(observation, ordinary(norm=0.0)), [Method("first only", first_only, cost=0), to(3.0)])
+    outcomes = try_in_order(flag(observation, ordinary(norm=0.0)), [Method("first only", first_only, cost=0), to(3.0)])
     assert [len(outcome.attempts) for outcome in outcomes] == [1, 2]
     assert observation.evaluations[0] < observation.evaluations[1]
 
 
 def test_a_method_that_does_not_apply_leaves_no_attempt(observe: Observe) -> None:
     observation = observe(key_token, torch.randn(X), torch.ones(3, 5, 4))
-    outcomes = climb(flag(observation), [METHODS["attention attenuation"], METHODS["padding damping"]])
+    outcomes = try_in_order(flag(observation), [METHODS["attention attenuation"], METHODS["padding damping"]])
     assert [outcome.attempts for outcome in outcomes] == [[]] * 3
 
 
@@ -423,22 +425,22 @@ def test_the_ladder_rewords_before_it_moves_embeddings(observe: Observe) -> None
     prompts: list[str | None] = ["a zork zebra", "zork of a canyon"]
     observation = observe(eps, torch.randn(2, *X[1:]), ENCODER([str(prompt) for prompt in prompts]))
     profile = ordinary({"a": 9, "of": 9, "zebra": 3, "canyon": 3})
-    outcomes = climb(flag(observation, profile, prompts), rungs(profile))
-    assert [outcome.attempts[-1]["wording"] for outcome in outcomes] == ["a zebra", "of a canyon"]
+    outcomes = try_in_order(flag(observation, profile, prompts), methods_of(profile))
+    assert [outcome.attempts[-1]["paraphrase"] for outcome in outcomes] == ["a zebra", "of a canyon"]
     assert all(outcome.correction is not None and len(outcome.attempts) == 1 for outcome in outcomes)
 
 
 def test_rungs_are_those_chosen_else_learnt_else_the_default() -> None:
-    learnt = ordinary(ladder=[Rung("padding damping", 0.9, 17.0, 0.2)])
-    assert [method.name for method in rungs(learnt, ["SAIL"])] == ["SAIL"]
-    assert [method.name for method in rungs(learnt)] == ["padding damping"]
-    assert rungs(ordinary())[0].name == "rewording"
+    learnt = ordinary(methods=[MethodStatistics("padding damping", 0.9, 17.0, 0.2)])
+    assert [method.name for method in methods_of(learnt, ["SAIL"])] == ["SAIL"]
+    assert [method.name for method in methods_of(learnt)] == ["padding damping"]
+    assert methods_of(ordinary())[0].name == "rewording"
 
 
 def test_the_cheapest_cure_comes_first_and_of_equals_the_one_that_moves_least() -> None:
-    dear, cheap = Rung("dear", 1.0, 100.0, 0.1), Rung("cheap", 0.5, 20.0, 0.9)
-    gentle, useless = Rung("gentle", 1.0, 40.3, 0.2), Rung("useless", 0.0, 1.0, 0.0)
-    assert [rung.method for rung in ordered([dear, cheap, useless, gentle])] == ["gentle", "cheap", "dear"]
+    dear, cheap = MethodStatistics("dear", 1.0, 100.0, 0.1), MethodStatistics("cheap", 0.5, 20.0, 0.9)
+    gentle, useless = MethodStatistics("gentle", 1.0, 40.3, 0.2), MethodStatistics("useless", 0.0, 1.0, 0.0)
+    assert [measured.method for measured in ordered([dear, cheap, useless, gentle])] == ["gentle", "cheap", "dear"]
 
 
 def test_every_published_method_is_there_and_says_what_it_costs(observe: Observe) -> None:

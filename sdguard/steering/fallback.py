@@ -1,4 +1,4 @@
-"""The ladder: steering methods one after the other, each verified by what it did not optimise, until one passes."""
+"""The fallback sequence: steering methods one after the other, each verified by what it did not optimise, until one passes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from sdguard.correction import Correction
 from sdguard.decision.profile import Profile
 from sdguard.steering import METHODS
-from sdguard.steering.flagged import Flagged, Method
+from sdguard.steering.method import Method, SteeringInput
 from sdguard.steering.verification import Verification, verify
 
 #: tried where a profile has learnt no order: what keeps the prompt in words first, then what moves its embedding.
@@ -18,7 +18,7 @@ DEFAULT = ("rewording", "token descent", "embedding descent")
 
 @dataclass
 class Outcome:
-    """What the ladder did for one image; ``correction`` is None if no rung passed verification."""
+    """What steering did for one image; ``correction`` is None if no method passed verification."""
 
     correction: Correction | None = None
     attempts: list[dict[str, Any]] = field(default_factory=list)
@@ -28,12 +28,12 @@ class Outcome:
         return {"passed": self.attempts[-1] if self.correction is not None else None, "attempts": self.attempts}
 
 
-def rungs(profile: Profile, chosen: Sequence[str] | None = None) -> list[Method]:
+def methods_of(profile: Profile, chosen: Sequence[str] | None = None) -> list[Method]:
     """The methods to be tried: those chosen by name, else in the profile's learnt order, else `DEFAULT`."""
-    return [METHODS[name] for name in chosen or [rung.method for rung in profile.ladder] or DEFAULT]
+    return [METHODS[name] for name in chosen or [learnt.method for learnt in profile.methods] or DEFAULT]
 
 
-def attempt(flagged: Flagged, method: Method) -> list[tuple[Correction, Verification] | None]:
+def attempt(flagged: SteeringInput, method: Method) -> list[tuple[Correction, Verification] | None]:
     """A method's correction of each image and what verification found of it; None where the method does not apply."""
     corrections = method.correct(flagged)
     rows = [row for row, correction in enumerate(corrections) if correction]
@@ -42,7 +42,7 @@ def attempt(flagged: Flagged, method: Method) -> list[tuple[Correction, Verifica
     return [(correction, next(found)) if correction else None for correction in corrections]
 
 
-def climb(flagged: Flagged, methods: Sequence[Method]) -> list[Outcome]:
+def try_in_order(flagged: SteeringInput, methods: Sequence[Method]) -> list[Outcome]:
     """Try ``methods`` on every image until one passes verification. Cost: what is tried takes, and its verification."""
     outcomes = [Outcome() for _ in flagged.prompts]
     for method in methods:

@@ -9,16 +9,16 @@ import torch
 
 from sdguard.correction import Correction
 from sdguard.decision.profile import Profile, quantile
-from sdguard.denoiser.families import Encoder
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation
-from sdguard.steering.wording import Rewriter, Wording, candidates, first_ordinary
+from sdguard.steering.paraphrase import Paraphrase, Rewriter, candidates, first_ordinary
 
 #: a corrected prompt may pull as hard as this share of ordinary prompts do.
 TARGET = 0.95
 
 
 @dataclass(frozen=True)
-class Flagged:
+class SteeringInput:
     """Flagged images at their first denoiser call.
 
     Attributes:
@@ -26,20 +26,20 @@ class Flagged:
         prompts: their prompts; None where only embeddings are known.
         encoder: the pipeline's own text encoder.
         profile: what ordinary prompts look like.
-        wordings: the prompt as ordinary prompts would put it; None where none was found.
+        paraphrases: the prompt as ordinary prompts would put it; None where none was found.
     """
 
     observation: Observation
     prompts: list[str | None]
     encoder: Encoder
     profile: Profile
-    wordings: list[Wording | None]
+    paraphrases: list[Paraphrase | None]
 
     @classmethod
     def of(
         cls, observation: Observation, prompts: list[str | None], encoder: Encoder, profile: Profile, rewriter: Rewriter | None = None
-    ) -> Flagged:
-        """Flagged images, their wordings looked for. Cost: that of `candidates` and `first_ordinary`."""
+    ) -> SteeringInput:
+        """Flagged images, their paraphrases looked for. Cost: that of `candidates` and `first_ordinary`."""
         target = quantile(profile.values["guidance_norm"], TARGET)
         frequency = profile.frequency
         rows = [observation.select(torch.tensor([row])) for row in range(len(prompts))]
@@ -53,13 +53,13 @@ class Flagged:
         """The guidance norm that steering aims to come under."""
         return quantile(self.profile.values["guidance_norm"], TARGET)
 
-    def select(self, rows: Sequence[int]) -> Flagged:
+    def select(self, rows: Sequence[int]) -> SteeringInput:
         """Some of the images."""
         return replace(
             self,
             observation=self.observation.select(torch.tensor(rows)),
             prompts=[self.prompts[row] for row in rows],
-            wordings=[self.wordings[row] for row in rows],
+            paraphrases=[self.paraphrases[row] for row in rows],
         )
 
 
@@ -75,6 +75,6 @@ class Method:
     """
 
     name: str
-    correct: Callable[[Flagged], list[Correction | None]]
+    correct: Callable[[SteeringInput], list[Correction | None]]
     cost: int
     step_cost: int = 0
