@@ -1,6 +1,6 @@
 """The README's table of what is supported, from the results of the tests.
 
-``python -m benchmarks matrix`` runs ``tests/test_families.py`` and puts between the README's markers, for each pipeline and scheduler,
+``python -m benchmarks matrix`` runs ``tests/denoiser/test_families.py`` and puts between the README's markers, for each pipeline and scheduler,
 whether the invariants hold.
 """
 

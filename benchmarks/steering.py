@@ -1,7 +1,7 @@
-"""Steering on the embedded model: every method alone and the guard's ladder, gated and always on.
+"""Steering on the embedded model: every method alone and the guard's fallback sequence, gated and always on.
 
 ``python -m benchmarks steering`` makes each sample unguarded, then once under every method (always on, nothing verified) and once under the
-ladder; what is done is kept as it comes (`benchmarks.running.measured`). A gated method's picture is the always-on one where the guard
+fallback sequence; what is done is kept as it comes (`sdguard.files.resumable`). A gated method's picture is the always-on one where the guard
 flags the sample and the unguarded one elsewhere: rows do not depend on their neighbours, so that nothing has to be run twice. Writes
 ``results/steering-SPLIT.parquet`` (one row a sample and method), ``.json`` (the tables), and a contact sheet per method under
 ``results/steering-SPLIT/``.
@@ -33,7 +33,9 @@ from sdguard.correction import Correction, corrected, movement
 from sdguard.decision.store import PROFILE_FILE
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.files.atomic import write_text
 from sdguard.files.processes import processes
+from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
 from sdguard.observation import Observation
 from sdguard.steering import BASELINES, METHODS, Method, SteeringInput
@@ -296,10 +298,9 @@ def main(
         "kernel distance of two halves of them": kernel_distance(first, second),
         "evaluations of the decision, flagged": float(copies.decision[copies.flagged].mean()),
     }
-    samples.to_parquet(out / f"steering-{split}.parquet", index=False)
-    (out / f"steering-{split}.json").write_text(
-        json.dumps({"about": about, "split": split, "seeds": seeds, "figures": figures, "rows": rows}, indent=1)
-    )
+    write_table(samples, out / f"steering-{split}.parquet")
+    found = {"about": about, "split": split, "seeds": seeds, "figures": figures, "rows": rows}
+    write_text(out / f"steering-{split}.json", json.dumps(found, indent=1))
     with pd.option_context("display.width", 250, "display.max_columns", 30):
         typer.echo(table(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for name, value in figures.items():
