@@ -82,13 +82,9 @@ class DenoiserHook(ModelHook):
         if self.is_foreign_call(kwargs):
             return self.fn_ref.original_forward(*args, **kwargs)
         kwargs = self.by_name(args, kwargs)
-        if self.conditional is not None:  # this is the unconditional half of the step
+        if self.conditional is not None:
             conditional, self.conditional = self.conditional, None
-            output = self.fn_ref.original_forward(**kwargs)
-            unconditional = DenoiserCall(kwargs, output[0])
-            wanted = self.process_step(module, concat_calls(unconditional, conditional, self.family.sample))
-            solved = solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale)
-            return replace_prediction(output, solved)
+            return self.second_half(module, kwargs, conditional)
         is_half = self.family.sequential_cfg and self.guidance != 1
         self.begin_step(kwargs, len(kwargs[self.family.sample]) // (1 if is_half or self.guidance == 1 else 2))
         kwargs = self.with_corrected_conditions(kwargs)
@@ -98,6 +94,12 @@ class DenoiserHook(ModelHook):
             return output
         prediction = output[0] if self.can_skip else self.process_step(module, DenoiserCall(kwargs, output[0]))
         return output if prediction is output[0] else replace_prediction(output, prediction)
+
+    def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
+        """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
+        output = self.fn_ref.original_forward(**kwargs)
+        wanted = self.process_step(module, concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample))
+        return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
 
     def is_foreign_call(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""

@@ -377,7 +377,7 @@ def test_a_guider_belongs_to_one_pipeline(pipe: Any, embedded: Any) -> None:
 
 
 def test_pipelines_that_are_not_modular_or_not_known_are_refused(pipe: Any, tiny: Any) -> None:
-    with pytest.raises(TypeError, match=rf"{SDXL} is a modular pipeline: .* sdguard\.guider\.GuardedGuidance"):
+    with pytest.raises(TypeError, match=rf"{SDXL} is a modular pipeline: .* sdguard\.guarded\.guider\.GuardedGuidance"):
         sdguard.guard(pipe)
     with pytest.raises(TypeError, match="StableDiffusionPipeline is no modular pipeline"):
         GuardedGuidance(tiny)
