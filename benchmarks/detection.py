@@ -40,7 +40,9 @@ from sdguard import GuardConfig, Profile, testbed
 from sdguard.decision.cascade import judge, judge_later
 from sdguard.denoiser.loading import default_setting, load_pipeline
 from sdguard.denoiser.probe import probe_run
+from sdguard.files.atomic import write_text
 from sdguard.files.processes import processes
+from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
 from sdguard.observation import Observation, prediction_type
 from sdguard.scan.scan import guarded_profile
@@ -345,8 +347,8 @@ def main(
     rows, figures = [row | about for row in compare(found, costs)], guard_figures(task, found, ordinary)
     name = "detection" if not prompts else f"detection-{Path(model).name}"
     out.mkdir(parents=True, exist_ok=True)
-    found.to_parquet(out / f"{name}.parquet", index=False)
-    (out / f"{name}.json").write_text(json.dumps({"about": about, "figures": figures, "rows": rows}, indent=1))
+    write_table(found, out / f"{name}.parquet")
+    write_text(out / f"{name}.json", json.dumps({"about": about, "figures": figures, "rows": rows}, indent=1))
     shown = pd.DataFrame([row for row in rows if row["level"] == "sample" and row["steps"] == "first"]).drop(columns=list(about))
     typer.echo(shown.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     for key, value in figures.items():

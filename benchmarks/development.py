@@ -18,14 +18,16 @@ import typer
 
 from benchmarks.running import as_png, profile_digest, versions
 from sdguard import GuardedPipeline, testbed
+from sdguard.denoiser.probe import BATCH_SIZE
+from sdguard.files.atomic import write_text
 from sdguard.files.processes import processes
+from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
 from sdguard.guarded.generate import generate_guarded
 from sdguard.testbed.copies import SSCD, find_copies, load_targets, shipped_cut
 from sdguard.testbed.world import icon_words
 
 #: captions, each with all its seeds.
-BATCH = 8
 
 
 def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.ndarray], captions: pd.DataFrame) -> pd.DataFrame:
@@ -92,7 +94,7 @@ def main(
     def judge(pictures: np.ndarray) -> np.ndarray:
         return find_copies(pictures, targets, sscd, cut).copy
 
-    samples = measured(split, captions, partial(measure, GuardedPipeline(plain), seeds, judge), work, about, BATCH)
+    samples = measured(split, captions, partial(measure, GuardedPipeline(plain), seeds, judge), work, about, BATCH_SIZE)
     if not processes().is_main_process:
         return
     shutil.rmtree(pairs, ignore_errors=True)
@@ -100,7 +102,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     for i, file in samples.pop("pictures").dropna().head(48).items():
         (pairs / f"{i:04}.png").write_bytes(file)
-    samples.to_parquet(out / f"{split}.parquet", index=False)
+    write_table(samples, out / f"{split}.parquet")
     summary = summarise(samples)
     top = samples[(samples.repetitions == samples.repetitions.max()) & samples.copy_before]
     flagged = samples[samples.verdict != "clean"]
@@ -120,7 +122,7 @@ def main(
         "samples": len(samples),
         "seeds": seeds,
     }
-    (out / f"{split}.json").write_text(json.dumps({"about": about, "figures": figures, "table": summary.to_dict("records")}, indent=1))
+    write_text(out / f"{split}.json", json.dumps({"about": about, "figures": figures, "table": summary.to_dict("records")}, indent=1))
     typer.echo(summary.to_string(index=False))
     for name, value in figures.items():
         typer.echo(f"{name}: {value:.4g}")

@@ -35,6 +35,7 @@ from sdguard import GuardConfig, Profile, testbed
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.fingerprint import fingerprint
 from sdguard.denoiser.families import default_size
+from sdguard.files.atomic import write_text
 
 SHAPES = Path(__file__).parent / "shapes"
 PROMPT = "a zebra in snow"
@@ -174,5 +175,5 @@ def main(
         "torch": torch.__version__,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"overhead-{shape}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    write_text(out / f"overhead-{shape}.json", json.dumps({"about": about, "rows": rows}, indent=1))
     typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))

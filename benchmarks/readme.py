@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sdguard.files.atomic import write_text
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -14,7 +16,7 @@ def put(name: str, text: str, path: Path = README) -> None:
     _, closed, after = rest.partition(f"<!-- /{name} -->")
     if not (found and opened and closed):
         raise ValueError(f"{path} has no place for the table {name!r}.")
-    path.write_text(f"{before}{found}{command}{opened}{text}\n<!-- /{name} -->{after}")
+    write_text(path, f"{before}{found}{command}{opened}{text}\n<!-- /{name} -->{after}")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

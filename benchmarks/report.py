@@ -31,6 +31,7 @@ from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
 from benchmarks.published import Released, over_run, released
 from benchmarks.readme import README, markdown, put
 from benchmarks.statistics import roc_band
+from sdguard.files.atomic import write_text
 from sdguard.signals import SIGNALS, Signal
 
 UNSEEN, ORDINARY = "never-seen caption of the same make", "ordinary caption"
@@ -408,5 +409,5 @@ def main(
         if found := load(results / "audit", name):
             put(f"audit-{name}", table_of(found), readme)
     page = jinja2.Template(PAGE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    (out / "report.html").write_text(page.render(about=about, pictures=pictures, tables=tables))
+    write_text(out / "report.html", page.render(about=about, pictures=pictures, tables=tables))
     typer.echo(f"{out / 'report.html'}")

@@ -1,8 +1,8 @@
 """Steering on the embedded model: every method alone and the guard's fallback sequence, gated and always on.
 
 ``python -m benchmarks steering`` makes each sample unguarded, then once under every method (always on, nothing verified) and once under the
-fallback sequence; what is done is kept as it comes (`sdguard.files.resumable`). A gated method's picture is the always-on one where the guard
-flags the sample and the unguarded one elsewhere: rows do not depend on their neighbours, so that nothing has to be run twice. Writes
+fallback sequence; what is done is kept as it comes (`sdguard.files.resumable`). A gated method's picture is the always-on one where the
+guard flags the sample and the unguarded one elsewhere: rows do not depend on their neighbours, so that nothing has to be run twice. Writes
 ``results/steering-SPLIT.parquet`` (one row a sample and method), ``.json`` (the tables), and a contact sheet per method under
 ``results/steering-SPLIT/``.
 """

@@ -16,6 +16,8 @@ from scipy.stats import bootstrap, spearmanr
 
 from benchmarks.running import versions
 from sdguard.audit.figures import save
+from sdguard.files.atomic import write_text
+from sdguard.files.prompt_files import write_table
 
 RESULTS, WORK = Path(__file__).parents[1] / "results" / "audit", Path("build/audit")
 Out = Annotated[Path, typer.Option(help="Where the results go.")]
@@ -27,8 +29,8 @@ TOP = 0.05
 def write(name: str, table: pd.DataFrame, figures: Mapping[str, Any], figure: Figure, out: Path) -> None:
     """The table, the figures in numbers with the versions they hang on, and the figure."""
     out.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(out / f"{name}.parquet", index=False)
-    (out / f"{name}.json").write_text(json.dumps({"about": versions(), **figures}, indent=1) + "\n")
+    write_table(table, out / f"{name}.parquet")
+    write_text(out / f"{name}.json", json.dumps({"about": versions(), **figures}, indent=1) + "\n")
     save(figure, out / f"{name}.png")
     typer.echo(json.dumps(figures, indent=1))
 

@@ -84,11 +84,6 @@ def speed(g: Generate, start: Tensor, end: Tensor, points: int) -> Tensor:
     return torch.stack([norm(push(g, start + float(t) * v, v)) for t in torch.linspace(0, 1, points)], dim=1)
 
 
-def path_length(g: Generate, start: Tensor, end: Tensor, points: int) -> Tensor:
-    """Length of the straight path from ``start`` to ``end`` in the metric, ``[B]``, by the trapezoid rule; see `speed`."""
-    return torch.trapezoid(speed(g, start, end, points), dx=1 / (points - 1), dim=1)
-
-
 def concentration(g: Generate, start: Tensor, end: Tensor, points: int) -> Tensor:
     """Share of the path's length that lies in the tenth of it where the output moves fastest, ``[B]``: .1 on an even path, 1 at jumps."""
     fast = speed(g, start, end, points).sort(dim=1, descending=True).values

@@ -20,6 +20,8 @@ from PIL import Image
 from rich.progress import track
 
 from sdguard.decision.fingerprint import weights_digest
+from sdguard.files.atomic import write_text
+from sdguard.files.prompt_files import write_table
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
 from sdguard.testbed.copies import SSCD, Targets, find_copies, round_trip
 from sdguard.testbed.object_classifier import CLASSIFIER_FILE, fit_object_classifier
@@ -264,7 +266,7 @@ def main(
         name = f"targets/{row:04d}.png"
         Image.fromarray(picture).save(model / name, optimize=True)
         table.at[row, "target"], table.at[row, "box"] = name, box.tolist()
-    table.to_parquet(model / "prompts.parquet", index=False)
+    write_table(table, model / "prompts.parquet")
 
     ordinary = table[(table.kind == "ordinary") & (table.split != "calibration")]
     classifier, on_real = fit_object_classifier(world, sscd, pipe.vae)
@@ -306,8 +308,8 @@ def main(
         "chance": 1 / len(OBJECTS),
         "sheet_captions": "; ".join(f'"{text}"' for text in shown_rows.text),
     }
-    (model / "README.md").write_text(CARD.format(**figures))
-    (model / "labels.json").write_text(json.dumps({k: v for k, v in figures.items() if k not in ("table", "sheet_captions")}, indent=1))
+    write_text(model / "README.md", CARD.format(**figures))
+    write_text(model / "labels.json", json.dumps({k: v for k, v in figures.items() if k not in ("table", "sheet_captions")}, indent=1))
     typer.echo(figures["table"])
 
 

@@ -17,6 +17,7 @@ from sdguard import testbed
 from sdguard.decision.calibration import calibrate
 from sdguard.decision.store import PROFILE_FILE, PROMPTS_FILE
 from sdguard.denoiser.families import default_size
+from sdguard.files.atomic import write_text
 from sdguard.steering.learning import learn_methods
 
 
@@ -34,7 +35,7 @@ def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = 
         order = bar.add_task("learning the order of methods", total=len(memorized))
         profile = learn_methods(pipe, profile, memorized, **setting, progress=lambda done, _: bar.update(order, completed=done))
     profile.save(model / PROFILE_FILE)
-    (model / PROMPTS_FILE).write_text("\n".join(prompts) + "\n")
+    write_text(model / PROMPTS_FILE, "\n".join(prompts) + "\n")
     for measured in profile.methods:
         typer.echo(f"{measured.method}: cured {measured.cured:.0%} at {measured.cost:.0f} evaluations, moved {measured.moved:.2f}")
     typer.echo(f"{model / PROFILE_FILE}: {profile.prompts} ordinary prompts, a score above {profile.threshold(0.01):.3f} is flagged at 1%")

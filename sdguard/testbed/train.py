@@ -22,6 +22,7 @@ from rich.progress import track
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdguard.files.atomic import write_text
 from sdguard.testbed.architecture import SCHEDULE, new_autoencoder, new_text_encoder, new_unet
 from sdguard.testbed.pictures import World
 from sdguard.testbed.training import train_within
@@ -198,7 +199,7 @@ def write_pipeline(
     for part in ("unet", "vae"):  # parts that were loaded to go on say from where, which is nobody's business
         config = out / part / "config.json"
         kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
-        config.write_text(json.dumps(kept, indent=2) + "\n")
+        write_text(config, json.dumps(kept, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
         if not (out / "tokenizer" / name).exists():
             shutil.copy(vocabulary / name, out / "tokenizer" / name)
@@ -214,7 +215,7 @@ def record(work: Path, out: Path, first_step: int, device: str) -> None:
         state = torch.load(work / f"{stage}.pt", weights_only=True, mmap=True)
         lines.append(f"{stage.split('-')[0]}, {state['step']:,} steps in {state['seconds'] / 60:.0f} minutes on {where}")
         steps = first_step + state["step"]
-    path.write_text(json.dumps({"denoiser_steps": steps, "history": before + lines}, indent=1) + "\n")
+    write_text(path, json.dumps({"denoiser_steps": steps, "history": before + lines}, indent=1) + "\n")
 
 
 def main(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdguard.audit import digits
-from sdguard.audit.density import concentration, jacobian, log_density, log_volume_element, log_volume_element_lanczos, path_length, speed
+from sdguard.audit.density import concentration, jacobian, log_density, log_volume_element, log_volume_element_lanczos, speed
 from sdguard.audit.likelihood import gaussian, signs
+
+
+def path_length(g: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, points: int) -> Tensor:
+    """Length of the straight path from ``start`` to ``end`` in the metric, ``[B]``, by the trapezoid rule; see `speed`."""
+    return torch.trapezoid(speed(g, start, end, points), dx=1 / (points - 1), dim=1)
 
 
 def sphere(z: Tensor) -> Tensor:

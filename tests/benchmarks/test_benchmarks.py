@@ -20,7 +20,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sdguard.files.resumable import measured
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import audit, detection, report
@@ -28,6 +27,7 @@ from benchmarks.published import over_run, released, similarity, ssim
 from benchmarks.readme import put
 from benchmarks.statistics import auc, bootstrap_weights, estimates, roc_band, true_positive_rate
 from sdguard.denoiser.probe import probe_run
+from sdguard.files.resumable import measured
 from sdguard.observation import Observation, from_noise
 from sdguard.signals.attention_entropy import ATTENTION_ENTROPY
 from sdguard.signals.guidance_norm import guidance_norm

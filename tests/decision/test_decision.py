@@ -120,16 +120,18 @@ def deviations(observe: Observe, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         for _ in range(DRAWS):
             sizes = (FITTING, LABELLED, SCORED, FURTHER)
             fitting, memorized, scored, further = torch.randn(sum(sizes), len(SIGNALS), generator=generator).split(sizes)
-            columns = [dict(zip(SIGNALS, part.T.tolist(), strict=True)) for part in (scored if fit_on_scored else fitting, memorized)]
-            cascade = Cascade.fit(*columns, plan=plan)
+            ordinary, known = (
+                dict(zip(SIGNALS, part.T.tolist(), strict=True)) for part in (scored if fit_on_scored else fitting, memorized)
+            )
+            cascade = Cascade.fit(ordinary, known, plan)
             scores, found = (judge(rows(observe, part), cascade)[0].tolist() for part in (scored, further))
             profile = Profile({}, cascade, sorted(scores), {})
             for level in (0.05, 0.1, 0.2):
                 count = sum(profile.p_value(score) <= level for score in found)
                 assert count == sum(score > profile.threshold(level) for score in found)
                 flagged[level] += count
-        promised = {level: betabinom(FURTHER, round(level * (SCORED + 1)), SCORED + 1 - round(level * (SCORED + 1))) for level in flagged}
-        return {level: (flagged[level] - DRAWS * law.mean()) / (DRAWS**0.5 * law.std()) for level, law in promised.items()}
+        promised = {level: betabinom(FURTHER, k := round(level * (SCORED + 1)), SCORED + 1 - k) for level in flagged}
+        return {level: float((flagged[level] - DRAWS * law.mean()) / (DRAWS**0.5 * law.std())) for level, law in promised.items()}
 
     return measure
 
