@@ -33,21 +33,28 @@ def auc(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray
         return np.einsum("rp,pn,rn->r", w_positive, over, w_negative, optimize=True) / (w_positive.sum(1) * w_negative.sum(1))
 
 
-def true_positive_rate(truth: np.ndarray, score: np.ndarray, weights: np.ndarray, false_positive_rate: float) -> np.ndarray:
-    """Share of positives over the smallest threshold that at most ``false_positive_rate`` of the negatives exceed, ``[R]``; see `auc`."""
+def true_positive_rates(truth: np.ndarray, score: np.ndarray, weights: np.ndarray, false_positive_rates: np.ndarray) -> np.ndarray:
+    """`true_positive_rate` at each of ``false_positive_rates``, ``[F, R]``, for one sort and one pass over the weights."""
     order = np.argsort(-score[~truth], kind="stable")
     negative, w_negative = score[~truth][order], weights[:, ~truth][:, order]
     last = np.append(negative[1:] != negative[:-1], True)  # of equal scores; a threshold cannot part them
-    exceed = np.where(last, np.cumsum(w_negative, axis=1), np.inf)
-    allowed = (exceed <= false_positive_rate * w_negative.sum(1, keepdims=True) + 1e-9).sum(1)
+    exceed = np.cumsum(w_negative, axis=1)[:, last]
+    negatives = w_negative.sum(1)
+    bounds = false_positive_rates[:, None] * negatives + 1e-9
+    allowed = np.stack([np.searchsorted(e, bound, side="right") for e, bound in zip(exceed, bounds.T, strict=True)], axis=1)
     # the threshold is the score of the first group of equal negatives that is no longer allowed
     groups = np.append(negative[last], -np.inf)
-    threshold = groups[allowed]
-    hit = score[truth] > threshold[:, None]
-    w_positive = weights[:, truth]
+    ascending = np.argsort(score[truth])
+    over = len(ascending) - np.searchsorted(score[truth], groups, side="right", sorter=ascending)
+    hit = np.cumsum(np.pad(weights[:, truth][:, ascending[::-1]], ((0, 0), (1, 0))), axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        rate = (hit * w_positive).sum(1) / w_positive.sum(1)
-    return np.where(w_negative.sum(1) > 0, rate, np.nan)
+        rate = hit[np.arange(len(weights)), over[allowed]] / hit[:, -1]
+    return np.where(negatives > 0, rate, np.nan)
+
+
+def true_positive_rate(truth: np.ndarray, score: np.ndarray, weights: np.ndarray, false_positive_rate: float) -> np.ndarray:
+    """Share of positives over the smallest threshold that at most ``false_positive_rate`` of the negatives exceed, ``[R]``; see `auc`."""
+    return true_positive_rates(truth, score, weights, np.array([false_positive_rate]))[0]
 
 
 def bootstrap_weights(clusters: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -71,6 +78,6 @@ def estimates(truth: np.ndarray, score: np.ndarray, clusters: np.ndarray, false_
 def roc_band(truth: np.ndarray, score: np.ndarray, clusters: np.ndarray, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The ROC curve's true-positive rate at each of ``rates``, and its 95% bootstrap band: three arrays ``[len(rates)]``."""
     weights = np.concatenate([np.ones((1, len(truth))), bootstrap_weights(clusters)])
-    curves = np.stack([true_positive_rate(truth, score, weights, rate) for rate in rates])
+    curves = true_positive_rates(truth, score, weights, rates)
     low, high = np.nanquantile(curves[:, 1:], [0.025, 0.975], axis=1)
     return curves[:, 0], low, high
