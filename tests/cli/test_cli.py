@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner, Result
 from sdguard import testbed
 from sdguard.cli.main import app
 from sdguard.decision.profile import Profile
+from sdguard.files.prompt_files import prompts_by_row
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 
@@ -151,3 +153,15 @@ def test_every_command_refuses_what_cannot_be_judged(arguments: list[str], says:
     assert result.exit_code == 1
     assert says in " ".join(result.stderr.split())
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_tables_need_the_extra_files_and_text_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, text = tmp_path / "prompts.csv", tmp_path / "prompts.txt"
+    table.write_text("prompt\na cat\n")
+    text.write_text("a cat\n\na dog\n")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert prompts_by_row(text) == {0: "a cat", 2: "a dog"}
+    for arguments in (["scan", str(text)], ["calibrate", "--prompts", str(table)]):
+        result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out" / "o.csv")])
+        assert result.exit_code == 1
+        assert "pip install 'sdguard[files]'" in " ".join(result.stderr.split())
