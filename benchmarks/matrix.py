@@ -1,7 +1,7 @@
 """The README's table of what is supported, from the results of the tests.
 
-``python -m benchmarks matrix`` runs ``tests/denoiser/test_families.py`` and puts between the README's markers, for each pipeline and scheduler,
-whether the invariants hold.
+``python -m benchmarks matrix`` runs ``tests/denoiser/test_families.py`` and puts between the README's markers, for each pipeline and
+scheduler, whether the invariants hold.
 """
 
 from __future__ import annotations
