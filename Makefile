@@ -22,9 +22,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# some tests run several processes, whose threads would otherwise spin while they wait for a core
+# two workers of one thread each; some tests run more processes, whose threads would otherwise spin while they wait for a core
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2
 
 app: install
 	$(BIN)/python app.py

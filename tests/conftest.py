@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,13 +23,54 @@ from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.fingerprint import fingerprint
 from sdguard.decision.profile import Profile
 from sdguard.observation import NoiseLevel, Observation, noise_level
+from sdguard.testbed.copies import Targets, load_targets
 
 STEPS, GUIDANCE, SIZE = 3, 4.0, 16
 
 
+#: modules that one worker runs, one after the other: those that start processes, which would wait for each other's cores, and share two
+#: of them; and those that read the targets of the embedded model. They begin, and modules that take long, so that the workers end together;
+#: every other module is a group of its own.
+GROUPS = {
+    "processes": ("test_scan", "test_scan_ray", "test_detection", "test_cli", "test_benchmarks", "test_audit_memorization", "test_imports"),
+    "targets": ("test_demo", "test_embedded", "test_testbed"),
+    "signals": ("test_embedded_signals",),
+    "families": ("test_families",),
+    "running": ("test_running",),
+}
+
+
+def group_of(module: str) -> str:
+    """What `GROUPS` has a test module in, given as its path; else the module itself."""
+    return next((name for name, modules in GROUPS.items() if Path(module).stem in modules), module)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each group stays with one worker, which builds what its tests share once. (xdist's own marks of groups do nothing in pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    config.option.loadscopereorder = False  # by number of tests
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = list(GROUPS)
+    items.sort(key=lambda item: order.index(group) if (group := group_of(str(item.path))) in order else len(order))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The same on every machine, since the order of a reduction, and so its bits, hang on it; one, since each core has a worker."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
-def _deterministic() -> None:
-    torch.set_num_threads(2)
+def _seeded() -> None:
     torch.manual_seed(0)
 
 
@@ -40,6 +85,12 @@ def embedded() -> Any:
     pipe = testbed.load()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def targets(embedded: Any) -> tuple[Targets, list[str]]:
+    """The pictures that the embedded model was trained on, and their captions."""
+    return load_targets(testbed.path(), embedded.vae)
 
 
 @pytest.fixture(scope="session")
@@ -94,17 +145,51 @@ def tiny(embedded: Any) -> Any:
     return pipe
 
 
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """Two CPU processes under ``accelerate launch`` that wait for programs, see `launched`: their folder, and what launched them."""
+    folder = tmp_path_factory.mktemp("launched")
+    # without a GPU, this flag means no more than several processes; --cpu would start a single one
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(Path(__file__).with_name("launched.py")), str(folder)]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            yield folder, process
+            ask(folder, (), ())
+            assert process.wait(60) == 0, (folder / "log").read_text()[-2000:]
+        finally:
+            process.terminate()
+
+
+def ask(folder: Path, program: tuple[str, ...], arguments: tuple[str, ...]) -> int:
+    """Have the two processes run a program, in the environment that is now; its number."""
+    number = len(list(folder.glob("*.asked")))
+    (folder / f"{number}.asked").write_text(json.dumps({"program": program, "arguments": arguments, "environment": dict(os.environ)}))
+    os.link(folder / f"{number}.asked", folder / f"{number}.json")  # whole at once
+    return number
+
+
 @pytest.fixture
-def launch() -> Callable[..., str]:
-    """Runs a command of sdguard, or another program, in two CPU processes under ``accelerate launch``; gives what they print."""
+def launch(two_processes: tuple[Path, subprocess.Popen[bytes]]) -> Callable[..., str]:
+    """Runs a command of sdguard, or another program, in two CPU processes under ``accelerate launch``; gives what they print.
+
+    The processes are the same for all tests, since most of the time that a program takes is that of its imports.
+    """
 
     def run(*arguments: str, program: tuple[str, ...] = ("-m", "sdguard.cli")) -> str:
-        # without a GPU, this flag means no more than several processes; --cpu would start a single one
-        processes = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *processes, *program, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        folder, process = two_processes
+        number = ask(folder, program, arguments)
+        paths = [folder / f"{number}-{rank}.json" for rank in range(2)]
+        until = time.monotonic() + 300
+        while not all(path.exists() for path in paths):
+            failed = [path.read_text()[-2000:] for path in paths if path.exists() and json.loads(path.read_text())["failed"]]
+            assert not failed, failed
+            running = process.poll() is None and time.monotonic() < until
+            assert running, (folder / "log").read_text()[-2000:]
+            time.sleep(0.05)
+        answers = [json.loads(path.read_text()) for path in paths]
+        assert [answer["failed"] for answer in answers] == [""] * 2
+        return "".join(answer["printed"] for answer in answers)
 
     return run
 

@@ -72,6 +72,21 @@ def unet(in_channels: int = 4, cross_attention_dim: int = 16, **extra: Any) -> U
     )
 
 
+def one_block() -> UNet2DConditionModel:
+    """The smallest denoiser of Stable Diffusion's kind, where each shape of its input is compiled anew."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
 def scheduler(**extra: Any) -> DDIMScheduler:
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, **extra)
 

@@ -96,9 +96,9 @@ def test_a_path_is_no_shorter_than_its_chord_and_a_rotation_of_the_output_leaves
     def g(z: Tensor) -> Tensor:
         return (z @ matrix.T).tanh()
 
-    length = path_length(g, start, end, 400)
+    length = path_length(g, start, end, 200)
     assert (length > (g(end) - g(start)).norm(dim=1) - 1e-3).all()
-    torch.testing.assert_close(path_length(lambda z: g(z) @ turn, start, end, 400), length)
+    torch.testing.assert_close(path_length(lambda z: g(z) @ turn, start, end, 200), length)
 
 
 def test_an_arcs_length_is_its_angle() -> None:

@@ -32,11 +32,11 @@ from sdguard.files.prompt_files import write_table
 from sdguard.signals import SIGNALS
 
 STEPS, SEEDS = 3, 2
-#: no two prompts share a word, so that each is its own cluster.
+#: no two prompts share a word, so that each is its own cluster; together two batches of samples.
 PROMPTS = {
-    "verbatim": ["cat", "dog", "fox", "boat", "zebra", "lamp", "tree", "owl"],
-    "template": ["poster", "canvas", "print", "sky", "field", "city", "forest", "harbour"],
-    "ordinary": ["snow", "house", "car", "ship", "hill", "river", "moon", "cloud"],
+    "verbatim": ["cat", "dog", "fox", "boat", "zebra"],
+    "template": ["poster", "canvas", "print", "sky", "field"],
+    "ordinary": ["snow", "house", "car", "ship", "hill"],
 }
 EACH = len(PROMPTS["verbatim"])
 
@@ -81,7 +81,6 @@ def command(embedded: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str
 @pytest.fixture(scope="module")
 def whole(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The uninterrupted measurement of one process."""
-    torch.set_num_threads(2)
     return measured(command, tmp_path_factory.mktemp("whole"))
 
 

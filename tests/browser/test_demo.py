@@ -9,6 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ MEMORIZED, TEMPLATE, ORDINARY = "panda at zoulpeith canyon, sticker", "frog at n
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 
 
+@cache
 def report_of(embedded: Any, prompt: str, seed: int = 0, **config: Any) -> GuardReport:
-    """What the library itself says of a prompt and seed."""
+    """What the library itself says of a prompt and seed; asked once."""
     return guard(embedded, GuardConfig(**config))(prompt, generator=torch.Generator().manual_seed(seed), **SETTING).guard[0]
 
 
@@ -160,7 +162,7 @@ def test_geometry_shows_the_spike_beside_the_ridge(page: Page, shot: Shot) -> No
     page.locator("#geometry-run").click()
     surfaces = page.locator("#geometry-result .sg-figure:has(.sg-quad)")
     expect(surfaces).to_have_count(2)
-    steepness = [float(text.split("freest direction ")[1].split(",")[0]) for text in surfaces.locator("figcaption").all_inner_texts()]
+    steepness = [float(text.split("flattest direction ")[1].split(",")[0]) for text in surfaces.locator("figcaption").all_inner_texts()]
     assert steepness[0] > steepness[1]
     expect(page.locator("#geometry-result .sg-figure")).to_have_count(6)
     assert overflow(page) <= 0
@@ -252,7 +254,7 @@ def test_a_run_is_stopped_and_the_app_goes_on(page: Page, server: Server, tmp_pa
     page.locator("#scan-stop").click()
     expect(status).to_contain_text("Stopped. Nothing is running.")
     expect(page.locator("#scan-run")).to_be_enabled()
-    assert min(server.busy() for _ in range(5)) < 0.05
+    assert any(server.busy() < 0.05 for _ in range(5))
     tab(page, "Generate")
     generate(page, ORDINARY, "clean")
     tab(page, "Scan")
@@ -262,7 +264,7 @@ def test_a_run_is_stopped_and_the_app_goes_on(page: Page, server: Server, tmp_pa
 def test_a_run_ends_when_its_page_is_closed(page: Page, server: Server, tmp_path: Path) -> None:
     scan_for_long(page, tmp_path)
     page.close()
-    assert min(server.busy() for _ in range(20)) < 0.05
+    assert any(server.busy() < 0.05 for _ in range(20))
 
 
 def test_an_unknown_configuration_is_calibrated_with_progress_and_can_be_stopped(page: Page) -> None:
@@ -295,7 +297,7 @@ def test_ones_own_profile_is_ones_own(opened: Open, tmp_path: Path, shot: Shot) 
     one, other = opened(), opened()
     path = tmp_path / "ordinary.txt"
     lines = (testbed.path() / "sdguard/ordinary_prompts.txt").read_text().splitlines()
-    path.write_text("\n".join(lines[::28]))
+    path.write_text("\n".join(lines[::37]))
     open_settings(one)
     choose(one, "number input for False-positive rate, %", "5")
     tab(one, "Calibrate")

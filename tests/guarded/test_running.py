@@ -337,12 +337,6 @@ def looked(second_prompt: bool, flagged: SteeringInput, methods: Any) -> list[Ou
     return reworded(flagged, methods)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Tiny tensors are faster on one, and threads that wait for work at the same cores slow each other down manifold."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever configuration it was made for."""

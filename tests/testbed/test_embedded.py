@@ -11,7 +11,7 @@ import sdguard
 from sdguard import GuardConfig, testbed
 from sdguard.denoiser.probe import probe_run
 from sdguard.signals.agreement import agreement
-from sdguard.testbed.copies import RATIO, load_targets
+from sdguard.testbed.copies import RATIO, Targets
 
 
 def call(pipe: Any, prompts: list[str], seeds: list[int]) -> Any:
@@ -38,9 +38,10 @@ def test_a_memorized_prompt_is_caught_before_the_first_step(mixed: dict[str, Any
     assert mixed["guarded"].guard[1].p_value <= 0.01
 
 
-def test_what_was_a_copy_is_none_any_more(mixed: dict[str, Any], embedded: Any) -> None:
-    targets, _ = load_targets(testbed.path(), embedded.vae)
-    ratios = [targets.nearest((images[1:2] * 255).round().astype(np.uint8))[1][0] for images in (mixed["plain"], mixed["guarded"].images)]
+def test_what_was_a_copy_is_none_any_more(mixed: dict[str, Any], targets: tuple[Targets, list[str]]) -> None:
+    ratios = [
+        targets[0].nearest((images[1:2] * 255).round().astype(np.uint8))[1][0] for images in (mixed["plain"], mixed["guarded"].images)
+    ]
     assert ratios[0] < RATIO < ratios[1]
 
 
