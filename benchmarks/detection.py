@@ -122,7 +122,7 @@ def at_first_call(task: Task, signals: Sequence[Signal], part: pd.DataFrame) -> 
         for signal in signals:
             found[signal.name] = timed(signal.name, partial(reading, signal, observation)).tolist()
         before = observation.evaluations.clone()
-        fresh = replace(observation, rollout_ends={})  # the cascade buys its own short rollouts, whatever a signal has made before
+        fresh = replace(observation, memo={})  # the cascade buys its own short rollouts, whatever a signal has made before
         timed(GUARD, partial(judge, fresh, task.profile.cascade))
         found["guard_evaluations"] = (observation.evaluations - before).tolist()
 

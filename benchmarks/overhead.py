@@ -73,8 +73,8 @@ def profile(path: str, configuration: dict[str, Any]) -> Profile:
     """A profile under which every sample takes a path: the free signals stop it, or it buys the short rollout, or it is flagged as well."""
     bound = math.inf if path == "clean" else -1e9
     stages = (
-        Stage(("guidance_norm",), {"guidance_norm": 1.0}, bound),
-        Stage(("agreement",), {"guidance_norm": 0.5, "agreement": 0.5}, None),
+        Stage(("guidance_norm",), ("guidance_norm",), bound),
+        Stage(("agreement",), ("guidance_norm", "agreement"), None),
     )
     scale = Scale(False, 0.0, 1.0)
     cascade = Cascade(stages, {"guidance_norm": scale, "agreement": scale})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -137,7 +137,8 @@ class Observation:
         past_norms: ``[B, calls before this one]``, the guidance norm at each of them.
         rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
         origin: ``[B, C, H, W]``, the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
-        rollout_ends: short rollouts already made at this very point, by row and noise; None where nothing is kept.
+        memo: what was evaluated at this very point, by row and name (`sdguard.geometry.rollout.once_a_row`); None where nothing is kept.
+        middle: ``[B, 2, ...]``, the mid-block's output without the prompt and under it, captured in a U-Net's own first call; else None.
     """
 
     step: int
@@ -156,7 +157,8 @@ class Observation:
     denoiser: nn.Module | None = None
     past_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
     rules: tuple[Rule | None, ...] = ()
-    rollout_ends: dict[tuple[int, bool], Tensor] | None = None
+    memo: dict[tuple[int, Hashable], Tensor] | None = None
+    middle: Tensor | None = None
     origin: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -211,7 +213,7 @@ class Observation:
         """The observation of some of its rows (positions in this observation, also repeated ones)."""
         names = ("x", "eps_c", "eps_u", "condition", "null_condition", "rows", "past_norms")
         picked: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
-        picked["origin"] = None if self.origin is None else self.origin[rows]
+        picked |= {name: value if (value := getattr(self, name)) is None else value[rows] for name in ("origin", "middle")}
         return replace(self, **picked, rules=tuple(self.rules[i] for i in rows.tolist()) if self.rules else ())
 
     def conditional(self, x: Tensor, timestep: float, condition: Tensor | None = None) -> Tensor:
@@ -230,19 +232,21 @@ class Observation:
     def with_condition(self, condition: Tensor) -> Observation:
         """The same call under another text condition ``[B, T, E]``. Cost: 1 evaluation per image."""
         self.count_nfe(1)
-        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), rollout_ends=None)
+        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), memo=None, middle=None)
 
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
         eps_c, eps_u = self.both_branches(x, timestep)
         norms = torch.cat([self.past_norms, self.guidance_norm[:, None].to(self.past_norms)], dim=1)
         level, step = self.level_at(timestep), self.step + 1
-        return replace(self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, rollout_ends=None)
+        return replace(
+            self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, memo=None, middle=None
+        )
 
     def from_start(self, x: Tensor) -> Observation:
         """This very call from another ``x_t``. Cost: 2 evaluations per image."""
         eps_c, eps_u = self.both_branches(x, self.timestep)
-        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, rollout_ends=None)
+        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, memo=None, middle=None)
 
     def both_branches(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""

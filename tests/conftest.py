@@ -201,7 +201,7 @@ def profile_for() -> Callable[..., Profile]:
     def make(pipe: Any, threshold: float, agreement: float = 0.99, later: tuple[Scale, ...] = (), **setting: Any) -> Profile:
         setting = {"steps": STEPS, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE, **setting}
         norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
-        stage = Stage(("guidance_norm",), {"guidance_norm": 1.0}, None)
+        stage = Stage(("guidance_norm",), ("guidance_norm",), None)
         cascade = Cascade((stage,), {"guidance_norm": Scale(False, 0.0, 1.0)}, later)
         values = {"guidance_norm": norms, "agreement": [agreement] * 100, "alignment": [-1e6] * 100}
         return Profile(fingerprint(pipe, **setting), cascade, norms, values)

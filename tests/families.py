@@ -294,7 +294,7 @@ def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
 
 
 def profile_for(threshold: float) -> Profile:
-    cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
+    cascade = Cascade((Stage(("guidance_norm",), ("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
     norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
     return Profile({}, cascade, norms, {"guidance_norm": norms, "agreement": [0.99] * 100, "alignment": [-1e6] * 100})
 

@@ -187,7 +187,7 @@ def calibrate_command(
     prompts: Annotated[Path | None, typer.Option(help="File of ordinary prompts, in place of those that come along.")] = None,
     memorized: Annotated[
         Path | None,
-        typer.Option(help="File of prompts known to be memorized: they fit the signals' weights and the order of the steering methods."),
+        typer.Option(help="File of prompts known to be memorized: the order of the steering methods is learnt from them."),
     ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,

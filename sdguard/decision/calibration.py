@@ -5,26 +5,37 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 
 from sdguard.decision.cascade import BY_NAME, LATER_CALLS, PLAN, Cascade, judge, judge_later
 from sdguard.decision.fingerprint import fingerprint
-from sdguard.decision.profile import FORMAT, SERIES, Profile
+from sdguard.decision.profile import FORMAT, SERIES, Profile, digest_of
 from sdguard.denoiser.families import parameters_of
 from sdguard.denoiser.probe import BATCH_SIZE, probe_run
 from sdguard.files.resumable import Parts, run_pieces
 from sdguard.geometry.alignment import alignment
-from sdguard.geometry.rollout import rollout_end
+from sdguard.geometry.rollout import independent_start, rollout_end, short_rollout
 from sdguard.observation import Observation
+from sdguard.signals.agreement import correlation
 from sdguard.signals.guidance_norm import guidance_norm
+from sdguard.signals.signal import UnsupportedModel
 from sdguard.words import document_frequency
 
 #: ordinary prompts that fit the cascade, at most, and whose later steps are measured.
 FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
+#: signals whose values on ordinary prompts steering and its verification are held to.
+STEERED_BY = ("guidance_norm", "agreement")
+#: how the pictures are drawn that tell a memorized prompt among ordinary ones, and the correlation from which two are the same.
+PICTURE_STEPS, PICTURE_GUIDANCE, SAME_PICTURE = 8, 3.0, 0.95
+#: share of the prompts that may be memorized before the list is refused.
+MOST_COLLAPSED = 0.5
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -55,40 +66,47 @@ def calibrate(
     width: int,
     inputs: Mapping[str, Any] | None = None,
     seed: int = 0,
-    memorized: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
     work: Path | None = None,
     state: PartialState | None = None,
 ) -> Profile:
     """Measure ordinary prompts on a pipeline, one seed each, and return the `Profile`.
 
-    A part of the prompts fits the cascade (see `split`), the others are scored by it. Cost: 2 denoiser evaluations a prompt for each of
-    the first ``1 + LATER_CALLS`` calls; for the fitting ones every signal's and alignment's beside, for the others what the cascade buys;
-    and `SERIES_PROMPTS` full runs.
+    A part of the prompts fits the cascade (see `split`), the others are scored by it. Prompts that turn out to be memorized themselves,
+    which no list of captions is free of, are set aside (see `collapsed`): the promise is about prompts whose picture hangs on the noise.
+    Cost: 2 denoiser evaluations a prompt for each of the first ``1 + LATER_CALLS`` calls; for the fitting ones every signal's and
+    alignment's beside, for the others what the cascade buys; `same_picture`'s for the most suspicious; and `SERIES_PROMPTS` full runs.
 
     Args:
         inputs: what else the pipeline's call is given, such as the picture of an image-to-image run; the same for every prompt.
-        memorized: prompts known to be memorized, where there are some: they fit the weights of the signals and nothing else.
         progress: called with prompts done and prompts in all.
         work: a folder that keeps what has been measured, so that a killed calibration goes on; removed at the end.
         state: accelerate's, where several processes share the work, each on its own pipeline; every one of them returns the profile.
 
     Raises:
-        ValueError: fewer than 4 prompts.
+        ValueError: fewer than 4 prompts, or most of them are memorized.
     """
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
     configuration = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width, inputs=inputs)
-    about = [FORMAT, configuration, list(prompts), list(memorized), seed, PLAN, BATCH_SIZE]
+    about = [FORMAT, configuration, list(prompts), seed, PLAN, BATCH_SIZE]
     parts = Parts(work, "calibration", about)
     setting = call_setting(pipe, steps, guidance_scale, height, width) | dict(inputs or {})
-    measurement = Measurement(pipe, [*prompts, *memorized], setting, seed, parts, state, progress)
+    measurement = Measurement(pipe, prompts, setting, seed, parts, state, progress)
     fitting, scoring = split(len(prompts))
-    cascade, values = fit(measurement, fitting, range(len(prompts), len(prompts) + len(memorized)))
-    scores = score(measurement, scoring, cascade)
-    series, timesteps = measure_series(measurement, scoring[:SERIES_PROMPTS])
+    cascade, values, unfit = fit(measurement, fitting)
+    scores, aside = score(measurement, scoring, cascade)
+    series, timesteps = measure_series(measurement, [position for position in scoring if position not in aside][:SERIES_PROMPTS])
     parts.remove()
-    return Profile(configuration, cascade, scores, values, series, timesteps, document_frequency(prompts))
+    if len(scores) < 2 or len(unfit) > MOST_COLLAPSED * len(fitting):
+        raise ValueError(
+            f"Of {len(prompts)} prompts {len(unfit) + len(aside)} give one picture from any noise: they are not ordinary here."
+        )
+    set_aside = [prompts[position] for position in sorted([*unfit, *aside])]
+    return Profile(
+        configuration, cascade, scores, values, series, timesteps, document_frequency(prompts),
+        prompts_digest=digest_of(prompts), set_aside=set_aside,
+    )  # fmt: skip
 
 
 class Measurement:
@@ -129,22 +147,62 @@ class Measurement:
             self.progress(min(len(self.prompts), self.done * processes), len(self.prompts))
 
 
-def fit(measurement: Measurement, ordinary: Sequence[int], memorized: Sequence[int]) -> tuple[Cascade, dict[str, list[float]]]:
-    """The cascade fitted on the ``ordinary`` prompts at these positions, and the values of its signals and alignment there, ascending."""
-    batches = measurement.read("fit", ordinary, values_to_fit, 1 + LATER_CALLS)
-    values = {name: flatten(first[name] for first, *_ in batches) for name in batches[0][0]}
-    later = [flatten(call["later"] for call in calls) for calls in list(zip(*batches, strict=True))[1:]]
-    labelled: dict[str, list[float]] | None = None
-    if memorized:
-        known = measurement.read("memorized", memorized, values_at_first_call)
-        labelled = {name: flatten(call[name] for (call,) in known) for stage, _ in PLAN for name in stage}
-    return Cascade.fit(values, labelled, later=later), {name: sorted(found) for name, found in values.items()}
+def fit(measurement: Measurement, positions: Sequence[int]) -> tuple[Cascade, dict[str, list[float]], list[int]]:
+    """The cascade fitted on the prompts at ``positions``, the signals' values there, ascending, and which positions were set aside."""
+    batches = measurement.read("fit", positions, values_to_fit, 1 + LATER_CALLS)
+    values = {name: np.array(flatten(first[name] for first, *_ in batches)) for name in batches[0][0]}
+    later = np.array([flatten(call["later"] for call in calls) for calls in list(zip(*batches, strict=True))[1:]])
+    suspicion = Cascade.fit(as_lists(values)).suspicion(as_lists(values)).tolist()
+    aside = collapsed(measurement, "fit", sorted_by(suspicion, positions))
+    kept = np.array([position not in aside for position in positions])
+    values = {name: found[kept] for name, found in values.items()}
+    cascade = Cascade.fit(as_lists(values), later=later[:, kept].tolist() if len(later) else [])
+    return cascade, as_lists({name: np.sort(found) for name, found in values.items()}), aside
+
+
+def as_lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """Arrays as lists."""
+    return {name: found.tolist() for name, found in values.items()}
+
+
+def sorted_by(scores: Sequence[float], positions: Sequence[int]) -> list[int]:
+    """``positions``, those of the highest of their ``scores`` first."""
+    return [position for _, position in sorted(zip(scores, positions, strict=True), key=lambda pair: -pair[0])]
+
+
+def collapsed(measurement: Measurement, what: str, positions: Sequence[int]) -> list[int]:
+    """Which of the prompts at ``positions``, the most suspicious first, give the same picture from two noises: they are memorized.
+
+    They are looked at in batches, until a batch has none. Cost: that of `same_picture` for each prompt looked at.
+    """
+    found: list[int] = []
+    for start in range(0, len(positions), BATCH_SIZE):
+        batch = positions[start : start + BATCH_SIZE]
+        ((agreements,),) = measurement.read(f"collapsed-{what}-{start:06d}", batch, same_picture)
+        same = [position for position, agreement in zip(batch, agreements, strict=True) if agreement > SAME_PICTURE]
+        found += same
+        if not same:
+            break
+    return found
+
+
+def same_picture(observation: Observation) -> list[float]:
+    """Correlation of the pictures that each prompt gives from two noises, ``[B]`` in [-1, 1].
+
+    They are drawn in `PICTURE_STEPS` DDIM steps at `PICTURE_GUIDANCE`. Cost: ``4 * PICTURE_STEPS - 2`` evaluations.
+    """
+    here = replace(observation, guidance_scale=PICTURE_GUIDANCE, memo=None)
+    pictures = (short_rollout(here, noise, PICTURE_STEPS) for noise in (None, independent_start(here)))
+    return correlation(*pictures).tolist()
 
 
 def values_at_first_call(observation: Observation) -> dict[str, list[float]]:
-    """Every signal of the plan, and alignment."""
-    values = {name: BY_NAME[name].read(observation).tolist() for stage, _ in PLAN for name in stage}
-    return {**values, "alignment": alignment(observation, rollout_end(observation), observation.condition).tolist()}
+    """Every signal of the plan that the denoiser has the parts for, and what steering and its verification are held to."""
+    found: dict[str, list[float]] = {}
+    for name in dict.fromkeys([*(name for stage in PLAN for name in stage.signals), *STEERED_BY]):
+        with suppress(UnsupportedModel):
+            found[name] = BY_NAME[name].read(observation).tolist()
+    return {**found, "alignment": alignment(observation, rollout_end(observation), observation.condition).tolist()}
 
 
 def values_to_fit(observation: Observation) -> dict[str, list[float]]:
@@ -152,10 +210,12 @@ def values_to_fit(observation: Observation) -> dict[str, list[float]]:
     return {"later": guidance_norm(observation).tolist()} if observation.step else values_at_first_call(observation)
 
 
-def score(measurement: Measurement, positions: Sequence[int], cascade: Cascade) -> list[float]:
-    """The scores of the runs of the prompts at ``positions``, later calls included, ascending."""
+def score(measurement: Measurement, positions: Sequence[int], cascade: Cascade) -> tuple[list[float], list[int]]:
+    """The scores of the runs of the prompts at ``positions``, later calls included, ascending, and which positions were set aside."""
     batches = measurement.read("score", positions, partial(scores_of_call, cascade), 1 + LATER_CALLS)
-    return sorted(max(run) for calls in batches for run in zip(*calls, strict=True))
+    scores = [max(run) for calls in batches for run in zip(*calls, strict=True)]
+    aside = collapsed(measurement, "score", sorted_by(scores, positions))
+    return sorted(value for value, position in zip(scores, positions, strict=True) if position not in aside), aside
 
 
 def scores_of_call(cascade: Cascade, observation: Observation) -> list[float]:

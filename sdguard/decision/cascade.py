@@ -8,14 +8,13 @@ a conformal p-value on it holds for the cascade as a whole (Vovk et al. 2005, ch
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
 from torch import Tensor
 
 from sdguard.observation import Observation
@@ -26,22 +25,26 @@ BY_NAME = {signal.name: signal for signal in SIGNALS}
 
 @dataclass(frozen=True)
 class Scale:
-    """How one signal spreads over ordinary prompts; ``log`` where all its values there are positive."""
+    """How one signal spreads over ordinary prompts; ``log`` where all its values there are positive.
+
+    Median and quantiles, so that a few memorized prompts among the ordinary ones move nothing.
+    """
 
     log: bool
-    mean: float
-    std: float
+    median: float
+    deviation: float
 
     @classmethod
     def fit(cls, values: Sequence[float]) -> Scale:
-        """The scale of at least two values."""
+        """The scale of at least two values; its deviation is half of what lies between the 16% and the 84% quantile."""
         log = min(values) > 0
-        taken = [math.log(v) for v in values] if log else list(values)
-        return cls(log, statistics.fmean(taken), max(statistics.stdev(taken), 1e-12))
+        taken = np.log(values) if log else np.asarray(values)
+        low, median, high = np.quantile(taken, [0.16, 0.5, 0.84])
+        return cls(log, float(median), max(float(high - low) / 2, 1e-12))
 
     def z(self, values: Tensor) -> Tensor:
         """Values in standard deviations of ordinary prompts, same shape."""
-        return ((values.clamp_min(1e-30).log() if self.log else values) - self.mean) / self.std
+        return ((values.clamp_min(1e-30).log() if self.log else values) - self.median) / self.deviation
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,37 @@ class Stage:
 
     Attributes:
         signals: what is read at this stage.
-        weights: of the z-score of every signal read so far in the fused score; their sizes sum to 1.
-        bound: a row of at least this fused score goes on to the next stage; None at the last.
+        fused: those of the signals read so far whose mean z-score is the stage's score.
+        bound: a row of at least this score goes on to the next stage; None at the last.
     """
 
     signals: tuple[str, ...]
-    weights: Mapping[str, float]
+    fused: tuple[str, ...]
     bound: float | None
 
 
-#: the signals of each stage and the share of ordinary prompts that goes on from it. What ordinary prompts pay on average is the sum over
-#: stages of the share that reaches it times its cost: .05 * 18 = .9 evaluations.
-PLAN: tuple[tuple[tuple[str, ...], float], ...] = ((("guidance_norm", "guidance_peak"), 0.05), (("agreement",), 0.0))
+class StagePlan(NamedTuple):
+    """What a stage reads, what of it decides, and the share of ordinary prompts that goes on from it."""
 
+    signals: tuple[str, ...]
+    fused: tuple[str, ...]
+    share: float
+
+
+#: The signals, their places and the shares are those of ``python -m benchmarks leave-one-out``; equal weights, since fitted ones did not
+#: carry over to other models. Sharpness and dimension are read for every row that is not clearly clean and reported, but do not
+#: decide: on models they were not chosen on they add nothing to what is there. An ordinary prompt pays .1 * 7 evaluations on average.
+PLAN = (
+    StagePlan(("guidance_detail", "bottleneck_shift"), ("guidance_detail", "bottleneck_shift"), 0.10),
+    StagePlan(
+        ("persistence", "estimate_agreement", "estimate_agreement_ahead", "sharpness", "lid_noisy"),
+        ("persistence", "estimate_agreement", "estimate_agreement_ahead"),
+        0.0,
+    ),
+)
+
+#: z-scores count within these bounds, so that no single signal decides alone.
+CLIP = (-4.0, 6.0)
 
 #: calls after the first whose guidance norm is watched; Wen et al. 2024 (2407.21720) read the second to fifth of 50.
 LATER_CALLS = 4
@@ -77,40 +98,31 @@ class Cascade:
     later: tuple[Scale, ...] = ()
 
     @classmethod
-    def fit(
-        cls,
-        values: Mapping[str, Sequence[float]],
-        memorized: Mapping[str, Sequence[float]] | None = None,
-        plan: Sequence[tuple[Sequence[str], float]] = PLAN,
-        later: Sequence[Sequence[float]] = (),
-    ) -> Cascade:
+    def fit(cls, values: Mapping[str, Sequence[float]], plan: Sequence[StagePlan] = PLAN, later: Sequence[Sequence[float]] = ()) -> Cascade:
         """Fit scales and bounds to the values of some ordinary prompts, one list per signal, in the same order of prompts.
 
-        Without labels every signal read so far weighs the same. With values of ``memorized`` prompts the weights are those of
-        a ridge-regularised logistic regression (`logistic_weights`), which also finds the sign of a signal. ``later`` has the guidance
-        norms at later calls.
+        Signals of the plan without values are left out: the denoiser has no part for them. ``later`` has the guidance norms at later calls.
         """
-        scales = {name: Scale.fit(values[name]) for names, _ in plan for name in names}
+        scales = {name: Scale.fit(values[name]) for stage in plan for name in stage.signals if name in values}
+        z = {name: scale.z(torch.tensor(values[name])) for name, scale in scales.items()}
         stages: list[Stage] = []
-        read: list[str] = []
         count = len(next(iter(values.values())))
         left = torch.ones(count, dtype=torch.bool)
-        for names, share in plan:
-            read += names
-            z = {name: scales[name].z(torch.tensor(values[name])) for name in read}
-            weights = dict.fromkeys(read, 1 / len(read))
-            if memorized:
-                labelled = torch.stack([scales[name].z(torch.tensor(memorized[name])) for name in read], 1)
-                weights = dict(zip(read, logistic_weights(torch.stack(list(z.values()), 1), labelled), strict=True))
-            score = fuse(z, weights)
-            going = min(int(share * count), int(left.sum()))
+        for stage in plan:
+            signals, fused = (tuple(name for name in names if name in scales) for names in (stage.signals, stage.fused))
+            score = fuse([z[name] for name in fused])
+            going = min(int(stage.share * count), int(left.sum()))
             if not going:
-                stages.append(Stage(tuple(names), weights, None))
+                stages.append(Stage(signals, fused, None))
                 break
             bound = score[left].sort(descending=True).values[going - 1].item()
-            stages.append(Stage(tuple(names), weights, bound))
+            stages.append(Stage(signals, fused, bound))
             left &= score >= bound
         return cls(tuple(stages), scales, tuple(map(Scale.fit, later)))
+
+    def suspicion(self, values: Mapping[str, Sequence[float]]) -> Tensor:
+        """The last stage's score of prompts whose signals have all been read, ``[n]``, whether or not they would have come so far."""
+        return fuse([self.scales[name].z(torch.tensor(values[name])) for name in self.stages[-1].fused])
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -118,24 +130,9 @@ class Cascade:
         return tuple(name for stage in self.stages for name in stage.signals)
 
 
-def fuse(z: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum of z-scores."""
-    return torch.stack([weights[name] * values for name, values in z.items()]).sum(dim=0)
-
-
-def logistic_weights(ordinary: Tensor, memorized: Tensor, ridge: float = 0.01) -> list[float]:
-    """Weights of z-scores, sizes summing to 1, by logistic regression of memorized ``[m, k]`` against ordinary ``[n, k]`` prompts.
-
-    Both classes count the same; ``ridge`` times the squared weights is added to the mean loss.
-    """
-    classes = [(1.0, memorized.double().numpy()), (-1.0, ordinary.double().numpy())]
-
-    def loss(parameters: np.ndarray) -> float:
-        w, b = parameters[:-1], parameters[-1]
-        return float(sum(np.logaddexp(0, -sign * (z @ w + b)).mean() for sign, z in classes) + ridge * w @ w)
-
-    w = minimize(loss, np.zeros(ordinary.shape[1] + 1)).x[:-1]
-    return (w / max(np.abs(w).sum(), 1e-12)).tolist()
+def fuse(z: Sequence[Tensor]) -> Tensor:
+    """The mean of z-scores, each within `CLIP`."""
+    return torch.stack([values.clamp(*CLIP) for values in z]).mean(dim=0)
 
 
 def above(floor: Tensor | None, fused: Tensor) -> Tensor:
@@ -152,14 +149,12 @@ def judge(observation: Observation, cascade: Cascade) -> tuple[Tensor, dict[str,
     count = len(observation.x)
     values = {name: torch.full((count,), math.nan) for name in cascade.signals}
     score, rows = torch.zeros(count), torch.arange(count)
-    read: list[str] = []
     floor: Tensor | None = None
     for stage in cascade.stages:
         here = observation.select(rows)
         for name in stage.signals:
             values[name][rows] = BY_NAME[name].read(here).float().cpu()
-        read += stage.signals
-        fused = fuse({name: cascade.scales[name].z(values[name][rows]) for name in read}, stage.weights)
+        fused = fuse([cascade.scales[name].z(values[name][rows]) for name in stage.fused])
         score[rows] = above(floor, fused)
         if stage.bound is None or not (going := fused >= stage.bound).any():
             break

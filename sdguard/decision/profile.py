@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from scipy.stats import beta, betabinom
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.files.atomic import write_text
 
-FORMAT = 5
+FORMAT = 6
 #: free signals whose course over a whole run is measured.
 SERIES = ("guidance_norm", "denoised_norm")
 
@@ -28,6 +29,11 @@ class ProfileError(ValueError):
 def quantile(values: Sequence[float], share: float) -> float:
     """The value that at least ``share`` of ascending ``values``, a new one counted in, lie at or under (the last, if they are too few)."""
     return values[min(len(values), math.ceil(share * (len(values) + 1))) - 1]
+
+
+def digest_of(prompts: Sequence[str]) -> str:
+    """A hash of a list of prompts, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
 def scores_needed(false_positive_rate: float) -> int:
@@ -65,6 +71,8 @@ class Profile:
         timesteps: those of the calls.
         words: how many of the prompts hold each word.
         methods: steering methods in the order in which they are tried, learnt from memorized prompts; empty where none were known.
+        prompts_digest: a hash of the ordinary prompts it was made of (`digest_of`).
+        set_aside: those of them that turned out to be memorized and stand behind nothing.
         format: version of the file format.
     """
 
@@ -76,6 +84,8 @@ class Profile:
     timesteps: list[float] = field(default_factory=list)
     words: dict[str, int] = field(default_factory=dict)
     methods: list[MethodStatistics] = field(default_factory=list)
+    prompts_digest: str = ""
+    set_aside: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     @property
@@ -170,7 +180,7 @@ class Profile:
                 f"{path} was written by another version of sdguard (format {found}; this one reads {FORMAT}): calibrate again."
             )
         try:
-            stages = tuple(Stage(tuple(stage["signals"]), stage["weights"], stage["bound"]) for stage in fields["cascade"]["stages"])
+            stages = tuple(Stage(tuple(stage["signals"]), tuple(stage["fused"]), stage["bound"]) for stage in fields["cascade"]["stages"])
             scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
             later = tuple(Scale(**scale) for scale in fields["cascade"]["later"])
             series = {name: [(float(mean), float(std)) for mean, std in pairs] for name, pairs in fields["series"].items()}

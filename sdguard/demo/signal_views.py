@@ -22,7 +22,7 @@ def plain(name: str) -> str:
 def later_threshold(profile: Profile, rate: float) -> list[float]:
     """The guidance norm from which each later call that is watched flags an image."""
     threshold = profile.threshold(rate)
-    bounds = [scale.mean + threshold * scale.std for scale in profile.cascade.later]
+    bounds = [scale.median + threshold * scale.deviation for scale in profile.cascade.later]
     return [math.exp(bound) if scale.log else bound for bound, scale in zip(bounds, profile.cascade.later, strict=True)]
 
 

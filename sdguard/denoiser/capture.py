@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 @contextmanager
 def captured(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Within the block, the last outputs of ``modules``, in the order in which they first ran; afterwards no hook is left on them."""
+    """Within the block, the last outputs of ``modules`` in this thread, in the order in which they first ran; no hook is left."""
     found: dict[nn.Module, Tensor] = {}
+    thread = threading.get_ident()
 
     def keep(module: nn.Module, arguments: tuple[object, ...], output: Tensor) -> None:
-        found[module] = output.detach()
+        if threading.get_ident() == thread:
+            found[module] = output.detach()
 
     handles = [module.register_forward_hook(keep) for module in modules]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,15 +54,23 @@ def short_rollout(observation: Observation, noise: Tensor | None = None, steps: 
     return last.taken()
 
 
+def once_a_row(observation: Observation, key: Hashable, make: Callable[[Observation], Tensor]) -> Tensor:
+    """What ``make`` gives for the observation's rows, ``[B, ...]``, made once for each row of a run: what was bought is there for all."""
+    known = {} if observation.memo is None else observation.memo
+    keys = [(row, key) for row in observation.rows.tolist()]
+    if missing := [i for i, entry in enumerate(keys) if entry not in known]:
+        made = make(observation.select(torch.tensor(missing)))
+        known.update({keys[i]: value for i, value in zip(missing, made, strict=True)})
+    return torch.stack([known[entry] for entry in keys])
+
+
 def rollout_end(observation: Observation, independent: bool = False) -> Tensor:
-    """`short_rollout` from the rows' own noise or from independent noise; made once for each row of a run, ``[B, C, H, W]``."""
-    known = {} if observation.rollout_ends is None else observation.rollout_ends
-    keys = [(row, independent) for row in observation.rows.tolist()]
-    if missing := [i for i, key in enumerate(keys) if key not in known]:
-        here = observation.select(torch.tensor(missing))
-        ends = short_rollout(here, independent_start(here) if independent else None)
-        known.update({keys[i]: end for i, end in zip(missing, ends, strict=True)})
-    return torch.stack([known[key] for key in keys])
+    """`short_rollout` from the rows' own noise or from independent noise, ``[B, C, H, W]``; made once for each row of a run."""
+
+    def end(here: Observation) -> Tensor:
+        return short_rollout(here, independent_start(here) if independent else None)
+
+    return once_a_row(observation, ("rollout end", independent), end)
 
 
 def independent_start(observation: Observation, draw: int = 0) -> Tensor:

@@ -45,7 +45,7 @@ def calibrate_model(
 
     Args:
         prompts: a file of ordinary prompts; None for those that come along.
-        memorized: a file of prompts known to be memorized, which fit the signals' weights and the order of the steering methods.
+        memorized: a file of prompts known to be memorized, which the order of the steering methods is learnt from.
         count: use so many of the ordinary prompts, evenly spaced.
         false_positive_rate: what the profile has to support.
         out: where the profile goes; None for the user's cache, where the guard finds it.
@@ -79,7 +79,7 @@ def calibrate_model(
     path = out or cache_path(fingerprint(pipe, **configuration))
     ensure_writable(path.parent)
     measuring = partial(progress, "calibrating")
-    profile = calibrate(pipe, chosen, **configuration, seed=seed, memorized=known, progress=measuring, work=parts_folder(path), state=state)
+    profile = calibrate(pipe, chosen, **configuration, seed=seed, progress=measuring, work=parts_folder(path), state=state)
     if not state.is_main_process:
         return None
     if known:

@@ -1,7 +1,8 @@
 """Profiles: conformal p-values, thresholds, files, and what is refused."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdguard.decision import calibration
 from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.fingerprint import fingerprint
-from sdguard.decision.profile import MethodStatistics, Profile, ProfileError
-from sdguard.decision.store import load_profile
+from sdguard.decision.profile import FORMAT, MethodStatistics, Profile, ProfileError
+from sdguard.decision.store import load_profile, profile_for
 from sdguard.denoiser.probe import probe_run
 from sdguard.steering.learning import learn_methods
 
@@ -22,7 +24,7 @@ values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 
 
 def profile(norms: list[float]) -> Profile:
-    cascade = Cascade((Stage(("guidance_norm",), {"guidance_norm": 1.0}, None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
+    cascade = Cascade((Stage(("guidance_norm",), ("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
     course = {"guidance_norm": [(1.0, 0.1), (2.0, 0.3)]}
     methods = [MethodStatistics("rewording", 0.9, 20.0, 0.4)]
     return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, course, [900.0, 100.0], {"cat": 2}, methods)
@@ -93,7 +95,7 @@ def test_a_profile_of_another_format_is_refused(tmp_path: Path) -> None:
     profile([1, 2]).save(tmp_path / "profile.json")
     fields = json.loads((tmp_path / "profile.json").read_text())
     (tmp_path / "profile.json").write_text(json.dumps({**fields, "format": 99}))
-    with pytest.raises(ProfileError, match=r"another version of sdguard \(format 99; this one reads 5\): calibrate again\.$"):
+    with pytest.raises(ProfileError, match=rf"another version of sdguard \(format 99; this one reads {FORMAT}\): calibrate again\.$"):
         Profile.load(tmp_path / "profile.json")
 
 
@@ -150,32 +152,24 @@ def test_a_killed_calibration_goes_on_where_it_stopped(tiny: Any, tmp_path: Path
     prompts = [f"a cat number {i}" for i in range(9)]
     setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
     monkeypatch.setattr("sdguard.decision.calibration.BATCH_SIZE", 2)
-    whole = calibrate(tiny, prompts, **setting)
     asked: list[str] = []
+    last = math.inf
 
     def counted(pipe: Any, batch: list[str], *args: Any, **kwargs: Any) -> None:
         asked.extend(batch)
-        if len(asked) == 7:
+        if len(asked) >= last:
             raise KeyboardInterrupt
         probe_run(pipe, batch, *args, **kwargs)
 
     monkeypatch.setattr("sdguard.decision.calibration.probe_run", counted)
+    whole = calibrate(tiny, prompts, **setting)
+    total, last = len(asked), len(asked) + 7
     with pytest.raises(KeyboardInterrupt):
         calibrate(tiny, prompts, **setting, work=tmp_path / "work")
-    before = len(asked)
+    before, last = len(asked), math.inf
     assert calibrate(tiny, prompts, **setting, work=tmp_path / "work") == whole
-    assert len(asked) - before < before + len(whole.scores)
+    assert len(asked) - before == total - 5  # 7 were asked for, and the batch of 2 that was under way is lost
     assert not list(tmp_path.iterdir())
-
-
-def test_known_memorized_prompts_fit_the_weights_and_nothing_else(tiny: Any) -> None:
-    prompts = [f"a cat number {i}" for i in range(12)]
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
-    plain = calibrate(tiny, prompts, **setting)
-    labelled = calibrate(tiny, prompts, memorized=["a zebra at sea", "a rose at sea"], **setting)
-    assert labelled.values == plain.values
-    assert labelled.cascade.scales == plain.cascade.scales
-    assert labelled.cascade.stages[0].weights != plain.cascade.stages[0].weights
 
 
 def test_a_series_is_read_between_its_calls() -> None:
@@ -202,3 +196,33 @@ def test_the_order_of_methods_is_learnt_from_memorized_prompts_alone_and_the_sam
     assert replace(learnt, methods=[]) == lenient
     assert learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting) == learnt
     assert not learn_methods(tiny, replace(lenient, values={**lenient.values, "agreement": [-2.0] * 100}), prompts[:1], **setting).methods
+
+
+def test_a_prompt_that_gives_one_picture_from_any_noise_is_no_ordinary_one(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [f"a cat number {i}" for i in range(30)]
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    plain = calibrate(tiny, prompts, **setting)
+    assert not plain.set_aside
+    known = {"a cat number 3", "a cat number 5"}
+    read = calibration.Measurement.read
+
+    def with_known(self: Any, what: str, positions: Sequence[int], look: Any, calls: int | None = 1) -> Any:
+        if what.startswith("collapsed"):
+            return [[[1.0 if self.prompts[position] in known else 0.0 for position in positions]]]
+        return read(self, what, positions, look, calls)
+
+    monkeypatch.setattr(calibration.Measurement, "read", with_known)
+    monkeypatch.setattr(calibration, "BATCH_SIZE", 30)
+    made = calibrate(tiny, prompts, **setting)
+    assert made.set_aside == sorted(known)
+    assert len(made.scores) == len(plain.scores) - 1
+    assert len(made.values["persistence"]) == len(plain.values["persistence"]) - 1
+
+
+def test_a_profile_of_other_prompts_is_not_taken_for_the_users_own(tiny: Any) -> None:
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    mine, others = [f"a cat number {i}" for i in range(8)], [f"a dog number {i}" for i in range(8)]
+    first = profile_for(tiny, prompts=others, **setting)
+    own = profile_for(tiny, prompts=mine, **setting)
+    assert first.prompts_digest != own.prompts_digest
+    assert profile_for(tiny, prompts=others, **setting) == first

@@ -1,0 +1,71 @@
+"""The reference reading: the conditional branch alone, in one DDIM step from a run's first call.
+
+Guidance scale, negative prompt, sampler and number of steps of the run move none of it. What is evaluated for one signal is there for the
+next. `sdguard.signals.persistence` and `sdguard.signals.estimate_agreement` are read off it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from sdguard.geometry.rollout import independent_start, once_a_row
+from sdguard.observation import NoiseLevel, Observation, denoised
+
+#: log signal-to-noise ratio that the step goes to: as much signal as noise, timestep 350 of Stable Diffusion's 1,000.
+LOG_SNR = 0.0
+#: by which it goes up at least, for runs that begin nearer to the picture (image-to-image).
+LEAST_RISE = 2.0
+
+
+def log_snr(level: NoiseLevel) -> float:
+    """Logarithm of the signal-to-noise ratio ``a**2 / s**2``."""
+    return 2 * math.log(level.a / level.s)
+
+
+def timestep_at(observation: Observation, wanted: float) -> float:
+    """The timestep whose log-SNR is ``wanted``, to the whole number, by bisection below the observation's own."""
+    low, high = 0.0, observation.timestep
+    while high - low > 0.5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if log_snr(observation.level_at(middle)) > wanted else (low, middle)
+    return float(max(1, round(high)))
+
+
+def estimate_at_start(observation: Observation, draw: int | None = None) -> Tensor:
+    """The conditional denoised estimate at the observation's own noise level, ``[B, C, H, W]``, from its own or another noise.
+
+    Cost: none from its own; 1 evaluation from the independent noise number ``draw``, once a row.
+    """
+    if draw is None:
+        return denoised(observation.x, observation.eps_c, observation.level)
+
+    def estimate(here: Observation) -> Tensor:
+        start = independent_start(here, draw)
+        here.count_nfe(1)
+        return denoised(start, here.conditional(start, here.timestep), here.level)
+
+    return once_a_row(observation, ("estimate at start", draw), estimate)
+
+
+def estimate_ahead(observation: Observation, wanted: float = LOG_SNR, draw: int | None = None) -> Tensor:
+    """The conditional denoised estimate after one DDIM step (Song et al. 2021, eq. 12) under the conditional branch, ``[B, C, H, W]``.
+
+    Cost: 1 evaluation beside `estimate_at_start`, once a row.
+
+    Args:
+        wanted: the log-SNR the step goes to.
+        draw: number of an independent noise to start from in place of the observation's own.
+    """
+    timestep = timestep_at(observation, max(wanted, log_snr(observation.level) + LEAST_RISE))
+
+    def estimate(here: Observation) -> Tensor:
+        start, level = here.x if draw is None else independent_start(here, draw), here.level_at(timestep)
+        picture = estimate_at_start(here, draw)
+        eps = (start - here.level.a * picture) / here.level.s
+        x = level.a * picture + level.s * eps
+        here.count_nfe(1)
+        return denoised(x, here.conditional(x, timestep), level)
+
+    return once_a_row(observation, ("estimate ahead", timestep, draw), estimate)
