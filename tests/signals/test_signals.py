@@ -17,6 +17,7 @@ from sdguard.observation import CLEAN, NoiseLevel, Observation
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.agreement import agreement, correlation
 from sdguard.signals.attention_entropy import ATTENTION_ENTROPY, attention_by_token, entropy, mean_attention
+from sdguard.signals.bottleneck_shift import BOTTLENECK_SHIFT
 from sdguard.signals.bottleneck_spread import BOTTLENECK_SPREAD
 from sdguard.signals.condition_jacobian import condition_jacobian
 from sdguard.signals.denoised_norm import denoised_norm
@@ -68,7 +69,7 @@ def test_guidance_norm_is_the_distance_of_the_two_predictions(observe: Observe) 
 
 
 #: signals that read features inside the network, which a model given as a formula has not.
-INSIDE = (ATTENTION_ENTROPY, BOTTLENECK_SPREAD)
+INSIDE = (ATTENTION_ENTROPY, BOTTLENECK_SPREAD, BOTTLENECK_SHIFT)
 
 
 @pytest.mark.parametrize("signal", [signal for signal in SIGNALS if signal not in INSIDE], ids=lambda signal: signal.name)

@@ -1,0 +1,158 @@
+"""The reference reading, and the signals read off it, against densities whose answer is known."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdguard.denoiser.probe import probe_run
+from sdguard.geometry.reference import estimate_ahead, estimate_at_start, log_snr, timestep_at
+from sdguard.observation import NoiseLevel, Observation
+from sdguard.signals.bottleneck_shift import bottleneck_shift
+from sdguard.signals.estimate_agreement import estimate_agreement, estimate_agreement_ahead
+from sdguard.signals.guidance_detail import guidance_detail
+from sdguard.signals.persistence import detail, persistence
+from sdguard.signals.signal import UnsupportedModel
+
+SHAPE = (4, 4, 8, 8)
+Observe = Callable[..., Observation]
+SIGNALS = (persistence, estimate_agreement, estimate_agreement_ahead)
+
+
+def gaussian(mean: Tensor, spread: float) -> Callable[[Tensor, NoiseLevel, Tensor], Tensor]:
+    """The exact noise prediction for data ``N(mean, spread**2)``."""
+    return lambda x, level, text: level.s * (x - level.a * mean) / (level.a**2 * spread**2 + level.s**2)
+
+
+def two_pictures(one: Tensor, other: Tensor) -> Callable[[Tensor, NoiseLevel, Tensor], Tensor]:
+    """The exact noise prediction for data that is one of two pictures, evenly."""
+
+    def eps(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
+        pictures = torch.stack([one, other])
+        distance = (x[:, None] - level.a * pictures).flatten(2).square().sum(2) / (2 * level.s**2)
+        mean = torch.einsum("bk,kchw->bchw", torch.softmax(-distance, dim=1), pictures)
+        return (x - level.a * mean) / level.s
+
+    return eps
+
+
+def observed(observe: Observe, model: Callable[..., Tensor]) -> Observation:
+    return observe(model, torch.randn(SHAPE), torch.zeros(len(SHAPE), 3, 2))
+
+
+def test_the_timestep_of_a_signal_to_noise_ratio_is_the_nearest_whole_one(observe: Observe) -> None:
+    observation = observed(observe, gaussian(torch.zeros(SHAPE[1:]), 1.0))
+    timestep = timestep_at(observation, 0.0)
+    assert timestep == int(timestep)
+    around = [abs(log_snr(observation.level_at(timestep + step))) for step in (-2, 0, 2)]
+    assert around[1] == min(around)
+
+
+def test_the_estimates_of_a_delta_are_its_picture_from_any_noise(observe: Observe) -> None:
+    picture = torch.randn(SHAPE[1:])
+    observation = observed(observe, gaussian(picture, 1e-6))
+    for found in (estimate_at_start(observation), estimate_at_start(observation, 3), estimate_ahead(observation, draw=1)):
+        torch.testing.assert_close(found, picture.expand(SHAPE), atol=1e-3, rtol=1e-3)
+
+
+def test_a_gaussians_estimate_ahead_is_the_posterior_mean_there(observe: Observe) -> None:
+    """One DDIM step along the probability flow of N(0, spread**2), and ``a x spread**2 / (a**2 spread**2 + s**2)`` there."""
+    observation, spread = observed(observe, gaussian(torch.zeros(SHAPE[1:]), 0.5)), 0.5
+    start, level = observation.level, observation.level_at(timestep_at(observation, 0.0))
+
+    def share(at: NoiseLevel) -> float:
+        return spread**2 / (at.a**2 * spread**2 + at.s**2)
+
+    x = level.a * (start.a * share(start)) + level.s * start.s * share(start) / spread**2
+    torch.testing.assert_close(estimate_ahead(observation), observation.x * x * level.a * share(level), rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_that_begins_near_the_picture_is_read_nearer_still(observe: Observe) -> None:
+    observation = observed(observe, gaussian(torch.zeros(SHAPE[1:]), 1.0))
+    late = replace(observation, timestep=200.0, level=observation.level_at(200.0))
+    assert persistence(late).isfinite().all()
+
+
+def test_a_picture_that_is_known_at_once_persists(observe: Observe) -> None:
+    delta, wide = (persistence(observed(observe, gaussian(torch.randn(SHAPE[1:]), spread))) for spread in (1e-4, 1.0))
+    assert delta.min() > wide.max() + math.log(10)
+
+
+def test_persistence_is_for_the_detail_there_is(observe: Observe) -> None:
+    """The same change counts for more where the picture has less detail."""
+    flat, rough = torch.ones(SHAPE), torch.ones(SHAPE)
+    rough[..., ::2, ::2] = -1
+    assert detail(flat).max() < 1e-6
+    assert detail(rough).min() > 1
+
+
+def test_agreement_is_one_for_a_delta_and_near_zero_for_white_data(observe: Observe) -> None:
+    delta, white = (observed(observe, gaussian(mean, s)) for mean, s in ((torch.randn(SHAPE[1:]), 1e-4), (torch.zeros(SHAPE[1:]), 1.0)))
+    for signal in (estimate_agreement, estimate_agreement_ahead):
+        assert signal(delta).min() > 0.999
+        assert signal(white).abs().max() < 0.35
+
+
+def test_agreement_is_blind_to_a_text_with_two_pictures_ahead(observe: Observe) -> None:
+    """What its docstring says: noises that lead to different pictures do not agree, though both are memorized."""
+    one, other = torch.randn(2, *SHAPE[1:])
+    found = torch.cat([estimate_agreement_ahead(observed(observe, two_pictures(one, other))) for _ in range(6)])
+    assert found.max() > 0.99
+    assert found.min() < 0.9
+
+
+def test_what_one_signal_has_bought_the_next_does_not_pay_again(observe: Observe) -> None:
+    observation = replace(observed(observe, gaussian(torch.zeros(SHAPE[1:]), 1.0)), memo={})
+    spent = []
+    for signal in SIGNALS:
+        before = observation.evaluations[0].item()
+        signal(observation)
+        spent.append(observation.evaluations[0].item() - before)
+    assert spent == [1, 1, 1]
+
+
+def test_the_guidance_scale_moves_nothing(observe: Observe) -> None:
+    observation = observed(observe, two_pictures(*torch.randn(2, *SHAPE[1:])))
+    for signal in SIGNALS:
+        torch.testing.assert_close(signal(observation), signal(replace(observation, guidance_scale=11.0)))
+
+
+def test_a_smooth_pull_has_no_detail_whatever_its_size(observe: Observe) -> None:
+    observation = observed(observe, gaussian(torch.zeros(SHAPE[1:]), 1.0))
+    flat = replace(observation, eps_c=observation.eps_u + 100)
+    assert guidance_detail(flat).max() < 1e-6
+    edges = torch.zeros(SHAPE)
+    edges[..., 4:] = 1.0
+    stepped = replace(observation, eps_c=edges, eps_u=torch.zeros(SHAPE))
+    torch.testing.assert_close(guidance_detail(stepped), torch.full((len(edges),), 1 / 7))
+
+
+def test_without_a_mid_block_nothing_is_captured(observe: Observe) -> None:
+    with pytest.raises(UnsupportedModel):
+        bottleneck_shift(observed(observe, gaussian(torch.zeros(SHAPE[1:]), 1.0)))
+
+
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+def test_the_mid_block_is_captured_in_the_runs_own_first_call_alone(tiny: Any, guidance_scale: float) -> None:
+    outputs: list[Tensor] = []
+    handle = tiny.unet.mid_block.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    found: list[Tensor | None] = []
+
+    def look(observation: Observation) -> None:
+        found.append(observation.middle)
+        if observation.middle is not None:
+            before = observation.evaluations.clone()
+            torch.testing.assert_close(bottleneck_shift(observation), norms(outputs))
+            assert (observation.evaluations == before).all()
+
+    def norms(seen: list[Tensor]) -> Tensor:
+        null, text = seen[0].chunk(2) if guidance_scale > 1 else (seen[1], seen[0])
+        return (text - null).flatten(1).norm(dim=1)
+
+    probe_run(tiny, ["a cat", "a boat"], range(2), look, calls=2, num_inference_steps=3, guidance_scale=guidance_scale)
+    handle.remove()
+    assert [middle is None for middle in found] == [False, True]
