@@ -1,4 +1,4 @@
-"""Detection statistics: area under the ROC curve, true-positive rate at a false-positive rate, and their cluster-bootstrap intervals.
+"""Detection statistics: area under the ROC curve, true-positive rate at a false-positive rate, shares; their cluster-bootstrap intervals.
 
 Samples come with a weight each. The weights of a bootstrap draw count how often it drew each sample's cluster, so that all draws are
 computed at once.
@@ -73,6 +73,15 @@ def estimates(truth: np.ndarray, score: np.ndarray, clusters: np.ndarray, false_
         low, high = np.quantile(told, [0.025, 0.975]) if len(told) else (np.nan, np.nan)
         found.append(Estimate(float(values[0]), float(low), float(high)))
     return found[0], found[1]
+
+
+def share_estimate(hits: np.ndarray, clusters: np.ndarray) -> Estimate:
+    """The share of ``hits`` ``[n]`` with its interval by bootstrap of whole clusters; nan where there are none, or one is not a number."""
+    if not len(hits):
+        return Estimate(np.nan, np.nan, np.nan)
+    weights = bootstrap_weights(clusters)
+    low, high = np.quantile(weights @ hits / weights.sum(axis=1), [0.025, 0.975])
+    return Estimate(float(hits.mean()), float(low), float(high))
 
 
 def roc_band(truth: np.ndarray, score: np.ndarray, clusters: np.ndarray, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

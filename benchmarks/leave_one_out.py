@@ -1,0 +1,359 @@
+"""Leave one model out: a decision is chosen on all models but one and measured on that one, in turn.
+
+``python -m benchmarks leave-one-out DIR [DIR ...]`` takes directories of the form of `benchmarks.models`; the embedded model always
+takes part. Three passes. *Pictures*: every case drawn to the end, which tells copies. *Readings*: at the first denoiser call of the same
+samples, and of ordinary prompts, the ingredients of the decision in all their variants (`benchmarks.rules`); of ordinary prompts also
+whether two noises give the same picture. Both are kept in parts (`sdguard.files.resumable.measured`). *Choice and measurement*, from
+the tables alone.
+
+Writes ``results/leave-one-out.json`` (the table) and ``leave-one-out.parquet`` (a row a sample: numbers, and of its case the role, group
+and count; no caption, since those of a directory may not be ours to publish), and the README's table. What is watched at later calls is
+not in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.models import EMBEDDED, SAME_PICTURE, Model, embedded_model, pictures, read_model
+from benchmarks.readme import README, markdown, put
+from benchmarks.rules import (
+    COMPARED_AT,
+    FREE,
+    GEOMETRIC,
+    LOG_SNRS,
+    NOISES,
+    RATE,
+    READINGS,
+    SHIPPED_NAMES,
+    Fitted,
+    Readings,
+    Rule,
+    agreement_name,
+    calibrated,
+    choose,
+    negatives,
+    persistence_name,
+    threshold,
+)
+from benchmarks.running import versions
+from benchmarks.statistics import Estimate, estimates, share_estimate
+from sdguard.cli.errors import one_sentence
+from sdguard.decision.calibration import evenly
+from sdguard.decision.cascade import BY_NAME, PLAN
+from sdguard.decision.profile import Profile, ProfileError
+from sdguard.decision.store import FIRST_USE_PROMPTS
+from sdguard.denoiser.probe import probe_run
+from sdguard.files.atomic import write_text
+from sdguard.files.inputs import BadInput
+from sdguard.files.processes import processes
+from sdguard.files.prompt_files import write_table
+from sdguard.files.resumable import measured
+from sdguard.geometry.reference import estimate_ahead, estimate_at_start
+from sdguard.geometry.rollout import grid, independent_start
+from sdguard.geometry.rowwise import norm
+from sdguard.observation import Observation, denoised
+from sdguard.signals.agreement import correlation
+from sdguard.signals.persistence import detail
+from sdguard.signals.signal import UnsupportedModel
+
+BATCH = 24
+#: version of what `read` reads: to be raised with it, so that parts that were kept are read again.
+READ = 1
+#: the seed of the first ordinary prompt, away from those of the cases.
+CALIBRATION_SEED = 500_000
+NAME = "leave-one-out"
+RESULTS = Path(__file__).parent / "results"
+SHARED = Path(__file__).parents[2] / "shared" / "models"
+CHOSEN, SHIPPED, ORACLE = "chosen on the others", "shipped, chosen with all seen", "correlation of two finished pictures"
+
+
+def read(observation: Observation) -> dict[str, Tensor]:
+    """All of `READINGS` at a first call, ``[B]`` each, higher = more memorized; nan where the denoiser lacks the part.
+
+    Cost: 11 evaluations and those of sharpness and dimension.
+    """
+    found = {name: read_signal(name, observation) for name in (*FREE, *GEOMETRIC)}
+    first = estimate_at_start(observation)
+    for log_snr in LOG_SNRS:
+        later = estimate_ahead(observation, log_snr)
+        change = norm(later - first)
+        found[persistence_name(log_snr, "relative")] = log_ratio(norm(later), change)
+        found[persistence_name(log_snr, "over detail")] = log_ratio(detail(later), change)
+    draws: list[int | None] = [None, *range(max(NOISES) - 1)]
+    found |= agreements(None, [estimate_at_start(observation, draw) for draw in draws])
+    for log_snr in COMPARED_AT:
+        noises = draws if log_snr == COMPARED_AT[0] else draws[:2]
+        found |= agreements(log_snr, [estimate_ahead(observation, log_snr, draw) for draw in noises])
+    return found
+
+
+def read_signal(name: str, observation: Observation) -> Tensor:
+    """A signal of the guard, ``[B]``; nan where the denoiser lacks the part."""
+    try:
+        return BY_NAME[name].read(observation)
+    except UnsupportedModel:
+        return torch.full((len(observation.x),), torch.nan)
+
+
+def log_ratio(one: Tensor, other: Tensor) -> Tensor:
+    """``log(one / other)`` of positive values."""
+    return one.clamp_min(1e-12).log() - other.clamp_min(1e-12).log()
+
+
+def agreements(log_snr: float | None, pictures: Sequence[Tensor]) -> dict[str, Tensor]:
+    """How alike estimates from several noises are, ``[B]`` each, by name: closest pair and mean of the first two, three, ... of them.
+
+    Channel-centred correlation, and minus the log of the distance over the root-mean-square norm of the two.
+    """
+    found = {}
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "correlation": correlation,
+        "distance": lambda a, b: log_ratio(((norm(a).square() + norm(b).square()) / 2).sqrt(), norm(a - b)),
+    }
+    for measure, like in measures.items():
+        pairs = {(i, j): like(pictures[i], pictures[j]) for i, j in itertools.combinations(range(len(pictures)), 2)}
+        for noises in [n for n in NOISES if n <= len(pictures)]:
+            values = torch.stack([value for (_, j), value in pairs.items() if j < noises])
+            found[agreement_name(log_snr, noises, "mean", measure)] = values.mean(dim=0)
+            if noises > 2:
+                found[agreement_name(log_snr, noises, "closest", measure)] = values.amax(dim=0)
+    return found
+
+
+def conditional_end(observation: Observation, draw: int | None = None) -> Tensor:
+    """The end of a short rollout of the conditional branch from the rows' own or another noise, ``[B, C, H, W]``. Cost: 3 evaluations."""
+    picture, level = estimate_at_start(observation, draw), observation.level
+    x = observation.x if draw is None else independent_start(observation, draw)
+    for timestep in grid(observation)[1:]:
+        following = observation.level_at(timestep)
+        x, level = following.a * picture + following.s * (x - level.a * picture) / level.s, following
+        observation.count_nfe(1)
+        picture = denoised(x, observation.conditional(x, timestep), level)
+    return picture
+
+
+def same(observation: Observation) -> Tensor:
+    """Correlation of the ends of short conditional rollouts from two noises, ``[B]``: near 1 where it is memorized. Cost: 7 evaluations."""
+    return correlation(conditional_end(observation), conditional_end(observation, draw=0))
+
+
+def read_samples(model: Model, whether_same: bool, part: pd.DataFrame) -> pd.DataFrame:
+    """The readings of a batch of samples with columns ``caption`` and ``seed``, and `same` where that is asked for."""
+    found: dict[str, list[float]] = {}
+
+    def look(observation: Observation) -> None:
+        values = read(observation) | ({"same": same(observation)} if whether_same else {})
+        found.update({name: value.float().cpu().tolist() for name, value in values.items()})
+
+    probe_run(model.pipe, part.caption.tolist(), part.seed.tolist(), look, **model.setting)
+    return part.assign(**found)
+
+
+def readings(model: Model, shipped: Sequence[str], work: Path) -> Readings:
+    """Everything that is known of a model, measured or found among the parts under ``work``."""
+
+    def of(what: str, samples: pd.DataFrame, whether_same: bool) -> pd.DataFrame:
+        about = {**model.about, "read": READ}
+        return measured(f"{what}-{model.name}", samples, partial(read_samples, model, whether_same), work, about, BATCH)
+
+    def ordinary(captions: Sequence[str]) -> pd.DataFrame:
+        return pd.DataFrame({"caption": captions, "seed": CALIBRATION_SEED + np.arange(len(captions))})
+
+    cases = pictures(model, work).drop(columns="latents")
+    read_cases = of("cases", model.samples[["caption", "seed"]], False)
+    own, other = (of(what, ordinary(prompts), True) for what, prompts in (("own", model.ordinary), ("shipped", shipped)))
+    return Readings(cases.join(read_cases[list(READINGS)]), own, other)
+
+
+def shipped_prompts() -> list[str]:
+    """The ordinary prompts that come with sdguard, as many as a calibration on first use takes."""
+    lines = resources.files("sdguard.decision").joinpath("ordinary_prompts.txt").read_text(encoding="utf-8").splitlines()
+    return evenly([line for line in lines if line.strip()], FIRST_USE_PROMPTS)
+
+
+def shipped_rule() -> Rule | None:
+    """The decision that the guard ships, as a rule; None where it reads what this benchmark does not, or has not two stages."""
+    if len(PLAN) != 2:
+        return None
+    gate, evidence = (tuple(SHIPPED_NAMES.get(name, name) for name in stage.fused) for stage in PLAN)
+    return Rule(gate, PLAN[0].share, evidence) if set(gate) | set(evidence) <= set(READINGS) else None
+
+
+def rules_for(models: Mapping[str, Readings], left_out: str) -> dict[str, Rule]:
+    """What is measured on the model that is left out, by name: the rule chosen on the others, the shipped one, each single signal."""
+    found = {CHOSEN: choose({name: readings for name, readings in models.items() if name != left_out})}
+    if shipped := shipped_rule():
+        found[SHIPPED] = shipped
+    return found | {name: Rule((), 1.0, (name,)) for name in READINGS}
+
+
+def comparison(cases: pd.DataFrame, score: np.ndarray) -> dict[str, Any]:
+    """AUC and TPR at `RATE` of a score, copies against each kind of `negatives`, with their intervals, and the counts."""
+    copies, found = cases["copy"].to_numpy(), {}
+    for name, others in negatives(cases).items():
+        taken = (copies | others) & np.isfinite(score)
+        truth = copies[taken]
+        if 0 < truth.sum() < len(truth):
+            area, rate = estimates(truth, score[taken], cases.case.to_numpy()[taken], RATE)
+        else:
+            area = rate = Estimate(math.nan, math.nan, math.nan)
+        found[name] = {"auc": area, "tpr": rate, "copies": int(truth.sum()), "of": int((~truth).sum())}
+    return found
+
+
+def flagged(cases: pd.DataFrame, fitted: Fitted, profile: Profile) -> dict[str, Any]:
+    """Shares flagged at the promised rate, with intervals: of copies, of each kind of negatives."""
+    over, limit = fitted.score(cases), threshold(profile)
+    groups = {"copies": cases["copy"].to_numpy(), **negatives(cases)}
+    hits = over > limit if math.isfinite(limit) else np.full(len(cases), math.nan)
+    return {name: share_estimate(hits[group], cases.case.to_numpy()[group]) for name, group in groups.items()}
+
+
+def realised(cases: pd.DataFrame, fitted: Fitted, profile: Profile) -> dict[str, Any]:
+    """The share flagged of held-out ordinary captions, one sample each, beside the interval that the promise gives it; and their cost."""
+    held_out = cases[cases.role == "ordinary"]
+    first = held_out.drop_duplicates("case")
+    passes, of = fitted.passes(held_out), len(first)
+    try:
+        interval = profile.false_positive_interval(RATE, of=of) if of else (math.nan, math.nan)
+    except ProfileError:
+        interval = (math.nan, math.nan)
+    share = float((fitted.score(first) > threshold(profile)).mean()) if of else math.nan
+    return {
+        "realised": share,
+        "interval": interval,
+        "inside": bool(interval[0] <= share <= interval[1]),
+        "captions": of,
+        "evaluations": float(passes.mean() * fitted.rule.cost) if of else math.nan,
+        "free": float(1 - passes.mean()) if of else math.nan,
+    }
+
+
+def measure(name: str, rule: Rule, model: Readings) -> dict[str, Any]:
+    """What a rule does on a model: what it flags by own and by shipped prompts, with the collapse check and without, and tells apart."""
+    row: dict[str, Any] = {"rule": name, **asdict(rule), "cost": rule.cost}
+    for prompts, check in itertools.product(("own", "shipped"), (True, False)):
+        fitted, profile, aside = calibrated(rule, getattr(model, prompts), check)
+        key = f"{prompts}, {'checked' if check else 'as it is'}"
+        row[key] = {
+            "flagged": flagged(model.cases, fitted, profile),
+            **realised(model.cases, fitted, profile),
+            "scored prompts": profile.prompts,
+            "set aside": aside,
+        }
+        if (prompts, check) == ("own", True):
+            row["told apart"] = comparison(model.cases, fitted.score(model.cases))
+    return row
+
+
+def table(models: Mapping[str, Readings]) -> list[dict[str, Any]]:
+    """A row a left-out model and rule."""
+    rows = []
+    for left_out, model in models.items():
+        for name, rule in rules_for(models, left_out).items():
+            if all(np.isfinite(t[list(rule.evidence)]).all(axis=None) for t in model):
+                rows.append({"left out": left_out, **measure(name, rule, model)})
+        rows.append({"left out": left_out, "rule": ORACLE, "told apart": comparison(model.cases, model.cases.twin.to_numpy(float))})
+    return rows
+
+
+def counts(model: Readings) -> dict[str, Any]:
+    """How many samples, copies and pictures of another caption each role has, and how many ordinary prompts collapse."""
+    near = ~model.cases["copy"] & (model.cases.resembles > SAME_PICTURE)
+    grouped = model.cases.assign(resembling=near).groupby("role")
+    shown = grouped.agg(samples=("copy", "size"), copies=("copy", "sum"), resembling=("resembling", "sum"))
+    return {**shown.to_dict("index"), "own": len(model.own), "shipped": len(model.shipped)}
+
+
+def readme_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The README's table: what was chosen on the others, what ships, and what two finished pictures tell."""
+    lines = []
+    for row in rows:
+        if row["rule"] not in (CHOSEN, SHIPPED, ORACLE):
+            continue
+        told, lacking = row["told apart"], row["rule"] == ORACLE
+        shares = [
+            "-" if lacking else " / ".join(share(row[f"{prompts}, {check}"]["flagged"]["copies"][0]) for check in ("checked", "as it is"))
+            for prompts in ("own", "shipped")
+        ]
+        apart = [
+            f"{told[name]['auc'][0]:.3f} / {share(told[name]['tpr'][0])}"
+            for name in ("never seen", "never seen, cleaned", "ordinary", "too rarely seen")
+        ]
+        held = row.get("own, checked", {})
+        promise = "-" if lacking else f"{share(held['realised'])} ({share(held['interval'][0])} to {share(held['interval'][1])})"
+        cost = "-" if lacking else f"{held['evaluations']:.2f}, {share(held['free'])}"
+        lines.append([f"{row['left out']}: {row['rule']}", *shares, *apart, promise, cost])
+    header = [
+        "left out",
+        "copies flagged, own prompts, collapse check on / off",
+        "shipped prompts, on / off",
+        "never seen, AUC / TPR at 1%",
+        "never seen, cleaned",
+        "ordinary",
+        "too rarely seen",
+        "ordinary flagged (promised)",
+        "evaluations an ordinary sample, share that pays none",
+    ]
+    return markdown(header, lines)
+
+
+def share(value: float) -> str:
+    """A share in per cent; a dash where it is not known."""
+    return "-" if math.isnan(value) else f"{value:.0%}" if value in (0.0, 1.0) else f"{value:.1%}"
+
+
+def samples(models: Mapping[str, Readings]) -> pd.DataFrame:
+    """Every sample's numbers, and no caption."""
+    numbers = ["role", "group", "reps", "case", "copy", "ratio", "resembles", "twin", "same"]
+    tables = [
+        t.reindex(columns=[*numbers, "seed", *READINGS]).assign(model=name, prompts=what)
+        for name, model in models.items()
+        for what, t in zip(Readings._fields, model, strict=True)
+    ]
+    whole = pd.concat(tables, ignore_index=True)
+    return whole.astype(dict.fromkeys((*READINGS, "ratio", "resembles", "twin", "same"), np.float32))
+
+
+def main(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Model directories. [default: photos and emoji of ../shared/models]")] = None,
+    out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
+    work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
+    readme: Annotated[Path, typer.Option(help="The README whose table is written.")] = README,
+) -> None:
+    """Choose on all models but one and measure on that one, in turn; under 'accelerate launch', processes share the work."""
+    with one_sentence():
+        found = [read_model(folder) for folder in folders or [SHARED / "photos", SHARED / "emoji"]]
+        named = [*found, embedded_model()]
+        if len({model.name for model in named}) < len(named):
+            raise BadInput(f"Two models have the same name: {', '.join(model.name for model in named)}; none may be called {EMBEDDED}.")
+        shipped = shipped_prompts()
+        models = {model.name: readings(model, shipped, work) for model in named}
+        if not processes().is_main_process:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # means of no sample, where a model has none of a kind
+            rows = table(models)
+        about = {"rate": RATE, "models": {model.name: {**model.about, **counts(models[model.name])} for model in named}, **versions()}
+        out.mkdir(parents=True, exist_ok=True)
+        write_table(samples(models), out / f"{NAME}.parquet")
+        write_text(out / f"{NAME}.json", json.dumps({"about": about, "rows": rows}, indent=1))
+        shown = readme_table(rows)
+        typer.echo(shown)
+        put(NAME, shown, readme)
