@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typer.testing import CliRunner
 from benchmarks import leave_one_out
 from benchmarks.__main__ import app
 from benchmarks.leave_one_out import CHOSEN, NAME, ORACLE, SHIPPED, read, shipped_rule
-from benchmarks.models import SEEDS, Model, labelled, read_model, roles, twins
+from benchmarks.models import SEEDS, labelled, read_model, roles, twins
 from benchmarks.rules import (
     BOUGHT,
     FREE,
@@ -239,8 +238,9 @@ def test_prompts_that_collapse_are_set_aside_where_they_score_high() -> None:
 
 
 def test_the_command_measures_directories_and_writes_no_caption(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other: Callable[[], Model] = lambda: replace(read_model(folder), name="embedded")  # noqa: E731
-    monkeypatch.setattr(leave_one_out, "embedded_model", other)
+    quick = replace(read_model(folder), steps=3)
+    monkeypatch.setattr(leave_one_out, "read_model", lambda _: quick)
+    monkeypatch.setattr(leave_one_out, "embedded_model", lambda: replace(quick, name="embedded"))
     monkeypatch.setattr(leave_one_out, "shipped_prompts", lambda: [f"a shipped prompt {i}" for i in range(9)])
     monkeypatch.setattr(
         leave_one_out, "rules_for", lambda models, left_out: {CHOSEN: Rule(FREE, 0.1, tuple(BOUGHT)), SHIPPED: shipped_rule()}
