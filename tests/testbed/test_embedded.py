@@ -57,7 +57,7 @@ def test_guidance_norm_separates_most_repeated_from_ordinary(embedded: Any, tabl
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()[:8]
     guarded = sdguard.guard(embedded, GuardConfig(mode="observe", profile=profile))
     reports = call(guarded, most + ordinary, list(range(16))).guard
-    values = [report.signals["guidance_norm"]["value"] for report in reports]
+    values = [report.series["guidance_norm"][0] for report in reports]
     assert np.mean([[m > o for o in values[8:]] for m in values[:8]]) > 0.85
 
 
