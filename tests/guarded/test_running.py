@@ -429,7 +429,7 @@ MOVED: dict[str, tuple[Prepare, Prepare]] = {
 
 
 @pytest.mark.parametrize(("before", "change"), MOVED.values(), ids=MOVED)
-def test_the_fingerconfigurationis_moved_by(before: Prepare, change: Prepare, embedded: Any) -> None:
+def test_the_fingerprint_is_moved_by(before: Prepare, change: Prepare, embedded: Any) -> None:
     pipe = build(SD, copy.deepcopy(embedded.tokenizer))
     before(pipe)
     known = configurationof(pipe)
@@ -440,14 +440,14 @@ def test_the_fingerconfigurationis_moved_by(before: Prepare, change: Prepare, em
 
 
 @pytest.mark.parametrize("offload", ["model offload", "sequential offload", "group offload"])
-def test_the_fingerconfigurationis_not_moved_by_where_weights_are_kept(offload: str, embedded: Any) -> None:
+def test_the_fingerprint_is_not_moved_by_where_weights_are_kept(offload: str, embedded: Any) -> None:
     pipe = build(SD, embedded.tokenizer)
     known = configurationof(pipe)
     by_name[offload].prepare(pipe)
     assert configurationof(pipe) == known
 
 
-def test_the_fingerconfigurationholds_whatever_an_argument_is_of_numbers_made(embedded: Any) -> None:
+def test_the_fingerprint_holds_whatever_an_argument_is_of_numbers_made(embedded: Any) -> None:
     pipe = build(SD, embedded.tokenizer)
     inputs = {"clip_skip": 1, "original_size": (64, 32), "cross_attention_kwargs": {"scale": 0.5}, "timesteps": [900, 300]}
     found = configurationof(pipe, **inputs, image=[picture()], ip_adapter_image_embeds=[drawn(2, 1, 4)])
@@ -490,7 +490,7 @@ def test_an_argument_that_moves_what_the_guard_reads_is_in_the_fingerprint(
     """Else a threshold that was measured without it is used with it."""
     prints: list[dict[str, Any]] = []
 
-    def known(pipe: Any, configuration: dict[str, Any]) -> Profile:
+    def known(pipe: Any, configuration: dict[str, Any], prompts: Any) -> Profile:
         prints.append(configuration)
         return profile_for(1e6)
 

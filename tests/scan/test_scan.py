@@ -58,8 +58,11 @@ def scanned(pipe: Any, profile: Profile, prompts: dict[int, str], **options: Any
 
 
 def same(one: pd.DataFrame, other: pd.DataFrame, ignore: tuple[str, ...] = ()) -> None:
-    """Equal up to the order of reduction."""
-    pd.testing.assert_frame_equal(one.drop(columns=list(ignore)), other.drop(columns=list(ignore)), rtol=1e-3, atol=1e-4, check_dtype=False)
+    """Equal up to the order of reduction, which a difference of two finite differences makes larger."""
+    coarse = [name for name in one.columns if name.startswith("lid_noisy")]
+    apart = [*ignore, *coarse]
+    pd.testing.assert_frame_equal(one.drop(columns=apart), other.drop(columns=apart), rtol=1e-3, atol=1e-4, check_dtype=False)
+    pd.testing.assert_frame_equal(one[coarse], other[coarse], rtol=1e-3, atol=1e-2, check_dtype=False)
 
 
 def test_memorized_captions_rank_over_ordinary_ones(table: pd.DataFrame, profile: Profile) -> None:
