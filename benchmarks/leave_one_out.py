@@ -80,6 +80,7 @@ CALIBRATION_SEED = 500_000
 NAME = "leave-one-out"
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).parents[2] / "shared" / "models"
+OWN = "never seen, cleaned; copies of their own caption"
 CHOSEN, SHIPPED, ORACLE = "chosen on the others", "shipped, chosen with all seen", "correlation of two finished pictures"
 
 
@@ -203,12 +204,22 @@ def rules_for(models: Mapping[str, Readings], left_out: str) -> dict[str, Rule]:
     return found | {name: Rule((), 1.0, (name,)) for name in READINGS}
 
 
+def own_copies(cases: pd.DataFrame) -> np.ndarray:
+    """Which samples are copies that a memorized caption gives; the others are given by captions that were never shown."""
+    return (cases["copy"] & (cases.role == "memorized")).to_numpy()
+
+
 def comparison(cases: pd.DataFrame, score: np.ndarray) -> dict[str, Any]:
-    """AUC and TPR at `RATE` of a score, copies against each kind of `negatives`, with their intervals, and the counts."""
-    copies, found = cases["copy"].to_numpy(), {}
-    for name, others in negatives(cases).items():
-        taken = (copies | others) & np.isfinite(score)
-        truth = copies[taken]
+    """AUC and TPR at `RATE` of a score, copies against each kind of `negatives`, with their intervals, and the counts.
+
+    Of all copies, and of `own_copies` alone against the cleaned ones.
+    """
+    others, copies = negatives(cases), cases["copy"].to_numpy()
+    compared = {name: (copies, rest) for name, rest in others.items()} | {OWN: (own_copies(cases), others["never seen, cleaned"])}
+    found = {}
+    for name, (positive, negative) in compared.items():
+        taken = (positive | negative) & np.isfinite(score)
+        truth = positive[taken]
         if 0 < truth.sum() < len(truth):
             area, rate = estimates(truth, score[taken], cases.case.to_numpy()[taken], RATE)
         else:
@@ -218,9 +229,9 @@ def comparison(cases: pd.DataFrame, score: np.ndarray) -> dict[str, Any]:
 
 
 def flagged(cases: pd.DataFrame, fitted: Fitted, profile: Profile) -> dict[str, Any]:
-    """Shares flagged at the promised rate, with intervals: of copies, of each kind of negatives."""
+    """Shares flagged at the promised rate, with intervals: of copies, of those of their own caption, of each kind of negatives."""
     over, limit = fitted.score(cases), threshold(profile)
-    groups = {"copies": cases["copy"].to_numpy(), **negatives(cases)}
+    groups = {"copies": cases["copy"].to_numpy(), "copies, own caption": own_copies(cases), **negatives(cases)}
     hits = over > limit if math.isfinite(limit) else np.full(len(cases), math.nan)
     return {name: share_estimate(hits[group], cases.case.to_numpy()[group]) for name, group in groups.items()}
 
@@ -281,6 +292,16 @@ def counts(model: Readings) -> dict[str, Any]:
     return {**shown.to_dict("index"), "own": len(model.own), "shipped": len(model.shipped)}
 
 
+#: comparisons that the README shows, AUC / TPR at 1% false positives, and what it calls them.
+COLUMNS = {
+    "never seen": "AUC / TPR at 1%, never seen",
+    "never seen, cleaned": "never seen, cleaned",
+    OWN: "the same, copies of their own caption",
+    "ordinary": "ordinary",
+    "too rarely seen": "too rarely seen",
+}
+
+
 def readme_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The README's table: what was chosen on the others, what ships, and what two finished pictures tell."""
     lines = []
@@ -289,26 +310,23 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> str:
             continue
         told, lacking = row["told apart"], row["rule"] == ORACLE
         shares = [
-            "-" if lacking else " / ".join(share(row[f"{prompts}, {check}"]["flagged"]["copies"][0]) for check in ("checked", "as it is"))
+            "-" if lacking else " / ".join(share(row[f"{prompts}, {check}"]["flagged"][group][0]) for check in ("checked", "as it is"))
             for prompts in ("own", "shipped")
+            for group in ("copies", "never seen, cleaned")
         ]
-        apart = [
-            f"{told[name]['auc'][0]:.3f} / {share(told[name]['tpr'][0])}"
-            for name in ("never seen", "never seen, cleaned", "ordinary", "too rarely seen")
-        ]
+        apart = [f"{told[name]['auc'][0]:.3f} / {share(told[name]['tpr'][0])}" for name in COLUMNS]
         held = row.get("own, checked", {})
         promise = "-" if lacking else f"{share(held['realised'])} ({share(held['interval'][0])} to {share(held['interval'][1])})"
         cost = "-" if lacking else f"{held['evaluations']:.2f}, {share(held['free'])}"
         lines.append([f"{row['left out']}: {row['rule']}", *shares, *apart, promise, cost])
     header = [
-        "left out",
+        "left out: rule",
         "copies flagged, own prompts, collapse check on / off",
-        "shipped prompts, on / off",
-        "never seen, AUC / TPR at 1%",
-        "never seen, cleaned",
-        "ordinary",
-        "too rarely seen",
-        "ordinary flagged (promised)",
+        "never seen flagged, same",
+        "copies flagged, shipped prompts",
+        "never seen flagged, same",
+        *COLUMNS.values(),
+        "ordinary flagged (promised), own prompts",
         "evaluations an ordinary sample, share that pays none",
     ]
     return markdown(header, lines)
