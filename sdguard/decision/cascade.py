@@ -72,9 +72,9 @@ class StagePlan(NamedTuple):
 
 #: The signals, their places and the shares are those of ``python -m benchmarks leave-one-out``; equal weights, since fitted ones did not
 #: carry over to other models. Sharpness and dimension are read for every row that is not clearly clean and reported, but do not
-#: decide: on models they were not chosen on they add nothing to what is there. An ordinary prompt pays .1 * 7 evaluations on average.
+#: decide: on models they were not chosen on they add nothing to what is there. An ordinary prompt pays .1 * 8 evaluations on average.
 PLAN = (
-    StagePlan(("guidance_detail", "bottleneck_shift"), ("guidance_detail", "bottleneck_shift"), 0.10),
+    StagePlan(("guidance_detail",), ("guidance_detail",), 0.10),
     StagePlan(
         ("persistence", "estimate_agreement", "estimate_agreement_ahead", "sharpness", "lid_noisy"),
         ("persistence", "estimate_agreement", "estimate_agreement_ahead"),

@@ -21,7 +21,7 @@ from sdguard.files.resumable import parts_folder
 logger = logging.getLogger(__name__)
 
 #: ordinary prompts that a calibration on first use takes at most of those that come along.
-FIRST_USE_PROMPTS = 300
+FIRST_USE_PROMPTS = 450
 #: in a model's folder.
 PROFILE_FILE, PROMPTS_FILE = "sdguard/profile.json", "sdguard/ordinary_prompts.txt"
 

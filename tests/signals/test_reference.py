@@ -105,6 +105,17 @@ def test_agreement_is_blind_to_a_text_with_two_pictures_ahead(observe: Observe) 
     assert found.min() < 0.9
 
 
+def test_of_three_noises_two_lead_to_the_same_of_two_pictures(observe: Observe) -> None:
+    """At a low noise level, where an estimate is one of the pictures: by the pigeonhole, the closest pair agrees."""
+    one, other = torch.randn(2, *SHAPE[1:])
+    observation = observed(observe, two_pictures(one, other))
+    late = replace(observation, timestep=400.0, level=observation.level_at(400.0))
+    origin = torch.stack([one, other, one, other])
+    x = late.level.a * origin + late.level.s * torch.randn(SHAPE)
+    eps = two_pictures(one, other)(x, late.level, x)
+    assert estimate_agreement(replace(late, x=x, eps_c=eps, origin=origin)).min() > 0.99
+
+
 def test_what_one_signal_has_bought_the_next_does_not_pay_again(observe: Observe) -> None:
     observation = replace(observed(observe, gaussian(torch.zeros(SHAPE[1:]), 1.0)), memo={})
     spent = []
@@ -112,7 +123,7 @@ def test_what_one_signal_has_bought_the_next_does_not_pay_again(observe: Observe
         before = observation.evaluations[0].item()
         signal(observation)
         spent.append(observation.evaluations[0].item() - before)
-    assert spent == [1, 1, 1]
+    assert spent == [1, 2, 1]
 
 
 def test_the_guidance_scale_moves_nothing(observe: Observe) -> None:
