@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,8 @@ from sdguard.testbed.world import icon_words
 
 
 def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.ndarray], captions: pd.DataFrame) -> pd.DataFrame:
-    """One row a sample: verdict, score, and whether it is a copy, before and after; of steered ones the two pictures side by side, PNG."""
+    """One row a sample: verdict, score, and whether it is a copy, before and after; a hash of the picture,
+    and of steered ones the two side by side, PNG."""
     call = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
     images, twins, reports = generate_guarded(pipe, captions.text.tolist(), list(range(seeds)), compare=True, **call)
     before, after = (np.stack([np.asarray(image) for image in some]) for some in (twins, images))
@@ -48,6 +50,7 @@ def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.
                 "object_kept": kept(report["steering"]["passed"], caption.object) if steered else None,
                 "copy_before": bool(was[i]),
                 "copy_after": bool(still[i]) and report["verdict"] != "withheld",
+                "digest": hashlib.sha256(after[i].tobytes()).hexdigest(),
                 "pictures": as_png(np.concatenate([before[i : i + 1], after[i : i + 1]], axis=2))[0] if steered else None,
             }
         )
