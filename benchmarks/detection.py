@@ -1,7 +1,7 @@
 """Detection: every signal, the guard's decision, published detectors as released and a caption-only baseline, and what each costs.
 
 ``python -m benchmarks detection`` measures the embedded model, ``--model NAME --prompts FILE ...`` any other. Three passes over the samples
-are kept as they come (`benchmarks.running.measured`): *first*, everything that can be read at the first denoiser call, for the first
+are kept as they come (`sdguard.files.resumable`): *first*, everything that can be read at the first denoiser call, for the first
 `PAID_SEEDS` seeds; *later*, for the same, published detectors that read later calls; *runs*, what is free, at every call of whole runs of
 all seeds, with the guard's decision. What a denoiser has no parts for (attention, a middle) is missing. Writes
 ``results/detection.parquet`` (a row a sample), ``detection.json`` (the tables); every row of both names its whole configuration.

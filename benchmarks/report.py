@@ -188,7 +188,7 @@ def draw_steering(rows: pd.DataFrame) -> Figure:
     left = here[["copies_left_verbatim", "copies_left_template"]].map(lambda rate: rate["share"]).mean(axis=1)
     points = 100 * np.stack([left, here.alignment.map(lambda rate: rate["share"])], axis=1)
     colours = ["#c0392b" if name == "ladder" else "#2563a8" for name in here.method]
-    axis.scatter(*points[::-1].T, color=colours[::-1])  # the first, which is the ladder, on top
+    axis.scatter(*points[::-1].T, color=colours[::-1])  # the first, which is the fallback sequence, on top
     axis.axhline(100 * here.alignment_expected.iloc[0], color="grey", ls=":", label="never-seen captions of the same objects")
     axis.set(xlabel="copies left, % (mean of verbatim and template)", ylabel="pictures that show their object, %", xlim=(-5, 105))
     label(axis, points, here.method.tolist())

@@ -69,8 +69,8 @@ def estimates(truth: np.ndarray, score: np.ndarray, clusters: np.ndarray, false_
     weights = np.concatenate([np.ones((1, len(truth))), bootstrap_weights(clusters)])
     found = []
     for values in (auc(truth, score, weights), true_positive_rate(truth, score, weights, false_positive_rate)):
-        told = values[1:][np.isfinite(values[1:])]
-        low, high = np.quantile(told, [0.025, 0.975]) if len(told) else (np.nan, np.nan)
+        finite = values[1:][np.isfinite(values[1:])]
+        low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
         found.append(Estimate(float(values[0]), float(low), float(high)))
     return found[0], found[1]
 

@@ -244,8 +244,8 @@ def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
         "scores by repetitions": {str(c): float(v) for c, v in table.groupby("repetitions").score.median().items()},
     }
     samples = made.assign(kind=np.where(made.ordinary, "sample of an ordinary caption", "sample"), text=looked.texts)
-    joined = pd.concat([table, fresh.assign(kind="fresh composition"), samples.drop(columns="ordinary")], ignore_index=True)
-    write("agreement", joined, figures, draw(table, fresh, made, correlated), out)
+    rows = pd.concat([table, fresh.assign(kind="fresh composition"), samples.drop(columns="ordinary")], ignore_index=True)
+    write("agreement", rows, figures, draw(table, fresh, made, correlated), out)
 
 
 def readme(figures: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def told(part: pd.DataFrame) -> dict[str, float]:
+def summary(part: pd.DataFrame) -> dict[str, float]:
     """The figures of one way of training, means over seeds."""
     by_seed = part.groupby("seed").log_volume.quantile([0.05, 0.5, 0.95, 0.999]).unstack()
     return {
@@ -135,7 +135,7 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
     if not processes().is_main_process:
         return
     by_training = table.groupby(list(Trained._fields), sort=False)
-    rows = [{**Trained(*map(int, how))._asdict(), **told(part)} for how, part in by_training]
+    rows = [{**Trained(*map(int, how))._asdict(), **summary(part)} for how, part in by_training]
     figures = {"rows": rows, "the same picture": f"root-mean-square difference under {SAME:g} of the range"}
     write("density", table.astype({"log_volume": np.float32}), figures, draw(table), out)
 

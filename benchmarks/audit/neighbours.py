@@ -44,7 +44,7 @@ def tested(name: str, samples: Samples, embed: Embedding, score: np.ndarray) -> 
     return generated, pd.DataFrame({"test": name, "sample_ratio": ratio, "score": score})
 
 
-def told(generated: pd.DataFrame, training: pd.DataFrame) -> dict[str, Any]:
+def summary(generated: pd.DataFrame, training: pd.DataFrame) -> dict[str, Any]:
     """What one test says, against copies where they are known and against memorization scores."""
     top = training.score >= training.score.quantile(1 - TOP)
     found: dict[str, Any] = {
@@ -123,7 +123,7 @@ def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
     if not processes().is_main_process:
         return
     generated, training = (pd.concat(some, ignore_index=True) for some in zip(*parts, strict=True))
-    by_test = {str(name): told(generated[generated.test == name], training[training.test == name]) for name in training.test.unique()}
+    by_test = {str(name): summary(generated[generated.test == name], training[training.test == name]) for name in training.test.unique()}
     table = pd.concat([generated.assign(of="sample"), training.assign(of="training")], ignore_index=True)
     write("neighbours", table, {"tests": by_test}, draw(generated, training), out)
 

@@ -52,7 +52,7 @@ def neighbour_tests() -> pd.DataFrame:
     return found
 
 
-def told(table: pd.DataFrame) -> dict[str, Any]:
+def summary(table: pd.DataFrame) -> dict[str, Any]:
     """What the scores of one model say of the paper's findings."""
     top = table.score >= table.score.quantile(1 - TOP)
     tested = table[table.sample_ratio.notna()]
@@ -114,7 +114,7 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
         return
     table = pd.concat(parts).merge(neighbour_tests(), on="point")
     learning = pd.concat([curves(rate) for rate in (digits.SLOW, digits.LEARNING_RATE)])
-    models = {str(name): told(part.reset_index(drop=True)) for name, part in table.groupby("model", sort=False)}
+    models = {str(name): summary(part.reset_index(drop=True)) for name, part in table.groupby("model", sort=False)}
     scores = {str(name): part.score.to_numpy() for name, part in table.groupby("model", sort=False)}
     fast = scores["VAE"]
     ends = learning.groupby("rate")["held out"].agg(["last", "max"])

@@ -75,7 +75,7 @@ def log_likelihoods(
     groups = np.arange(len(subject.data)) if subject.groups is None else subject.groups
     if not 2 <= folds <= len(np.unique(groups)):
         raise ValueError(f"{folds} folds cannot be had of {len(np.unique(groups))} points that may be left out one by one; at least 2 can.")
-    told = hashlib.sha256(subject.data.numpy().tobytes() + groups.tobytes()).hexdigest()[:12]
+    digest = hashlib.sha256(subject.data.numpy().tobytes() + groups.tobytes()).hexdigest()[:12]
     placed = np.stack([fold_of(groups, folds, repeat, seed) for repeat in range(repeats)])
 
     def train(jobs: pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +90,7 @@ def log_likelihoods(
     tables = []
     for repeat in range(repeats):
         jobs = pd.DataFrame({"repeat": repeat, "fold": range(folds)})
-        tables.append(measured(f"trainings-{repeat}", jobs, train, work, {"data": told, "seed": seed, **about}, batch=1))
+        tables.append(measured(f"trainings-{repeat}", jobs, train, work, {"data": digest, "seed": seed, **about}, batch=1))
     found = pd.concat(tables).sort_values(["repeat", "fold", "point"])
     return found.log_likelihood.to_numpy().reshape(repeats, folds, len(subject.data)), placed
 

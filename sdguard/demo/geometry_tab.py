@@ -85,11 +85,11 @@ def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[An
     with gr.Row(elem_classes="sg-columns"):
         memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
         ordinary = prompt_box("geometry-second", "Second prompt, ordinary", prompts[1], None)
-        defaults = model.defaults["num_inference_steps"]
+        steps = model.defaults["num_inference_steps"]
         step = gr.Slider(
             1,
-            MOST_STEPS if defaults > 50 else defaults,
-            round(0.7 * defaults),
+            MOST_STEPS if steps > 50 else steps,
+            round(0.7 * steps),
             step=1,
             label="Denoiser call",
             info="For the spectrum and the density.",

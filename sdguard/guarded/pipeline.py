@@ -85,8 +85,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline under guard; takes and returns what the pipeline does, and ``output.guard`` has the reports.
 
-        Cost: no denoiser evaluations beyond the pipeline's own for an image that stops at the cascade's free signals; the short rollout's
-        for one that goes on, and steering's for one that is flagged.
+        Cost: no denoiser evaluations beyond the pipeline's own for an image that stops at the cascade's free signals; what
+        the cascade buys for one that goes on, and steering's for one that is flagged.
 
         Raises:
             ProfileError: the profile given does not match the run, or calibration is forbidden and none is known.

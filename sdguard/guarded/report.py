@@ -59,7 +59,7 @@ class GuardReport:
             case "steered":
                 how = (self.steering or {})["passed"]
                 way = f"reworded to “{how['paraphrase']}”" if how["method"] == "rewording" else f"steered by {how['method']}"
-                return f"Predicted to be memorized: {pull}; {way}, verified by the look-ahead."
+                return f"Predicted to be memorized: {pull}; {way}, verified by short rollouts."
         return f"Predicted to be memorized: {pull}; withheld."
 
     def to_json(self) -> str:

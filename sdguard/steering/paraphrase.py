@@ -39,7 +39,7 @@ class Paraphrase:
 def candidates(
     observation: Observation, prompt: str, encoder: Encoder, frequency: Mapping[str, float], rewriter: Rewriter | None = None
 ) -> list[Paraphrase]:
-    """Wordings of one image's prompt, the most faithful first: the rewriter's, then those with one, two, ... words dropped.
+    """Paraphrases of one image's prompt, the most faithful first: the rewriter's, then those with one, two, ... words dropped.
 
     Words go in the order in which ordinary prompts use them least (``frequency``: the share of them that holds a word), among equals
     the one without which the guidance norm falls most; what ordinary prompts speak of stays. The remedy is that of

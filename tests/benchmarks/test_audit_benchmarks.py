@@ -98,7 +98,7 @@ def test_the_neighbours_tests_see_copies_and_points_drawn_near_and_no_copy_that_
     score = np.where(np.arange(60) < 6, 50.0, rng.normal(size=60))
     generated, points = neighbours.tested("pixels", Samples(made, training, held_out), pixels, score)
     moved = neighbours.second_ratio(neighbours.moved(made), training)
-    found = neighbours.told(generated.assign(moved_ratio=moved, copied=(np.arange(60) < 6).astype(float), kind="verbatim"), points)
+    found = neighbours.summary(generated.assign(moved_ratio=moved, copied=(np.arange(60) < 6).astype(float), kind="verbatim"), points)
     assert found["verbatim: copies"] == 6
     assert found["generated points called copies"] == pytest.approx(0.1)
     assert found["verbatim: copies told from others (AUC)"] == 1.0

@@ -170,8 +170,8 @@ def test_branches_that_are_two_calls_are_recognised(name: str, embedded: Any, mo
     row, bound = norms.index(max(norms)), sum(sorted(norms)[-2:]) / 2
     steered = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(bound))), **true).images
     assert [np.array_equal(steered[i], plain[i]) for i in range(3)] == [i != row for i in range(3)]
-    told = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
-    np.testing.assert_allclose(steered, call(pipe, told, **true).images, atol=1e-4)
+    prompts = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
+    np.testing.assert_allclose(steered, call(pipe, prompts, **true).images, atol=1e-4)
 
 
 def in_threads(*jobs: Any) -> list[Any]:

@@ -74,7 +74,7 @@ def strongest(reports: list[GuardReport], step: int = 0) -> tuple[int, float]:
     return norms.index(max(norms)), sum(sorted(norms)[-2:]) / 2
 
 
-def told(row: int) -> list[str]:
+def with_rewritten(row: int) -> list[str]:
     return [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
 
 
@@ -95,7 +95,7 @@ def test_a_flagged_row_goes_the_way_of_its_new_prompt_and_no_other_row_changes(
     monkeypatch.setattr(run_module, "try_in_order", reworded)
     if scheduler:
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-    plain, asked = plainly(pipe, guidance=guidance), [plainly(pipe, told(row), guidance) for row in range(3)]
+    plain, asked = plainly(pipe, guidance=guidance), [plainly(pipe, with_rewritten(row), guidance) for row in range(3)]
     guider = guarded(pipe, profile_for(1e6), **guidance)
     assert np.array_equal(call(pipe), plain)
     assert [(report.verdict, report.extra_evaluations, report.prompt) for report in guider.reports] == [("clean", 0, p) for p in PROMPTS]
@@ -141,7 +141,7 @@ def test_a_row_that_is_flagged_late_is_started_again(
     assert [report.flagged_at for report in guider.reports] == [2 if i == row else None for i in range(3)]
     assert [np.array_equal(steered[i], plain[i]) for i in range(3)] == [i != row for i in range(3)]
     if scheduler != "EulerAncestralDiscreteScheduler":  # its noise is the row's own, not the generator's
-        np.testing.assert_allclose(steered[row], plainly(pipe, told(row), guidance)[row], atol=1e-4)
+        np.testing.assert_allclose(steered[row], plainly(pipe, with_rewritten(row), guidance)[row], atol=1e-4)
     assert clear(pipe)
 
 
@@ -188,7 +188,7 @@ def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     guarded(pipe, profile_for(bound), **guidance)
     steered = call(pipe)
     assert [np.array_equal(steered[i], plain[i]) for i in range(3)] == [i != row for i in range(3)]
-    np.testing.assert_allclose(steered[row], plainly(pipe, told(row), guidance)[row], atol=1e-4)
+    np.testing.assert_allclose(steered[row], plainly(pipe, with_rewritten(row), guidance)[row], atol=1e-4)
 
 
 @pytest.mark.parametrize("pipe", [SDXL, SD3], indirect=True)

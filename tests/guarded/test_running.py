@@ -404,7 +404,7 @@ def test_an_unknown_configuration_is_calibrated_on_first_use(name: str, embedded
     assert all(report.p_value is not None for report in guarded.guard_reports)
 
 
-def configurationof(pipe: Any, **inputs: Any) -> dict[str, Any]:
+def fingerprint_of(pipe: Any, **inputs: Any) -> dict[str, Any]:
     return fingerprint(pipe, steps=4, guidance_scale=4.0, height=16, width=16, inputs=inputs)
 
 
@@ -432,32 +432,32 @@ MOVED: dict[str, tuple[Prepare, Prepare]] = {
 def test_the_fingerprint_is_moved_by(before: Prepare, change: Prepare, embedded: Any) -> None:
     pipe = build(SD, copy.deepcopy(embedded.tokenizer))
     before(pipe)
-    known = configurationof(pipe)
+    known = fingerprint_of(pipe)
     call(pipe, **(image_embeds(pipe) if before is load_adapter else {}))
-    assert configurationof(pipe) == known
+    assert fingerprint_of(pipe) == known
     change(pipe)
-    assert configurationof(pipe) != known
+    assert fingerprint_of(pipe) != known
 
 
 @pytest.mark.parametrize("offload", ["model offload", "sequential offload", "group offload"])
 def test_the_fingerprint_is_not_moved_by_where_weights_are_kept(offload: str, embedded: Any) -> None:
     pipe = build(SD, embedded.tokenizer)
-    known = configurationof(pipe)
+    known = fingerprint_of(pipe)
     by_name[offload].prepare(pipe)
-    assert configurationof(pipe) == known
+    assert fingerprint_of(pipe) == known
 
 
 def test_the_fingerprint_holds_whatever_an_argument_is_of_numbers_made(embedded: Any) -> None:
     pipe = build(SD, embedded.tokenizer)
     inputs = {"clip_skip": 1, "original_size": (64, 32), "cross_attention_kwargs": {"scale": 0.5}, "timesteps": [900, 300]}
-    found = configurationof(pipe, **inputs, image=[picture()], ip_adapter_image_embeds=[drawn(2, 1, 4)])
-    assert {name: found[name] for name in found.keys() - configurationof(pipe).keys()} == {**inputs, "original_size": [64, 32]}
+    found = fingerprint_of(pipe, **inputs, image=[picture()], ip_adapter_image_embeds=[drawn(2, 1, 4)])
+    assert {name: found[name] for name in found.keys() - fingerprint_of(pipe).keys()} == {**inputs, "original_size": [64, 32]}
 
 
 def test_a_profile_of_a_run_with_other_arguments_is_refused(embedded: Any) -> None:
     """Also where the run was not given the argument at all."""
     pipe = build(SD, embedded.tokenizer)
-    profile = replace(profile_for(1e6), fingerprint=configurationof(pipe, clip_skip=1))
+    profile = replace(profile_for(1e6), fingerprint=fingerprint_of(pipe, clip_skip=1))
     with pytest.raises(ProfileError, match="clip_skip is None, the profile's is 1"):
         call(sdguard.guard(pipe, GuardConfig(profile=profile)))
 
@@ -488,17 +488,17 @@ def test_an_argument_that_moves_what_the_guard_reads_is_in_the_fingerprint(
     way: Way, embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a threshold that was measured without it is used with it."""
-    prints: list[dict[str, Any]] = []
+    known_as: list[dict[str, Any]] = []
 
     def known(pipe: Any, configuration: dict[str, Any], prompts: Any) -> Profile:
-        prints.append(configuration)
+        known_as.append(configuration)
         return profile_for(1e6)
 
     monkeypatch.setattr(store_module, "known_profile", known)
     guarded = sdguard.guard(made(way, embedded.tokenizer))
     without, within = (call(guarded, **extra).guard[0].series["guidance_norm"] for extra in ({}, way.arguments(guarded)))
     assert without != within
-    assert prints[0] != prints[1]
+    assert known_as[0] != known_as[1]
 
 
 @pytest.mark.usefixtures("given_profile")

@@ -39,13 +39,13 @@ def gaussian(mean: Tensor, spread: float) -> Callable[[Tensor, NoiseLevel, Tenso
     return lambda x, level, text: level.s * (x - level.a * mean) / (level.a**2 * spread**2 + level.s**2)
 
 
-def test_look_ahead_ends_at_the_only_picture_a_delta_has(observe: Observe) -> None:
+def test_a_short_rollout_ends_at_the_only_picture_a_delta_has(observe: Observe) -> None:
     mean = torch.randn(SHAPE[1:])
     found = short_rollout(observe(gaussian(mean, 1e-4), torch.randn(SHAPE), torch.zeros(4, 3, 2)))
     torch.testing.assert_close(found, mean.expand(SHAPE), atol=1e-3, rtol=1e-3)
 
 
-def test_look_ahead_costs_what_it_says(observe: Observe) -> None:
+def test_a_short_rollout_costs_what_it_says(observe: Observe) -> None:
     observation = observe(gaussian(torch.zeros(SHAPE[1:]), 1.0), torch.randn(SHAPE), torch.zeros(4, 3, 2))
     short_rollout(observation.select(torch.tensor([1, 3])))
     assert observation.evaluations.tolist() == [0, 6, 0, 6]
@@ -164,7 +164,7 @@ def test_denoised_norm_of_the_only_picture_is_its_own(observe: Observe) -> None:
     torch.testing.assert_close(denoised_norm(recall(observe)), PICTURE.norm().expand(4), rtol=1e-3, atol=0)
 
 
-def test_update_norm_is_that_of_the_first_look_ahead_step(observe: Observe) -> None:
+def test_update_norm_is_that_of_the_first_rollout_step(observe: Observe) -> None:
     observation = recall(observe)
     level = observation.level_at(736.0)
     expected = level.a * PICTURE + level.s * observation.eps_c - observation.x
@@ -224,7 +224,7 @@ def test_output_density_of_the_only_picture_against_white_data(observe: Observe)
     torch.testing.assert_close(output_density(observation), torch.full((4,), expected), rtol=2e-2, atol=0)
 
 
-def test_output_density_along_the_look_ahead_is_the_product_of_its_steps(observe: Observe) -> None:
+def test_output_density_along_the_short_rollout_is_the_product_of_its_steps(observe: Observe) -> None:
     """On white data every DDIM step multiplies by a' a + s' s, in every direction alike, and the bound is the density."""
     observation = observe(remembered, torch.randn(SHAPE), torch.zeros(4, 3, 2))
     levels = [*map(observation.level_at, grid(observation)), CLEAN]

@@ -139,7 +139,7 @@ def curved(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
     return text[:, 1, 0].view(-1, 1, 1, 1) * torch.tanh(3 * x)
 
 
-def test_noise_adjustment_follows_its_formula_and_books_what_it_says(observe: Observe) -> None:
+def test_noise_adjustment_follows_its_formula_and_counts_what_it_says(observe: Observe) -> None:
     """With D = x the look uphill changes D by u = rho x / ||x||, so that each pass shortens x; the shell undoes just that."""
     observation = observe(lambda x, level, text: text[:, 1, 0].view(-1, 1, 1, 1) * x, torch.randn(X), torch.ones(3, 2, 4))
     found = torch.stack([correction.x for correction in noise_adjustment(flag(observation)) if correction and correction.x is not None])
@@ -272,7 +272,7 @@ def test_what_ordinary_prompts_speak_of_is_never_dropped(observe: Observe) -> No
     assert candidates(observation, "zebra canyon", ENCODER, {"zebra": 0.03, "canyon": 0.02}) == []
 
 
-def test_no_wording_is_found_where_the_norm_stays_high(observe: Observe) -> None:
+def test_no_paraphrase_is_found_where_the_norm_stays_high(observe: Observe) -> None:
     assert paraphrase_of(observe, {"zebra": 1.0}, {"zebra": 0.1}, target=1.0)[0] is None
 
 
@@ -281,7 +281,7 @@ def test_a_single_word_cannot_be_reworded(observe: Observe) -> None:
     assert candidates(observation, "zork", ENCODER, {}) == []
 
 
-def test_a_rewriters_wordings_are_looked_at_first(observe: Observe) -> None:
+def test_a_rewriters_paraphrases_are_looked_at_first(observe: Observe) -> None:
     observation = observe(pulled_by(zork=1.0), torch.randn(1, *X[1:]), ENCODER([PROMPT]))
     flagged = SteeringInput.of(observation, [PROMPT], ENCODER, ordinary(norm=1.0), lambda prompt: ["zork still", "a striped horse"])
     assert flagged.paraphrases == [Paraphrase("a striped horse", ["zebra", "of", "zork", "canyon", "blick"])]
@@ -336,7 +336,7 @@ def to(key: float) -> Method:
     return Method(f"to {key}", lambda flagged: [Correction({}, condition=keyed(key)) for _ in flagged.prompts], cost=0)
 
 
-def test_the_ladder_stops_at_the_first_rung_that_passes(observe: Observe) -> None:
+def test_the_sequence_stops_at_the_first_method_that_passes(observe: Observe) -> None:
     picture, other = torch.randn(X[1:]) * 2, torch.randn(X[1:]) * 2
     observation = observe(memorizing({1.0: picture, 2.0: other}), torch.randn(X), keyed(1.0).expand(3, 5, 4))
     outcomes = try_in_order(flag(observation, ordinary(norm=0.0)), [to(1.1), to(2.0), to(3.0), to(4.0)])
@@ -365,7 +365,7 @@ def test_an_emptied_prompt_does_not_pass(observe: Observe) -> None:
     assert found[0].entry()["alignment"] is None
 
 
-def test_alignment_is_judged_by_the_ordinary_wording(observe: Observe) -> None:
+def test_alignment_is_judged_under_the_paraphrase(observe: Observe) -> None:
     """Each word stands for a picture of its own; under the paraphrase a sample has to show that word's."""
     pictures = torch.randn(len(WORDS), *X[1:])
 
@@ -383,7 +383,7 @@ def test_alignment_is_judged_by_the_ordinary_wording(observe: Observe) -> None:
     assert (zebra.aligned, canyon.aligned) == (True, False)
 
 
-def test_a_memorized_picture_no_rung_escapes_is_never_called_steered(observe: Observe) -> None:
+def test_a_memorized_picture_no_method_escapes_is_never_called_steered(observe: Observe) -> None:
     """Lower norm or not: a model that gives one picture under every condition does not pass verification."""
     picture = torch.randn(X[1:])
 
@@ -415,7 +415,7 @@ def test_a_method_that_does_not_apply_leaves_no_attempt(observe: Observe) -> Non
     assert [outcome.attempts for outcome in outcomes] == [[]] * 3
 
 
-def test_the_ladder_rewords_before_it_moves_embeddings(observe: Observe) -> None:
+def test_the_sequence_rewords_before_it_moves_embeddings(observe: Observe) -> None:
     picture = torch.randn(X[1:]) * 2
 
     def eps(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
@@ -430,7 +430,7 @@ def test_the_ladder_rewords_before_it_moves_embeddings(observe: Observe) -> None
     assert all(outcome.correction is not None and len(outcome.attempts) == 1 for outcome in outcomes)
 
 
-def test_rungs_are_those_chosen_else_learnt_else_the_default() -> None:
+def test_methods_are_those_chosen_else_learnt_else_the_default() -> None:
     learnt = ordinary(methods=[MethodStatistics("padding damping", 0.9, 17.0, 0.2)])
     assert [method.name for method in methods_of(learnt, ["SAIL"])] == ["SAIL"]
     assert [method.name for method in methods_of(learnt)] == ["padding damping"]
@@ -460,7 +460,7 @@ def test_every_published_method_is_there_and_says_what_it_costs(observe: Observe
 
 
 @pytest.mark.parametrize(("correction", "cost"), [({}, 0), ({"condition": torch.ones(5, 4)}, 1), ({"x": torch.zeros(X[1:])}, 2)])
-def test_a_correction_changes_what_it_names_and_books_what_it_says(correction: dict[str, Any], cost: int, observe: Observe) -> None:
+def test_a_correction_changes_what_it_names_and_counts_what_it_says(correction: dict[str, Any], cost: int, observe: Observe) -> None:
     observation = observe(key_token, torch.randn(X), torch.rand(3, 5, 4))
     found = corrected(observation, [Correction({}, **correction)] * 3)
     assert observation.evaluations.tolist() == [cost] * 3
