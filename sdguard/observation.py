@@ -138,7 +138,6 @@ class Observation:
         rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
         origin: ``[B, C, H, W]``, the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
         memo: what was evaluated at this very point, by row and name (`sdguard.geometry.rollout.once_a_row`); None where nothing is kept.
-        middle: ``[B, 2, ...]``, the mid-block's output without the prompt and under it, captured in a U-Net's own first call; else None.
     """
 
     step: int
@@ -158,7 +157,6 @@ class Observation:
     past_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
     rules: tuple[Rule | None, ...] = ()
     memo: dict[tuple[int, Hashable], Tensor] | None = None
-    middle: Tensor | None = None
     origin: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -213,7 +211,7 @@ class Observation:
         """The observation of some of its rows (positions in this observation, also repeated ones)."""
         names = ("x", "eps_c", "eps_u", "condition", "null_condition", "rows", "past_norms")
         picked: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
-        picked |= {name: value if (value := getattr(self, name)) is None else value[rows] for name in ("origin", "middle")}
+        picked["origin"] = None if self.origin is None else self.origin[rows]
         return replace(self, **picked, rules=tuple(self.rules[i] for i in rows.tolist()) if self.rules else ())
 
     def conditional(self, x: Tensor, timestep: float, condition: Tensor | None = None) -> Tensor:
@@ -232,21 +230,19 @@ class Observation:
     def with_condition(self, condition: Tensor) -> Observation:
         """The same call under another text condition ``[B, T, E]``. Cost: 1 evaluation per image."""
         self.count_nfe(1)
-        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), memo=None, middle=None)
+        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), memo=None)
 
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
         eps_c, eps_u = self.both_branches(x, timestep)
         norms = torch.cat([self.past_norms, self.guidance_norm[:, None].to(self.past_norms)], dim=1)
         level, step = self.level_at(timestep), self.step + 1
-        return replace(
-            self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, memo=None, middle=None
-        )
+        return replace(self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, memo=None)
 
     def from_start(self, x: Tensor) -> Observation:
         """This very call from another ``x_t``. Cost: 2 evaluations per image."""
         eps_c, eps_u = self.both_branches(x, self.timestep)
-        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, memo=None, middle=None)
+        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, memo=None)
 
     def both_branches(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""

@@ -89,23 +89,21 @@ def calibrate(
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
     configuration = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width, inputs=inputs)
-    about = [FORMAT, configuration, list(prompts), seed, PLAN, BATCH_SIZE]
+    about = [FORMAT, configuration, list(prompts), seed, PLAN, BATCH_SIZE, PICTURE_STEPS, PICTURE_GUIDANCE, SAME_PICTURE]
     parts = Parts(work, "calibration", about)
     setting = call_setting(pipe, steps, guidance_scale, height, width) | dict(inputs or {})
-    measurement = Measurement(pipe, prompts, setting, seed, parts, state, progress)
+    drawn_from_pictures = any("image" in name for name in inputs or {})  # what all prompts begin from makes any two pictures alike
+    measurement = Measurement(pipe, prompts, setting, seed, parts, state, progress, may_collapse=not drawn_from_pictures)
     fitting, scoring = split(len(prompts))
     cascade, values, unfit = fit(measurement, fitting)
     scores, aside = score(measurement, scoring, cascade)
     series, timesteps = measure_series(measurement, [position for position in scoring if position not in aside][:SERIES_PROMPTS])
     parts.remove()
-    if len(scores) < 2 or len(unfit) > MOST_COLLAPSED * len(fitting):
-        raise ValueError(
-            f"Of {len(prompts)} prompts {len(unfit) + len(aside)} give one picture from any noise: they are not ordinary here."
-        )
-    set_aside = [prompts[position] for position in sorted([*unfit, *aside])]
+    gone = sorted([*unfit, *aside])
+    words = document_frequency(prompt for position, prompt in enumerate(prompts) if position not in gone)
     return Profile(
-        configuration, cascade, scores, values, series, timesteps, document_frequency(prompts),
-        prompts_digest=digest_of(prompts), set_aside=set_aside,
+        configuration, cascade, scores, values, series, timesteps, words,
+        prompts_digest=digest_of(prompts), set_aside=[prompts[position] for position in gone],
     )  # fmt: skip
 
 
@@ -121,8 +119,9 @@ class Measurement:
         parts: Parts,
         state: PartialState | None,
         progress: Callable[[int, int], None] | None,
+        may_collapse: bool,
     ) -> None:
-        self.pipe, self.prompts, self.setting, self.seed = pipe, prompts, setting, seed
+        self.pipe, self.prompts, self.setting, self.seed, self.may_collapse = pipe, prompts, setting, seed, may_collapse
         self.parts, self.state, self.progress = parts, state, progress
         self.done = 0
 
@@ -152,12 +151,21 @@ def fit(measurement: Measurement, positions: Sequence[int]) -> tuple[Cascade, di
     batches = measurement.read("fit", positions, values_to_fit, 1 + LATER_CALLS)
     values = {name: np.array(flatten(first[name] for first, *_ in batches)) for name in batches[0][0]}
     later = np.array([flatten(call["later"] for call in calls) for calls in list(zip(*batches, strict=True))[1:]])
+    check_finite(values, positions, measurement.prompts)
     suspicion = Cascade.fit(as_lists(values)).suspicion(as_lists(values)).tolist()
     aside = collapsed(measurement, "fit", sorted_by(suspicion, positions))
     kept = np.array([position not in aside for position in positions])
     values = {name: found[kept] for name, found in values.items()}
     cascade = Cascade.fit(as_lists(values), later=later[:, kept].tolist() if len(later) else [])
     return cascade, as_lists({name: np.sort(found) for name, found in values.items()}), aside
+
+
+def check_finite(values: Mapping[str, np.ndarray], positions: Sequence[int], prompts: Sequence[str]) -> None:
+    """Raise `ValueError` naming a prompt on which something that was read is no number."""
+    for name, found in values.items():
+        if not np.isfinite(found).all():
+            prompt = prompts[positions[int(np.argmin(np.isfinite(found)))]]
+            raise ValueError(f"The {name} of the prompt {prompt!r} is no number, so that nothing can be calibrated by it.")
 
 
 def as_lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
@@ -173,9 +181,15 @@ def sorted_by(scores: Sequence[float], positions: Sequence[int]) -> list[int]:
 def collapsed(measurement: Measurement, what: str, positions: Sequence[int]) -> list[int]:
     """Which of the prompts at ``positions``, the most suspicious first, give the same picture from two noises: they are memorized.
 
-    They are looked at in batches, until a batch has none. Cost: that of `same_picture` for each prompt looked at.
+    They are looked at in batches, until a batch has none; not at all in runs that begin from a picture, whose outputs are alike whatever
+    the prompt. Cost: that of `same_picture` for each prompt looked at.
+
+    Raises:
+        ValueError: more than `MOST_COLLAPSED` of them do, or fewer than two are left.
     """
     found: list[int] = []
+    if not measurement.may_collapse:
+        return found
     for start in range(0, len(positions), BATCH_SIZE):
         batch = positions[start : start + BATCH_SIZE]
         ((agreements,),) = measurement.read(f"collapsed-{what}-{start:06d}", batch, same_picture)
@@ -183,6 +197,10 @@ def collapsed(measurement: Measurement, what: str, positions: Sequence[int]) -> 
         found += same
         if not same:
             break
+    if len(found) > MOST_COLLAPSED * len(positions) or len(positions) - len(found) < 2:
+        raise ValueError(
+            f"Of {len(positions)} prompts {len(found)} give one picture from any noise: they are not ordinary ones of this model."
+        )
     return found
 
 
@@ -214,6 +232,7 @@ def score(measurement: Measurement, positions: Sequence[int], cascade: Cascade) 
     """The scores of the runs of the prompts at ``positions``, later calls included, ascending, and which positions were set aside."""
     batches = measurement.read("score", positions, partial(scores_of_call, cascade), 1 + LATER_CALLS)
     scores = [max(run) for calls in batches for run in zip(*calls, strict=True)]
+    check_finite({"score": np.array(scores)}, positions, measurement.prompts)
     aside = collapsed(measurement, "score", sorted_by(scores, positions))
     return sorted(value for value, position in zip(scores, positions, strict=True) if position not in aside), aside
 

@@ -60,7 +60,11 @@ def known_profile(pipe: Any, configuration: dict[str, Any], prompts: Sequence[st
     own = [folder / PROFILE_FILE] if folder else []
     for path in dict.fromkeys([*own, cache_path(configuration), cache_path(configuration, prompts)]):
         if path.exists():
-            profile = load_profile(path)
+            try:
+                profile = load_profile(path)
+            except ProfileError as error:  # nobody named this file: it is as if there were none
+                logger.warning("sdguard: passed over: %s", error)
+                continue
             if profile.fingerprint == configuration and (not prompts or profile.prompts_digest == digest_of(prompts)):
                 return profile
     return None

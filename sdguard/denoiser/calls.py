@@ -19,16 +19,15 @@ PER_ROW = (
 
 
 class DenoiserCall(NamedTuple):
-    """A call of the denoiser: its arguments, by name, the prediction it gave, and its mid-block's output where that was captured."""
+    """A call of the denoiser: its arguments, by name, and the prediction it gave."""
 
     kwargs: dict[str, Any]
     prediction: Tensor
-    middle: Tensor | None = None
 
 
-def snapshot(call: DenoiserCall) -> DenoiserCall:
-    """The call as it stays, whatever becomes of the containers among its arguments."""
-    return call._replace(kwargs=recursively_apply(lambda entry: entry, call.kwargs))
+def snapshot(kwargs: dict[str, Any], prediction: Tensor) -> DenoiserCall:
+    """A call that stays as it is, whatever becomes of the containers among its arguments."""
+    return DenoiserCall(recursively_apply(lambda entry: entry, kwargs), prediction)
 
 
 def concat_kwargs(first: Any, second: Any) -> Any:
@@ -44,8 +43,7 @@ def concat_calls(first: DenoiserCall, second: DenoiserCall, sample: str) -> Deno
     """Two calls as one with the rows of both; ``sample`` is the name of the denoiser's first argument."""
     names = [name for name in (sample, TEXT, *PER_ROW) if name in first.kwargs]
     rows = {name: concat_kwargs(first.kwargs[name], second.kwargs[name]) for name in names}
-    middle = None if first.middle is None or second.middle is None else torch.cat([first.middle, second.middle])
-    return DenoiserCall(first.kwargs | rows, torch.cat([first.prediction, second.prediction]), middle)
+    return DenoiserCall(first.kwargs | rows, torch.cat([first.prediction, second.prediction]))
 
 
 def select_rows(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sdguard.correction import Correction
 from sdguard.denoiser.calls import DenoiserCall, concat_calls, replace_prediction, select_rows, snapshot
-from sdguard.denoiser.capture import bottleneck, captured
 from sdguard.denoiser.families import family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
 from sdguard.denoiser.latents import condition_of, pack_latents, unpack_latents, with_condition
@@ -89,24 +88,17 @@ class DenoiserHook(ModelHook):
         is_half = self.family.sequential_cfg and self.guidance != 1
         self.begin_step(kwargs, len(kwargs[self.family.sample]) // (1 if is_half or self.guidance == 1 else 2))
         kwargs = self.with_corrected_conditions(kwargs)
-        output, call = self.evaluate(module, kwargs)
+        output = self.fn_ref.original_forward(**kwargs)
         if is_half:
-            self.conditional = snapshot(call)
+            self.conditional = snapshot(kwargs, output[0])
             return output
-        prediction = output[0] if self.can_skip else self.process_step(module, call)
+        prediction = output[0] if self.can_skip else self.process_step(module, DenoiserCall(kwargs, output[0]))
         return output if prediction is output[0] else replace_prediction(output, prediction)
-
-    def evaluate(self, module: Any, kwargs: dict[str, Any]) -> tuple[Any, DenoiserCall]:
-        """The denoiser's own output and the call as a value; at a run's first step with the mid-block's output, where there is one."""
-        middle = bottleneck(module) if self.record.step == 0 else None
-        with captured([] if middle is None else [middle]) as found:
-            output = self.fn_ref.original_forward(**kwargs)
-        return output, DenoiserCall(kwargs, output[0], None if middle is None else found.get(middle))
 
     def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
         """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
-        output, call = self.evaluate(module, kwargs)
-        wanted = self.process_step(module, concat_calls(call, conditional, self.family.sample))
+        output = self.fn_ref.original_forward(**kwargs)
+        wanted = self.process_step(module, concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample))
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
 
     def is_foreign_call(self, kwargs: dict[str, Any]) -> bool:
@@ -168,13 +160,9 @@ class DenoiserHook(ModelHook):
             null_condition, condition = condition.chunk(2)
             eps_u, eps_c = self.to_noise(prediction, x, timestep).chunk(2)
             x = x[:images]
-            middle = call.middle
         else:
             null_condition = self.null_condition.expand_as(condition)
-            block = None if call.middle is None else bottleneck(module)
-            with captured([] if block is None else [block]) as found:
-                eps_c, eps_u = self.to_noise(prediction, x, timestep), denoise(x, timestep, null_condition, rows)
-            middle = None if block is None or call.middle is None else torch.cat([found[block], call.middle])
+            eps_c, eps_u = self.to_noise(prediction, x, timestep), denoise(x, timestep, null_condition, rows)
             record.evaluations += 1
         return Observation(
             step=record.step,
@@ -193,7 +181,6 @@ class DenoiserHook(ModelHook):
             denoiser=module,
             past_norms=record.past_norms,
             memo={},
-            middle=None if middle is None else torch.stack(middle.chunk(2), dim=1),
             origin=record.origin,
         )
 

@@ -62,5 +62,7 @@ class GuardConfig:
             raise ValueError(f"on_failure is {self.on_failure!r}; it must be 'withhold', 'pass' or 'raise'.")
         if not 0 < self.false_positive_rate < 1:
             raise ValueError(f"false_positive_rate is {self.false_positive_rate}; it must lie between 0 and 1.")
+        if isinstance(self.calibration_prompts, str) or (self.calibration_prompts is not None and len(self.calibration_prompts) == 0):
+            raise ValueError("calibration_prompts has to be a list of prompts, at least four.")
         if unknown := [name for name in self.steering or () if name not in METHODS]:
             raise ValueError(f"steering has {unknown[0]!r}; there are {', '.join(METHODS)}.")

@@ -213,15 +213,15 @@ class GuiderHook(DenoiserHook):
         if not self.calls:
             self.begin_step(kwargs, len(kwargs[self.family.sample]))
             kwargs = self.with_corrected_conditions(kwargs)
-        output, call = self.evaluate(module, kwargs)
-        self.calls.append(snapshot(call))
+        output = self.fn_ref.original_forward(**kwargs)
+        self.calls.append(snapshot(kwargs, output[0]))
         return output
 
     def judged(self) -> list[Tensor]:
         """What the step's calls gave, in their order, as the watcher's corrections want it."""
         (conditional, *unconditional), self.calls = self.calls, []
         if self.record.step == 0:
-            self.check(conditional.kwargs, conditional.prediction)
+            self.check(*conditional)
         if unconditional:
             both = concat_calls(unconditional[0], conditional, self.family.sample)
             return list(reversed(self.process_step(self.module, both).chunk(2)))

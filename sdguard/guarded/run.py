@@ -64,9 +64,10 @@ class GuardedRun:
             self.config.on_call(self.shown(observation), self.reports)
 
     def shown(self, observation: Observation) -> Observation:
-        """The observation for ``on_call``: under the rules that its rows follow, and with a count of evaluations of its own."""
+        """The observation for ``on_call``: under the rules that its rows follow, and with a memo and a count of evaluations of its own."""
         rules = tuple(self.corrections[row].rule if row in self.corrections else None for row in range(len(self.reports)))
-        return replace(observation, rules=rules, evaluations=observation.evaluations.clone())
+        memo = None if any(rules) else dict(observation.memo or {})
+        return replace(observation, rules=rules, evaluations=observation.evaluations.clone(), memo=memo)
 
     def watch(self, observation: Observation) -> None:
         """Note the free signals of one call; nothing is decided here, so an error is only logged."""

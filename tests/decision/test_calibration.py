@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdguard.decision import calibration
+from sdguard.decision import cascade as decision
 from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.fingerprint import fingerprint
 from sdguard.decision.profile import FORMAT, MethodStatistics, Profile, ProfileError
-from sdguard.decision.store import load_profile, profile_for
+from sdguard.decision.store import cache_path, load_profile, profile_for
 from sdguard.denoiser.probe import probe_run
 from sdguard.steering.learning import learn_methods
 
@@ -226,3 +228,33 @@ def test_a_profile_of_other_prompts_is_not_taken_for_the_users_own(tiny: Any) ->
     own = profile_for(tiny, prompts=mine, **setting)
     assert first.prompts_digest != own.prompts_digest
     assert profile_for(tiny, prompts=others, **setting) == first
+
+
+def test_what_is_no_number_is_named_and_nothing_is_calibrated_by_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    broken = replace(decision.BY_NAME["persistence"], read=lambda observation: torch.full((len(observation.x),), math.nan))
+    monkeypatch.setitem(decision.BY_NAME, "persistence", broken)
+    with pytest.raises(ValueError, match="persistence of the prompt 'a cat number 0' is no number"):
+        calibrate(tiny, [f"a cat number {i}" for i in range(9)], **setting)
+
+
+def test_a_list_of_memorized_prompts_is_refused_in_one_sentence(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    monkeypatch.setattr(calibration, "same_picture", lambda observation: [1.0] * len(observation.x))
+    with pytest.raises(ValueError, match="4 give one picture from any noise"):
+        calibrate(tiny, [f"a cat number {i}" for i in range(12)], **setting)
+
+
+def test_runs_that_begin_from_a_picture_are_not_looked_at_for_sameness(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "same_picture", None)
+    measurement = calibration.Measurement(tiny, ["a cat"] * 9, {}, 0, None, None, None, may_collapse=False)  # type: ignore[arg-type]
+    assert calibration.collapsed(measurement, "fit", range(9)) == []
+
+
+def test_a_file_of_another_format_that_nobody_named_is_passed_over(tiny: Any, tmp_path: Path) -> None:
+    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    prompts = [f"a cat number {i}" for i in range(8)]
+    made = profile_for(tiny, prompts=prompts, **setting)
+    cache_path(made.fingerprint).parent.mkdir(parents=True, exist_ok=True)
+    cache_path(made.fingerprint).write_text('{"format": 5}')
+    assert profile_for(tiny, prompts=prompts, **setting) == made
