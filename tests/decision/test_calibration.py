@@ -120,6 +120,7 @@ def test_fingerprint_moves_with_weights_scheduler_and_setting(tiny: Any) -> None
 def test_calibration_is_deterministic_and_independent_of_batching(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a cat number {i}" for i in range(6)]
     setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
+    monkeypatch.setattr("sdguard.decision.calibration.LATER_CALLS", 4)
     whole = calibrate(tiny, prompts, **setting)
     monkeypatch.setattr("sdguard.decision.calibration.BATCH_SIZE", 4)
     parts = calibrate(tiny, prompts, **setting)
