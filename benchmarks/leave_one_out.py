@@ -87,7 +87,8 @@ CHOSEN, SHIPPED, ORACLE = "chosen on the others", "shipped, chosen with all seen
 def read(observation: Observation) -> dict[str, Tensor]:
     """All of `READINGS` at a first call, ``[B]`` each, higher = more memorized; nan where the denoiser lacks the part.
 
-    Cost: 11 evaluations and those of sharpness and dimension.
+    Cost: 13 evaluations and those of sharpness and dimension; 2 of them are the bottleneck's, whose features a rule that takes them as free
+    would capture in the run's own call.
     """
     found = {name: read_signal(name, observation) for name in (*FREE, *GEOMETRIC)}
     first = estimate_at_start(observation)

@@ -166,7 +166,7 @@ def test_readings_under_the_names_of_signals_are_the_signals_and_cost_what_rules
     probe_run(tiny, ["a cat", "a dog"], [0, 1], look, num_inference_steps=50, guidance_scale=4.0)
     assert set(found["read"]) == set(READINGS)
     needed = len(frozenset().union(*BOUGHT.values()))
-    assert found["cost"] == [needed + GEOMETRY] * 2
+    assert found["cost"] == [needed + GEOMETRY + BY_NAME["bottleneck_shift"].cost] * 2
 
 
 def test_a_rule_is_scored_as_the_cascade_scores_it() -> None:
