@@ -26,7 +26,7 @@ def table() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def mixed(embedded: Any, memorized: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """One batch of a memorized caption between two ordinary ones of the nine in ten that stop at the free signals, unguarded and guarded."""
+    """A batch of a memorized caption between two ordinary ones of the nine in ten that stop at the free signals, plain and guarded."""
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()
     prompts, seeds = [ordinary[0], memorized["text"], ordinary[2]], [3, memorized["copied_seeds"][0], 2]
     return {"plain": call(embedded, prompts, seeds).images, "guarded": call(sdguard.guard(embedded), prompts, seeds)}
