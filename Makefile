@@ -29,11 +29,8 @@ test: lint
 app: install
 	$(BIN)/python app.py
 
-# A test that fails is run once more with an app of its own: stopping a scan has been seen to end in Gradio's "Error" late in a long session,
-# and never alone. The cause is not found yet.
 test-browser: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s tests/browser || \
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s --last-failed tests/browser
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s tests/browser
 
 # the README's pictures of the page, from those that the browser tests took
 screenshots: test-browser
