@@ -87,7 +87,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
         asked = setting_of(model, "-", *values)
         return described(profile_known(model, asked, mine), asked, (asked.steps, asked.guidance) in mine)
 
-    def run(mine: Any, path: str | None, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, mine: Any, path: str | None, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)
 
         def work(emit: Any) -> None:
@@ -105,7 +105,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
                 download: gr.update(value=save_profile(profile), visible=True),
             }
 
-        yield from page_updates(work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, work, view, line, profiles, mine, (start, stop))
 
     def forget(*values: Any) -> Updates:
         return {
@@ -115,8 +115,8 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
             download: gr.update(visible=False),
         }
 
-    event = start.click(run, [profiles, file, *controls], [line, shown, download, profiles, start, stop], **WORK)
-    stops(event, line, (start, stop))
+    start.click(run, [profiles, file, *controls], [line, shown, download, profiles, start, stop], **WORK)
+    stops(stop)
     back.click(forget, controls, [profiles, shown, line, download], queue=False, **QUICK)
     gr.on(
         [*shows, *(control.change for control in controls[1:5])],

@@ -165,17 +165,17 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> li
         gr.HTML("<h3>While it ran</h3>")
         ran = gr.HTML(elements.hint(EMPTY_COURSE), elem_id="generate-course")
 
-    def run(mine: Any, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, mine: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
 
         def view(found: Comparison) -> Updates:
             updates: Updates = {line: line_of(found), shown: result(model, found), ran: course(found)}
             return {**updates, why_box: found.setting.prompt} if found.done else updates
 
-        yield from page_updates(lambda emit: compare(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, lambda emit: compare(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
 
-    event = gr.on([start.click, box.submit], run, [profiles, box, *setting], [line, shown, ran, profiles, why_box, start, stop], **WORK)
-    stops(event, line, (start, stop))
+    gr.on([start.click, box.submit], run, [profiles, box, *setting], [line, shown, ran, profiles, why_box, start, stop], **WORK)
+    stops(stop)
     return setting
 
 

@@ -102,20 +102,20 @@ def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[An
     )
     shown = gr.HTML(elements.hint(EMPTY), elem_id="geometry-result")
 
-    def run(mine: Any, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, mine: Any, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, first, *values)
 
         def view(found: Landscape) -> Updates:
             return {line: elements.status("Done.", "done"), shown: drawn(found)}
 
         work = lambda emit: landscape(model, [first, second], asked, int(call) - 1, emit)  # noqa: E731
-        yield from page_updates(work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, work, view, line, profiles, mine, (start, stop))
 
-    event = gr.on(
+    gr.on(
         [start.click, memorized.submit, ordinary.submit],
         run,
         [profiles, memorized, ordinary, step, *controls],
         [line, shown, profiles, start, stop],
         **WORK,
     )
-    stops(event, line, (start, stop))
+    stops(stop)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -32,8 +33,19 @@ KINDS = {"verbatim": "Verbatim copy", "template": "Template copy", "ordinary": "
 INTERNAL = "Something went wrong in the app itself; its log says what. Nothing was changed."
 
 
+#: by session and stop button: what ends the work that runs there. The work itself then says so on the page: Gradio's own way to cancel has
+#: two writers of one line, and now and then leaves the page with an error for a run that was stopped.
+_running: dict[tuple[str | None, int], threading.Event] = {}
+
+
 def page_updates(
-    work: Callable[[Emit], None], view: Callable[[Any], Updates], line: Any, profiles: Any, mine: Profiles, buttons: tuple[Any, Any] | None
+    request: gr.Request,
+    work: Callable[[Emit], None],
+    view: Callable[[Any], Updates],
+    line: Any,
+    profiles: Any,
+    mine: Profiles,
+    buttons: tuple[Any, Any] | None,
 ) -> Iterator[Updates]:
     """The updates that ``work`` makes on the page: ``view`` of what it emits, its progress and its errors as sentences in ``line``.
 
@@ -41,12 +53,14 @@ def page_updates(
     stops it, where there are any.
     """
     end: Updates = {line: gr.skip()}
+    stopping = threading.Event()
     if buttons:
         start, stop = buttons
+        _running[request.session_hash, stop._id] = stopping
         yield {line: status("Waiting for the model …", "busy"), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
         end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
     try:
-        with closing(streamed(work)) as events:  # closed too where this generator is: by Stop, or when the page has gone
+        with closing(streamed(work, stopping)) as events:  # closed too where this generator is: when the page has gone
             for event in events:
                 if event is None:
                     yield {line: gr.skip()}  # so that it can be closed now
@@ -64,7 +78,10 @@ def page_updates(
         logger.exception("sdguard demo")
         yield {line: status(INTERNAL, "error"), **end}
         return
-    yield end
+    finally:
+        if buttons:
+            _running.pop((request.session_hash, stop._id), None)
+    yield {**end, line: status("Stopped. Nothing is running.")} if stopping.is_set() else end
 
 
 def own_folder() -> Path:
@@ -72,16 +89,14 @@ def own_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
 
 
-def stopped(line: Any, buttons: tuple[Any, Any]) -> Updates:
-    """The page after somebody has stopped what was running."""
-    start, stop = buttons
-    return {line: status("Stopped. Nothing is running."), start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+def stops(stop: Any) -> None:
+    """Let the button end what runs in its tab and session, where something does; the run then says so itself."""
 
+    def end(request: gr.Request) -> None:
+        if running := _running.get((request.session_hash, stop._id)):
+            running.set()
 
-def stops(event: Any, line: Any, buttons: tuple[Any, Any]) -> None:
-    """Let the second of ``buttons`` end what ``event`` has started."""
-    start, stop = buttons
-    stop.click(lambda: stopped(line, buttons), None, [line, start, stop], cancels=[event], queue=False, **QUICK)
+    stop.click(end, queue=False, **QUICK)
 
 
 def run_buttons(text: str, name: str) -> tuple[gr.Button, gr.Button]:

@@ -74,7 +74,7 @@ def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
             )
             shown = gr.HTML(elements.hint(EMPTY), elem_id="scan-result")
 
-    def run(mine: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, mine: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)
 
         def work(emit: Any) -> None:
@@ -84,7 +84,7 @@ def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
             text = elements.status(summary(found, int(count), percent / 100), "done")
             return {line: text, shown: shown_table(found.table), files: gr.update(value=save_table(found.table), visible=True)}
 
-        yield from page_updates(work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, work, view, line, profiles, mine, (start, stop))
 
-    event = start.click(run, [profiles, file, seeds, fdr, *controls], [line, shown, files, profiles, start, stop], **WORK)
-    stops(event, line, (start, stop))
+    start.click(run, [profiles, file, seeds, fdr, *controls], [line, shown, files, profiles, start, stop], **WORK)
+    stops(stop)

@@ -24,14 +24,15 @@ _here = threading.local()
 PATIENCE = 0.25
 
 
-def streamed(work: Callable[[Emit], None]) -> Generator[Any, None, None]:
+def streamed(work: Callable[[Emit], None], stop: threading.Event | None = None) -> Generator[Any, None, None]:
     """What ``work(emit)`` emits, as it comes, from a thread of its own, and None while there is no news; then raises what it raised.
 
-    Where the reader is slower than the work, only the newest of several events of one type is given. Closing the iterator ends the work at
-    its next ``emit``, and a denoiser call that is under way in it (`stoppable`) before its next layer.
+    Where the reader is slower than the work, only the newest of several events of one type is given. Setting ``stop`` ends the iterator
+    within `PATIENCE`. That, or closing the iterator, ends the work at its next ``emit``, and a denoiser call that is under way in it
+    (`stoppable`) before its next layer.
     """
     found: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    stop = threading.Event()
+    stop = stop or threading.Event()
 
     def emit(event: Any) -> None:
         if stop.is_set():
@@ -52,7 +53,7 @@ def streamed(work: Callable[[Emit], None]) -> Generator[Any, None, None]:
     threading.Thread(target=run, daemon=True).start()
     held: list[Any] = []
     try:
-        while True:
+        while not stop.is_set():
             try:
                 kind, value = found.get(timeout=0 if held else PATIENCE)
             except queue.Empty:

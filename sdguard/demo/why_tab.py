@@ -73,7 +73,7 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
         with gr.Column(scale=8, min_width=300):
             shown = gr.HTML(elements.hint(EMPTY), elem_id="why-result")
 
-    def run(mine: Any, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, mine: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
 
         def view(found: Why) -> Updates:
@@ -84,18 +84,18 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
                 edit: found.setting.prompt,  # which is judged as an edit at once
             }
 
-        yield from page_updates(lambda emit: why(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, lambda emit: why(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
 
-    def typed(mine: Any, before: GuardReport | None, *values: Any) -> Iterator[Updates]:
+    def typed(request: gr.Request, mine: Any, before: GuardReport | None, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
         if not asked.prompt.strip():
             yield {verdict: elements.hint("An empty prompt pulls nowhere.")}
             return
         work = lambda emit: judge_edit(model, asked, mine, emit)  # noqa: E731
-        yield from page_updates(work, lambda report: {verdict: changed(before, report)}, verdict, profiles, mine, None)
+        yield from page_updates(request, work, lambda report: {verdict: changed(before, report)}, verdict, profiles, mine, None)
 
-    event = gr.on([start.click, box.submit], run, [profiles, box, *controls], [line, shown, reference, edit, profiles, start, stop], **WORK)
-    stops(event, line, (start, stop))
+    gr.on([start.click, box.submit], run, [profiles, box, *controls], [line, shown, reference, edit, profiles, start, stop], **WORK)
+    stops(stop)
     gr.on(
         [edit.change, edit.submit], typed, [profiles, reference, edit, *controls], [verdict, profiles], trigger_mode="always_last", **WORK
     )

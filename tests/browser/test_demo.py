@@ -247,14 +247,15 @@ def scan_for_long(page: Page, folder: Path) -> None:
 
 
 def test_a_run_is_stopped_and_the_app_goes_on(page: Page, server: Server, tmp_path: Path, shot: Shot) -> None:
+    idle = server.busy()  # about .05 of a core and rising by a little with every session: Gradio looks for events that are waiting
     scan_for_long(page, tmp_path)
     status = page.locator("#scan-status")
     shot(page, "scan-running")
-    assert server.busy() > 0.1
+    assert server.busy() > idle + 0.1
     page.locator("#scan-stop").click()
-    expect(status).to_contain_text("Stopped. Nothing is running.")
+    expect(status).to_have_text("Stopped. Nothing is running.")
     expect(page.locator("#scan-run")).to_be_enabled()
-    assert any(server.busy() < 0.05 for _ in range(5))
+    assert any(server.busy() < idle + 0.03 for _ in range(5))
     tab(page, "Generate")
     generate(page, ORDINARY, "clean")
     tab(page, "Scan")
@@ -262,9 +263,10 @@ def test_a_run_is_stopped_and_the_app_goes_on(page: Page, server: Server, tmp_pa
 
 
 def test_a_run_ends_when_its_page_is_closed(page: Page, server: Server, tmp_path: Path) -> None:
+    idle = server.busy()
     scan_for_long(page, tmp_path)
     page.close()
-    assert any(server.busy() < 0.05 for _ in range(20))
+    assert any(server.busy() < idle + 0.03 for _ in range(20))
 
 
 def test_an_unknown_configuration_is_calibrated_with_progress_and_can_be_stopped(page: Page) -> None:

@@ -125,6 +125,24 @@ def test_closing_ends_the_work_in_the_middle_of_a_denoiser_call() -> None:
     assert denoiser[:2](torch.zeros(1)).shape == (1,)  # nobody else is stopped
 
 
+def test_stop_ends_the_iterator_and_the_work() -> None:
+    stop, ended = threading.Event(), threading.Event()
+
+    def work(emit: Emit) -> None:
+        try:
+            while True:
+                emit("at it")
+        except Stopped:
+            ended.set()
+            raise
+
+    events = streamed(work, stop)
+    assert next(events) == "at it"
+    stop.set()
+    assert len(list(events)) <= 1  # one that was under way
+    assert ended.wait(2)
+
+
 # limits
 
 
