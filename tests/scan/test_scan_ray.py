@@ -32,7 +32,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedded: Any, tmp_path: Path) -> None:
     profile = Profile.load(testbed.path() / "sdguard" / "profile.json")
-    captions = pd.read_parquet(testbed.path() / "prompts.parquet").text[:16].tolist()
+    captions = pd.read_parquet(testbed.path() / "prompts.parquet").text[:96].tolist()  # enough that the other worker cannot have done them all before the lost one is replaced
     prompts = dict(enumerate(captions))
     workers = tmp_path / "workers"
     workers.mkdir()
