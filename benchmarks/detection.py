@@ -37,17 +37,17 @@ from benchmarks.published import over_run, released
 from benchmarks.running import versions
 from benchmarks.statistics import estimates
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.decision.cascade import judge, judge_later
+from sdguard.decision.cascade import judge
+from sdguard.denoiser.families import family_of
 from sdguard.denoiser.loading import default_setting, load_pipeline
 from sdguard.denoiser.probe import probe_run
 from sdguard.files.atomic import write_text
 from sdguard.files.processes import processes
 from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
+from sdguard.guarded.run import profile_of
 from sdguard.observation import Observation, prediction_type
-from sdguard.scan.scan import guarded_profile
 from sdguard.signals import SIGNALS, Signal
-from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.signals.signal import UnsupportedModel
 from sdguard.testbed.world import ordinary_captions
 
@@ -149,23 +149,20 @@ def at_later_calls(task: Task, calls: int, part: pd.DataFrame) -> pd.DataFrame:
 def over_runs(task: Task, signals: Sequence[Signal], part: pd.DataFrame, calls: int | None = None) -> pd.DataFrame:
     """Free signals at every call of the runs of a batch, the run's score, p-value and what its decision cost, and seconds an image."""
     series: dict[str, list[list[float]]] = {signal.name: [] for signal in signals}
-    scores: list[list[float]] = []
+    score: list[float] = []
     timesteps: list[float] = []
     cost: list[int] = []
 
     def look(observation: Observation) -> None:
         if not observation.step:
-            scores.append(judge(observation, task.profile.cascade)[0].tolist())
+            score[:] = judge(observation.at_reference, task.profile.cascade)[0].tolist()
             cost[:] = observation.evaluations.tolist()
-        else:
-            scores.append(judge_later(guidance_norm(observation), observation.step, task.profile.cascade).tolist())
         timesteps.append(observation.timestep)
         for signal in signals:
             series[signal.name].append(signal.read(observation).tolist())
 
     started = time.perf_counter()
     probe_run(task.pipe, part.prompt.tolist(), part.seed.tolist(), look, calls, **task.setting)
-    score = np.max(scores, axis=0)
     return pd.DataFrame(
         {
             "prompt": part.prompt,
@@ -306,11 +303,11 @@ def measure(task: Task, work: Path) -> tuple[pd.DataFrame, dict[str, float]]:
     return samples, {GUARD: decision, **{signal.name: float(signal.cost) for signal in every}, CAPTION: 0.0}
 
 
-def configuration(model: str, profile: Profile, setting: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def configuration(model: str, pipe: Any, profile: Profile, setting: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """All that the figures hang on beside the samples, in plain values."""
     digest = hashlib.sha256(json.dumps(asdict(profile), sort_keys=True).encode()).hexdigest()[:12]
-    known = {name: value for name, value in profile.fingerprint.items() if name != "steps"}  # `setting` has them under their full name
-    return {"model": model, "profile": digest, "device": device.type, **known, **setting, **versions()}
+    weights = next(iter(profile.model["weights"][family_of(pipe).denoiser].values()))
+    return {"model": model, "profile": digest, "device": device.type, "weights": weights, **setting, **versions()}
 
 
 def main(
@@ -334,14 +331,14 @@ def main(
     setting = default_setting(model, steps, guidance)
     samples = given_samples(prompts, seeds) if prompts else embedded_samples(split)
     with state.main_process_first():
-        profile = guarded_profile(pipe, GuardConfig(), setting)
-    about = configuration(model, profile, setting, state.device)
+        profile = profile_of(pipe, GuardConfig())
+    assert profile is not None  # calibrated where none was known
+    about = configuration(model, pipe, profile, setting, state.device)
     task = Task(pipe, setting, profile, samples, about)
     found, costs = measure(task, work)
     ordinary = None
     if not prompts:
-        calls = 1 + len(profile.cascade.later)
-        ordinary = measured("held-out", held_out(), partial(over_runs, task, [], calls=calls), work, about, BATCH)
+        ordinary = measured("held-out", held_out(), partial(over_runs, task, [], calls=1), work, about, BATCH)
     if not state.is_main_process:
         return
     rows, figures = [row | about for row in compare(found, costs)], guard_figures(task, found, ordinary)

@@ -54,7 +54,7 @@ from benchmarks.rules import (
 from benchmarks.running import versions
 from benchmarks.statistics import Estimate, estimates, share_estimate
 from sdguard.cli.errors import one_sentence
-from sdguard.decision.calibration import evenly
+from sdguard.decision.calibration import evenly, same_picture
 from sdguard.decision.cascade import BY_NAME, PLAN
 from sdguard.decision.profile import Profile, ProfileError
 from sdguard.decision.store import FIRST_USE_PROMPTS
@@ -65,9 +65,8 @@ from sdguard.files.processes import processes
 from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
 from sdguard.geometry.reference import estimate_ahead, estimate_at_start
-from sdguard.geometry.rollout import grid, independent_start
 from sdguard.geometry.rowwise import norm
-from sdguard.observation import Observation, denoised
+from sdguard.observation import Observation
 from sdguard.signals.agreement import correlation
 from sdguard.signals.persistence import detail
 from sdguard.signals.signal import UnsupportedModel
@@ -138,21 +137,9 @@ def agreements(log_snr: float | None, pictures: Sequence[Tensor]) -> dict[str, T
     return found
 
 
-def conditional_end(observation: Observation, draw: int | None = None) -> Tensor:
-    """The end of a short rollout of the conditional branch from the rows' own or another noise, ``[B, C, H, W]``. Cost: 3 evaluations."""
-    picture, level = estimate_at_start(observation, draw), observation.level
-    x = observation.x if draw is None else independent_start(observation, draw)
-    for timestep in grid(observation)[1:]:
-        following = observation.level_at(timestep)
-        x, level = following.a * picture + following.s * (x - level.a * picture) / level.s, following
-        observation.count_nfe(1)
-        picture = denoised(x, observation.conditional(x, timestep), level)
-    return picture
-
-
 def same(observation: Observation) -> Tensor:
-    """Correlation of the ends of short conditional rollouts from two noises, ``[B]``: near 1 where it is memorized. Cost: 7 evaluations."""
-    return correlation(conditional_end(observation), conditional_end(observation, draw=0))
+    """What calibration tells prompts that are memorized themselves by, ``[B]``. Cost: 7 evaluations."""
+    return torch.tensor(same_picture(observation)["reference_agreement"])
 
 
 def read_samples(model: Model, whether_same: bool, part: pd.DataFrame) -> pd.DataFrame:

@@ -32,8 +32,8 @@ from scipy.stats import quantile_test
 
 import sdguard
 from sdguard import GuardConfig, Profile, testbed
-from sdguard.decision.cascade import Cascade, Scale, Stage
-from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.cascade import PLAN, Cascade, Scale, Stage
+from sdguard.decision.identity import identity
 from sdguard.denoiser.families import default_size
 from sdguard.files.atomic import write_text
 
@@ -69,18 +69,14 @@ def built(shape: str, dtype: torch.dtype) -> Any:
     return getattr(diffusers, parts["pipeline"])(**made).to(dtype)
 
 
-def profile(path: str, configuration: dict[str, Any]) -> Profile:
-    """A profile under which every sample takes a path: the free signals stop it, or it buys the short rollout, or it is flagged as well."""
-    bound = math.inf if path == "clean" else -1e9
-    stages = (
-        Stage(("guidance_norm",), ("guidance_norm",), bound),
-        Stage(("agreement",), ("guidance_norm", "agreement"), None),
-    )
-    scale = Scale(False, 0.0, 1.0)
-    cascade = Cascade(stages, {"guidance_norm": scale, "agreement": scale})
+def profile(path: str, model: dict[str, Any]) -> Profile:
+    """A profile under which every sample takes a path: the free signals stop it, or it buys all evidence, or it is flagged as well."""
+    gate, last = PLAN
+    stages = (Stage(gate.signals, gate.fused, math.inf if path == "clean" else -1e9), Stage(last.signals, last.fused, None))
+    cascade = Cascade(stages, {name: Scale(False, 0.0, 1.0) for stage in PLAN for name in stage.signals})
     scores = [(-2e9 if path == "flagged" else 1e9) + i for i in range(200)]
-    values = {"guidance_norm": [0.0] * 99 + [1e9], "agreement": [2.0] * 100, "alignment": [-1e9] * 100}
-    return Profile(configuration, cascade, scores, values)
+    values = {"guidance_norm": [0.0] * 99 + [1e9], "reference_agreement": [2.0] * 100, "alignment": [-1e9] * 100}
+    return Profile(model, cascade, scores, values)
 
 
 def caller(pipe: Any, path: str, setting: dict[str, Any], folder: Path) -> Callable[[], list[int]]:
@@ -88,7 +84,7 @@ def caller(pipe: Any, path: str, setting: dict[str, Any], folder: Path) -> Calla
     call = {"num_inference_steps": setting["steps"], **{name: setting[name] for name in ("guidance_scale", "height", "width")}}
     extra = {"max_sequence_length": 77} if "3" in type(pipe).__name__ else {}
     file = folder / f"{path}.json"  # as users have it: looked up at every call
-    profile(path, fingerprint(pipe, **setting, inputs=extra)).save(file)
+    profile(path, identity(pipe)).save(file)
     config = GuardConfig(profile=file, on_failure="pass", steering=["rewording", "padding damping"])
     target = pipe if path == "unguarded" else sdguard.guard(pipe, config)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdguard.geometry.hessian import exact_product
-from sdguard.geometry.rollout import independent_noise
 from sdguard.geometry.rowwise import dot, expand_like, norm
+from sdguard.noise import independent_noise
 from sdguard.observation import Observation, denoised, from_noise
 from sdguard.signals.attention_entropy import attention_by_token, entropy
 from sdguard.signals.signal import Signal

@@ -18,13 +18,12 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.models import SAME_PICTURE
-from sdguard.decision.calibration import split
+from sdguard.decision.calibration import LOOKED_AT, split
+from sdguard.decision.calibration import SAME_PICTURE as PICTURES_ALIKE
 from sdguard.decision.cascade import CLIP, Cascade
 from sdguard.decision.profile import Profile, ProfileError
 from sdguard.denoiser.probe import BATCH_SIZE
 
-#: correlation of short conditional rollouts from two noises from which a calibration prompt counts as collapsed.
-COLLAPSED = 0.9
 #: promised false-positive rate, and that at which true positives are counted.
 RATE = 0.01
 #: evaluations of a sample that is not clearly clean, at most; `GEOMETRY` of them are sharpness and dimension, read for every such sample.
@@ -193,17 +192,17 @@ class Fitted:
 
 
 def collapsed(same: np.ndarray, suspicion: np.ndarray) -> np.ndarray:
-    """Which prompts a collapse check like that of `sdguard.decision.calibration` sets aside, ``[n]``.
+    """Which prompts the collapse check of `sdguard.decision.calibration` sets aside, ``[n]``.
 
     The most suspicious are looked at first, a batch at a time, until a batch has none whose pictures from two noises are the same. Here
-    these are short conditional rollouts, made of every prompt, whichever a rule suspects; calibration draws longer, guided ones.
+    that has been read of every prompt, whichever a rule suspects.
     """
     aside = np.full(len(same), False)
     order = np.argsort(-suspicion, kind="stable")
     for start in range(0, len(order), BATCH_SIZE):
         batch = order[start : start + BATCH_SIZE]
-        aside[batch] = same[batch] > COLLAPSED
-        if not aside[batch].any():
+        aside[batch] = same[batch] > PICTURES_ALIKE
+        if not aside[batch].any() and start + BATCH_SIZE >= LOOKED_AT * len(order):
             break
     return aside
 

@@ -22,6 +22,11 @@ class NoiseLevel(NamedTuple):
     a: float
     s: float
 
+    @property
+    def log_snr(self) -> float:
+        """Logarithm of the signal-to-noise ratio ``a**2 / s**2``."""
+        return 2 * math.log(self.a / self.s)
+
 
 #: share of signal that a noise level counts with at least. Where there is none (flow matching's first step, zero terminal SNR), a noise
 #: prediction is the point itself whatever the network says; with a trace of signal it holds what the network says, to fp32's precision.
@@ -137,6 +142,9 @@ class Observation:
         past_norms: ``[B, calls before this one]``, the guidance norm at each of them.
         rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
         origin: ``[B, C, H, W]``, the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
+        reading: gives the guard's own reference call of all the run's rows, made when it is first asked for; None where this call is it.
+        half_made: whether the run was handed over latents that are no noise any more: what is in them cannot be steered.
+        new_condition: whether the run's text condition is another than at its last call, as where a callback has changed it.
         memo: what was evaluated at this very point, by row and name (`sdguard.geometry.rollout.once_a_row`); None where nothing is kept.
     """
 
@@ -158,10 +166,18 @@ class Observation:
     rules: tuple[Rule | None, ...] = ()
     memo: dict[tuple[int, Hashable], Tensor] | None = None
     origin: Tensor | None = None
+    reading: Callable[[], Observation] | None = None
+    half_made: bool = False
+    new_condition: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.past_norms):
             object.__setattr__(self, "past_norms", torch.zeros(len(self.x), 0))
+
+    @property
+    def at_reference(self) -> Observation:
+        """The guard's own reference call of these rows (`sdguard.denoiser.reference_call`). Cost: up to 2 evaluations, once a run."""
+        return self if self.reading is None else self.reading().select(self.rows)
 
     @functools.cached_property
     def difference(self) -> Tensor:

@@ -20,19 +20,28 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdguard import testbed
 from sdguard.decision.cascade import Cascade, Scale, Stage
-from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.identity import identity
 from sdguard.decision.profile import Profile
 from sdguard.observation import NoiseLevel, Observation, noise_level
 from sdguard.testbed.copies import Targets, load_targets
 
-STEPS, GUIDANCE, SIZE = 3, 4.0, 16
+SIZE = 16
 
 
 #: modules that one worker runs, one after the other: those that start processes, which would wait for each other's cores, and share two
 #: of them; and those that read the targets of the embedded model. They begin, and modules that take long, so that the workers end together;
 #: every other module is a group of its own.
 GROUPS = {
-    "processes": ("test_scan", "test_scan_ray", "test_detection", "test_cli", "test_benchmarks", "test_audit_memorization", "test_imports"),
+    "processes": (
+        "test_scan",
+        "test_scan_ray",
+        "test_detection",
+        "test_cli",
+        "test_store",
+        "test_benchmarks",
+        "test_audit_memorization",
+        "test_imports",
+    ),
     "targets": ("test_demo", "test_embedded", "test_testbed"),
     "signals": ("test_embedded_signals",),
     "families": ("test_families",),
@@ -136,7 +145,9 @@ def tiny(embedded: Any) -> Any:
         text_encoder=CLIPTextModel(text),
         tokenizer=embedded.tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing"
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -198,13 +209,12 @@ def launch(two_processes: tuple[Path, subprocess.Popen[bytes]]) -> Callable[...,
 def profile_for() -> Callable[..., Profile]:
     """Makes a profile for `tiny` whose score is the guidance norm, with the threshold at a chosen one."""
 
-    def make(pipe: Any, threshold: float, agreement: float = 0.99, later: tuple[Scale, ...] = (), **setting: Any) -> Profile:
-        setting = {"steps": STEPS, "guidance_scale": GUIDANCE, "height": SIZE, "width": SIZE, **setting}
+    def make(pipe: Any, threshold: float, agreement: float = 0.99) -> Profile:
         norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
         stage = Stage(("guidance_norm",), ("guidance_norm",), None)
-        cascade = Cascade((stage,), {"guidance_norm": Scale(False, 0.0, 1.0)}, later)
-        values = {"guidance_norm": norms, "agreement": [agreement] * 100, "alignment": [-1e6] * 100}
-        return Profile(fingerprint(pipe, **setting), cascade, norms, values)
+        cascade = Cascade((stage,), {"guidance_norm": Scale(False, 0.0, 1.0)})
+        values = {"guidance_norm": norms, "reference_agreement": [agreement] * 100, "alignment": [-1e6] * 100}
+        return Profile(identity(pipe), cascade, norms, values)
 
     return make
 

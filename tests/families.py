@@ -87,8 +87,10 @@ def one_block() -> UNet2DConditionModel:
     )
 
 
-def scheduler(**extra: Any) -> DDIMScheduler:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, **extra)
+def scheduler() -> DDIMScheduler:
+    """One whose short runs, too, begin where the guard's own reference call is."""
+    options: dict[str, Any] = {"beta_schedule": "scaled_linear", "clip_sample": False, "timestep_spacing": "trailing"}
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, **options)
 
 
 def sd(name: str, tokenizer: Any, in_channels: int = 4, embeds_guidance: int | None = None, **extra: Any) -> Any:
@@ -169,7 +171,7 @@ def sd3(name: str, tokenizer: Any, channels: int = 4, **extra: Any) -> Any:
 def flux(name: str, tokenizer: Any, **extra: Any) -> Any:
     transformer = FluxTransformer2DModel(**FLUX)
     t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
-    return getattr(diffusers, name)(
+    pipe = getattr(diffusers, name)(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae(shift_factor=0.06),
@@ -179,6 +181,8 @@ def flux(name: str, tokenizer: Any, **extra: Any) -> Any:
         tokenizer_2=tokenizer,
         **extra,
     )
+    pipe.default_sample_size = SIZE // pipe.vae_scale_factor
+    return pipe
 
 
 def unzeroed(model: Any) -> Any:
@@ -296,7 +300,7 @@ def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
 def profile_for(threshold: float) -> Profile:
     cascade = Cascade((Stage(("guidance_norm",), ("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
     norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
-    return Profile({}, cascade, norms, {"guidance_norm": norms, "agreement": [0.99] * 100, "alignment": [-1e6] * 100})
+    return Profile({}, cascade, norms, {"guidance_norm": norms, "reference_agreement": [0.99] * 100, "alignment": [-1e6] * 100})
 
 
 def reworded(flagged: SteeringInput, methods: Any) -> list[Outcome]:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from sdguard.cli.audit import app as audit
 from sdguard.cli.errors import one_sentence
+from sdguard.cli.profiles import app as profiles
 from sdguard.cli.progress import progress_bars
 from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.files.inputs import BadInput
@@ -29,6 +30,7 @@ SHOWN = 20
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")
 app.add_typer(audit, name="audit")
+app.add_typer(profiles, name="profiles")
 
 
 @app.callback()
@@ -89,8 +91,6 @@ def scan_command(
     seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 1,
     fdr: Annotated[float, typer.Option(help="Share of the discovered prompts that may be ordinary ones.")] = 0.05,
     fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be flagged, as for a guarded run.")] = 0.01,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one denoiser batch.")] = BATCH_SIZE,
     out: Annotated[Path, typer.Option(help="Where the ranked table goes: .csv, .jsonl or .parquet.")] = Path("out/scan.csv"),
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster ($RAY_ADDRESS, else this machine).")] = "local",
@@ -112,8 +112,6 @@ def scan_command(
             seeds=seeds,
             fdr=fdr,
             false_positive_rate=fpr,
-            steps=steps,
-            guidance=guidance,
             batch_size=batch_size,
             engine=engine,
             profile=profile,
@@ -191,14 +189,17 @@ def calibrate_command(
     ] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels. [default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels. [default: the model's]")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next ones count up.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: the user's cache, where the guard finds it]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: the user's cache]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. [default: the weights' own]")] = None,
+    device: Annotated[str | None, typer.Option(help="What it runs on, as torch names it. [default: the GPU if there is one]")] = None,
+    lora: Annotated[str | None, typer.Option(help="A LoRA that the runs use: a file, a directory or a hub id.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="What they scale it by.")] = 1.0,
 ) -> None:
-    """Measure ordinary prompts on a configuration and keep the profile; run under 'accelerate launch', processes share the work."""
+    """Read ordinary prompts on a model and keep the profile, which serves all its runs.
+
+    Under 'accelerate launch', processes share the work.
+    """
     from sdguard.guarded.calibrate_model import calibrate_model
 
     with one_sentence(), progress_bars() as show:
@@ -208,43 +209,30 @@ def calibrate_command(
             memorized=memorized,
             count=n,
             false_positive_rate=fpr,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
             seed=seed,
             out=out,
             progress=show,
+            dtype=dtype,
+            device=device,
+            lora=lora,
+            lora_scale=lora_scale,
         )
     if made is None:
         return
-    path, profile = made
+    profile = made.profile
     low, high = profile.false_positive_interval(fpr)
     Console().print(
-        f"{path}: {profile.prompts} scores of ordinary prompts; at a false-positive rate of {fpr:g} a score above "
+        f"{made.path}: {profile.prompts} scores of ordinary prompts; at a false-positive rate of {fpr:g} a score above "
         f"{profile.threshold(fpr):.3f} is flagged, and the realised rate lies between {low:.2%} and {high:.2%} (95%).",
         highlight=False,
     )
-
-
-@app.command("profiles")
-def profiles_command() -> None:
-    """List the profiles in the user's cache."""
-    from sdguard.decision.profile import Profile, ProfileError
-    from sdguard.decision.store import cache_folder
-
-    table = Table("pipeline", "scheduler", "steps", "guidance", "size", "dtype", "scores", "file", title=f"{cache_folder()}")
-    for path in sorted(cache_folder().glob("*.json")):
-        try:
-            found = Profile.load(path)
-        except ProfileError as error:
-            table.add_row(f"[red]{escape(str(error))}[/]")
-            continue
-        about = found.fingerprint
-        size = f"{about['width']}x{about['height']}"
-        row = (about["pipeline"], about["scheduler"], str(about["steps"]), f"{about['guidance_scale']:g}", size, about["dtype"])
-        table.add_row(*row, str(found.prompts), path.name)
-    Console().print(table)
+    if not made.found:
+        name = str(made.path) if out else made.path.stem
+        Console().print(
+            escape(f"The guard does not take it by itself. It does with --profile {name}, or GuardConfig(profile={name!r})."),
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command("demo")

@@ -1,4 +1,4 @@
-"""Calibration: ordinary prompts measured on a configuration. Some fit the cascade, the others are scored by it."""
+"""Calibration: ordinary prompts read on a model. Some fit the cascade, the others are scored by it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,44 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 
-from sdguard.decision.cascade import BY_NAME, LATER_CALLS, PLAN, Cascade, judge, judge_later
-from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.cascade import BY_NAME, PLAN, Cascade, judge
+from sdguard.decision.identity import identity
 from sdguard.decision.profile import FORMAT, SERIES, Profile, digest_of
-from sdguard.denoiser.families import parameters_of
-from sdguard.denoiser.probe import BATCH_SIZE, probe_run
+from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
 from sdguard.files.resumable import Parts, run_pieces
 from sdguard.geometry.alignment import alignment
-from sdguard.geometry.rollout import independent_start, rollout_end, short_rollout
+from sdguard.geometry.reference import reference_end
+from sdguard.geometry.rollout import observations
 from sdguard.observation import Observation
 from sdguard.signals.agreement import correlation
-from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.signals.signal import UnsupportedModel
 from sdguard.words import document_frequency
 
-#: ordinary prompts that fit the cascade, at most, and whose later steps are measured.
-FITTING_PROMPTS, SERIES_PROMPTS = 200, 32
-#: signals whose values on ordinary prompts steering and its verification are held to.
-STEERED_BY = ("guidance_norm", "agreement")
-#: how the pictures are drawn that tell a memorized prompt among ordinary ones, and the correlation from which two are the same.
-PICTURE_STEPS, PICTURE_GUIDANCE, SAME_PICTURE = 8, 3.0, 0.95
+#: ordinary prompts that fit the cascade, at most.
+FITTING_PROMPTS = 200
+#: of those, on how many is read what decides nothing by itself: what is reported only, and what verification is held to.
+REPORTED_PROMPTS = 30
+#: runs whose free signals are followed, and in how many steps.
+SERIES_PROMPTS, SERIES_STEPS = 8, 8
+#: correlation of what the text draws from two noises from which the two are one picture.
+SAME_PICTURE = 0.9
+#: share of the prompts of a list that is looked at for such, the most suspicious of them, before the look may end.
+LOOKED_AT = 0.02
 #: share of the prompts that may be memorized before the list is refused.
 MOST_COLLAPSED = 0.5
+
+Item = TypeVar("Item")
+#: what is read of a batch: by name, a value a prompt.
+Values = dict[str, list[float]]
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -44,41 +52,31 @@ def split(count: int) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i % stride == 0], [i for i in range(count) if i % stride]
 
 
-def evenly(items: Sequence[str], count: int) -> list[str]:
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
     """At most ``count`` of the items, evenly spaced."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def call_setting(pipe: Any, steps: int, guidance_scale: float, height: int, width: int) -> dict[str, Any]:
-    """The arguments of a pipeline's call that make a configuration; those it does not have are left out."""
-    setting = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
-    return {name: value for name, value in setting.items() if name in parameters_of(pipe)}
 
 
 def calibrate(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    steps: int,
-    guidance_scale: float,
-    height: int,
-    width: int,
-    inputs: Mapping[str, Any] | None = None,
     seed: int = 0,
+    adapter_scale: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     work: Path | None = None,
     state: PartialState | None = None,
 ) -> Profile:
-    """Measure ordinary prompts on a pipeline, one seed each, and return the `Profile`.
+    """Read ordinary prompts on a pipeline, one seed each, at the guard's own reference call, and return the `Profile`.
 
     A part of the prompts fits the cascade (see `split`), the others are scored by it. Prompts that turn out to be memorized themselves,
     which no list of captions is free of, are set aside (see `collapsed`): the promise is about prompts whose picture hangs on the noise.
-    Cost: 2 denoiser evaluations a prompt for each of the first ``1 + LATER_CALLS`` calls; for the fitting ones every signal's and
-    alignment's beside, for the others what the cascade buys; `same_picture`'s for the most suspicious; and `SERIES_PROMPTS` full runs.
+    Cost: 2 denoiser evaluations a prompt; for the fitting ones those of the signals that decide, and for `REPORTED_PROMPTS` of them all
+    that is reported or verified; for the others what the cascade buys; `SERIES_PROMPTS` short runs.
 
     Args:
-        inputs: what else the pipeline's call is given, such as the picture of an image-to-image run; the same for every prompt.
+        adapter_scale: what the calls scale LoRA by, where they do.
         progress: called with prompts done and prompts in all.
         work: a folder that keeps what has been measured, so that a killed calibration goes on; removed at the end.
         state: accelerate's, where several processes share the work, each on its own pipeline; every one of them returns the profile.
@@ -88,12 +86,9 @@ def calibrate(
     """
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
-    configuration = fingerprint(pipe, steps=steps, guidance_scale=guidance_scale, height=height, width=width, inputs=inputs)
-    about = [FORMAT, configuration, list(prompts), seed, PLAN, BATCH_SIZE, PICTURE_STEPS, PICTURE_GUIDANCE, SAME_PICTURE]
-    parts = Parts(work, "calibration", about)
-    setting = call_setting(pipe, steps, guidance_scale, height, width) | dict(inputs or {})
-    drawn_from_pictures = any("image" in name for name in inputs or {})  # what all prompts begin from makes any two pictures alike
-    measurement = Measurement(pipe, prompts, setting, seed, parts, state, progress, may_collapse=not drawn_from_pictures)
+    model = identity(pipe, adapter_scale)
+    parts = Parts(work, "calibration", [FORMAT, model, list(prompts), seed, PLAN, BATCH_SIZE, SAME_PICTURE, REPORTED_PROMPTS])
+    measurement = Measurement(pipe, prompts, seed, adapter_scale, parts, state, progress)
     fitting, scoring = split(len(prompts))
     cascade, values, unfit = fit(measurement, fitting)
     scores, aside = score(measurement, scoring, cascade)
@@ -102,75 +97,79 @@ def calibrate(
     gone = sorted([*unfit, *aside])
     words = document_frequency(prompt for position, prompt in enumerate(prompts) if position not in gone)
     return Profile(
-        configuration, cascade, scores, values, series, timesteps, words,
+        model, cascade, scores, values, series, timesteps, words,
         prompts_digest=digest_of(prompts), set_aside=[prompts[position] for position in gone],
     )  # fmt: skip
 
 
 class Measurement:
-    """The prompts of one calibration on its pipeline, measured in batches that are kept in ``parts`` and shared by processes."""
+    """The prompts of one calibration on its pipeline, read in batches that are kept in ``parts`` and shared by processes."""
 
     def __init__(
         self,
         pipe: Any,
         prompts: Sequence[str],
-        setting: Mapping[str, Any],
         seed: int,
+        adapter_scale: float | None,
         parts: Parts,
         state: PartialState | None,
         progress: Callable[[int, int], None] | None,
-        may_collapse: bool,
     ) -> None:
-        self.pipe, self.prompts, self.setting, self.seed, self.may_collapse = pipe, prompts, setting, seed, may_collapse
+        self.pipe, self.prompts, self.seed, self.adapter_scale = pipe, prompts, seed, adapter_scale
         self.parts, self.state, self.progress = parts, state, progress
         self.done = 0
 
-    def read(self, what: str, positions: Sequence[int], look: Callable[[Observation], Any], calls: int | None = 1) -> list[list[Any]]:
-        """What ``look`` makes of the first ``calls`` calls (all with None) of the prompts at ``positions``: by batch, then by call."""
+    def read(self, what: str, positions: Sequence[int], look: Callable[[Observation], Values], first_time: bool = False) -> Values:
+        """What ``look`` makes of the prompts at ``positions``, in their order; ``first_time``: they count as progress."""
         batches = [positions[start : start + BATCH_SIZE] for start in range(0, len(positions), BATCH_SIZE)]
         pieces = {f"{what}-{number:06d}": batch for number, batch in enumerate(batches)}
-        return run_pieces(self.parts, pieces, partial(self.read_batch, look, calls), self.state, partial(self.advance, what != "series"))
+        return joined(run_pieces(self.parts, pieces, partial(self.read_batch, look), self.state, partial(self.advance, first_time)))
 
-    def read_batch(self, look: Callable[[Observation], Any], calls: int | None, batch: Sequence[int]) -> list[Any]:
-        """What ``look`` makes of each call of one batch."""
-        found: list[Any] = []
-        prompts, seeds = [self.prompts[i] for i in batch], [self.seed + i for i in batch]
-        probe_run(self.pipe, prompts, seeds, lambda observation: found.append(look(observation)), calls, **self.setting)
-        return found
+    @torch.no_grad()
+    def read_batch(self, look: Callable[[Observation], Values], batch: Sequence[int]) -> Values:
+        """What ``look`` makes of one batch; of its halves, where it does not fit into memory."""
+        try:
+            prompts, seeds = [self.prompts[i] for i in batch], [self.seed + i for i in batch]
+            return look(read_prompts(self.pipe, prompts, seeds, self.adapter_scale))
+        except Exception as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+        half = len(batch) // 2
+        return joined([self.read_batch(look, batch[:half]), self.read_batch(look, batch[half:])])
 
     def advance(self, first_time: bool, batch: Sequence[int]) -> None:
-        """Report the progress after a batch, whose prompts count the first time that they are measured."""
+        """Report the progress after a batch, whose prompts count the first time that they are read."""
         self.done += len(batch) * first_time
         if self.progress:
             processes = self.state.num_processes if self.state else 1
             self.progress(min(len(self.prompts), self.done * processes), len(self.prompts))
 
 
+def joined(parts: Sequence[Values]) -> Values:
+    """The values of several batches as those of one."""
+    return {name: flatten(part[name] for part in parts) for name in parts[0]}
+
+
 def fit(measurement: Measurement, positions: Sequence[int]) -> tuple[Cascade, dict[str, list[float]], list[int]]:
-    """The cascade fitted on the prompts at ``positions``, the signals' values there, ascending, and which positions were set aside."""
-    batches = measurement.read("fit", positions, values_to_fit, 1 + LATER_CALLS)
-    values = {name: np.array(flatten(first[name] for first, *_ in batches)) for name in batches[0][0]}
-    later = np.array([flatten(call["later"] for call in calls) for calls in list(zip(*batches, strict=True))[1:]])
+    """The cascade fitted on the prompts at ``positions``, what was read there, ascending, and which positions were set aside."""
+    values = measurement.read("fit", positions, deciding_values, first_time=True)
     check_finite(values, positions, measurement.prompts)
-    suspicion = Cascade.fit(as_lists(values)).suspicion(as_lists(values)).tolist()
+    suspicion = Cascade.fit(values).suspicion(values).tolist()
     aside = collapsed(measurement, "fit", sorted_by(suspicion, positions))
-    kept = np.array([position not in aside for position in positions])
-    values = {name: found[kept] for name, found in values.items()}
-    cascade = Cascade.fit(as_lists(values), later=later[:, kept].tolist() if len(later) else [])
-    return cascade, as_lists({name: np.sort(found) for name, found in values.items()}), aside
+    kept = [i for i, position in enumerate(positions) if position not in aside]
+    values = {name: [found[i] for i in kept] for name, found in values.items()}
+    reported = measurement.read("reported", evenly([positions[i] for i in kept], REPORTED_PROMPTS), reported_values)
+    values |= {name: found for name, found in reported.items() if name not in values}
+    check_finite(values, positions, measurement.prompts)
+    return Cascade.fit(values), {name: sorted(found) for name, found in values.items()}, aside
 
 
-def check_finite(values: Mapping[str, np.ndarray], positions: Sequence[int], prompts: Sequence[str]) -> None:
+def check_finite(values: Mapping[str, Sequence[float]], positions: Sequence[int], prompts: Sequence[str]) -> None:
     """Raise `ValueError` naming a prompt on which something that was read is no number."""
     for name, found in values.items():
         if not np.isfinite(found).all():
             prompt = prompts[positions[int(np.argmin(np.isfinite(found)))]]
             raise ValueError(f"The {name} of the prompt {prompt!r} is no number, so that nothing can be calibrated by it.")
-
-
-def as_lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Arrays as lists."""
-    return {name: found.tolist() for name, found in values.items()}
 
 
 def sorted_by(scores: Sequence[float], positions: Sequence[int]) -> list[int]:
@@ -181,21 +180,18 @@ def sorted_by(scores: Sequence[float], positions: Sequence[int]) -> list[int]:
 def collapsed(measurement: Measurement, what: str, positions: Sequence[int]) -> list[int]:
     """Which of the prompts at ``positions``, the most suspicious first, give the same picture from two noises: they are memorized.
 
-    They are looked at in batches, until a batch has none; not at all in runs that begin from a picture, whose outputs are alike whatever
-    the prompt. Cost: that of `same_picture` for each prompt looked at.
+    They are looked at in batches, until a batch has none and `LOOKED_AT` of them have been. Cost: that of `same_picture` for each.
 
     Raises:
         ValueError: more than `MOST_COLLAPSED` of them do, or fewer than two are left.
     """
     found: list[int] = []
-    if not measurement.may_collapse:
-        return found
     for start in range(0, len(positions), BATCH_SIZE):
         batch = positions[start : start + BATCH_SIZE]
-        ((agreements,),) = measurement.read(f"collapsed-{what}-{start:06d}", batch, same_picture)
+        agreements = measurement.read(f"collapsed-{what}-{start:06d}", batch, same_picture)["reference_agreement"]
         same = [position for position, agreement in zip(batch, agreements, strict=True) if agreement > SAME_PICTURE]
         found += same
-        if not same:
+        if not same and start + BATCH_SIZE >= LOOKED_AT * len(positions):
             break
     if len(found) > MOST_COLLAPSED * len(positions) or len(positions) - len(found) < 2:
         raise ValueError(
@@ -204,58 +200,56 @@ def collapsed(measurement: Measurement, what: str, positions: Sequence[int]) -> 
     return found
 
 
-def same_picture(observation: Observation) -> list[float]:
-    """Correlation of the pictures that each prompt gives from two noises, ``[B]`` in [-1, 1].
-
-    They are drawn in `PICTURE_STEPS` DDIM steps at `PICTURE_GUIDANCE`. Cost: ``4 * PICTURE_STEPS - 2`` evaluations.
-    """
-    here = replace(observation, guidance_scale=PICTURE_GUIDANCE, memo=None)
-    pictures = (short_rollout(here, noise, PICTURE_STEPS) for noise in (None, independent_start(here)))
-    return correlation(*pictures).tolist()
+def same_picture(observation: Observation) -> Values:
+    """Correlation of what each text draws from two noises, in [-1, 1]. Cost: 7 evaluations."""
+    return {"reference_agreement": correlation(reference_end(observation), reference_end(observation, 0)).tolist()}
 
 
-def values_at_first_call(observation: Observation) -> dict[str, list[float]]:
-    """Every signal of the plan that the denoiser has the parts for, and what steering and its verification are held to."""
-    found: dict[str, list[float]] = {}
-    for name in dict.fromkeys([*(name for stage in PLAN for name in stage.signals), *STEERED_BY]):
+def read_signals(observation: Observation, names: Iterable[str]) -> Values:
+    """Those of the signals that the denoiser has the parts for. Cost: theirs."""
+    found = {}
+    for name in names:
         with suppress(UnsupportedModel):
             found[name] = BY_NAME[name].read(observation).tolist()
-    return {**found, "alignment": alignment(observation, rollout_end(observation), observation.condition).tolist()}
+    return found
 
 
-def values_to_fit(observation: Observation) -> dict[str, list[float]]:
-    """`values_at_first_call`, and at the later ones the guidance norm."""
-    return {"later": guidance_norm(observation).tolist()} if observation.step else values_at_first_call(observation)
+def deciding_values(observation: Observation) -> Values:
+    """Every signal of the plan that decides, and the guidance norm, which steering aims by."""
+    return read_signals(observation, dict.fromkeys([*(name for stage in PLAN for name in stage.fused), "guidance_norm"]))
+
+
+def reported_values(observation: Observation) -> Values:
+    """What is reported beside, and what verification is held to: agreement, and alignment with what the text draws."""
+    reported = read_signals(observation, dict.fromkeys(name for stage in PLAN for name in stage.signals if name not in stage.fused))
+    aligned = alignment(observation, reference_end(observation), observation.condition).tolist()
+    return {**reported, **same_picture(observation), "alignment": aligned}
 
 
 def score(measurement: Measurement, positions: Sequence[int], cascade: Cascade) -> tuple[list[float], list[int]]:
-    """The scores of the runs of the prompts at ``positions``, later calls included, ascending, and which positions were set aside."""
-    batches = measurement.read("score", positions, partial(scores_of_call, cascade), 1 + LATER_CALLS)
-    scores = [max(run) for calls in batches for run in zip(*calls, strict=True)]
-    check_finite({"score": np.array(scores)}, positions, measurement.prompts)
+    """The scores of the prompts at ``positions``, ascending, and which positions were set aside."""
+    scores = measurement.read("score", positions, partial(scores_by, cascade), first_time=True)["score"]
+    check_finite({"score": scores}, positions, measurement.prompts)
     aside = collapsed(measurement, "score", sorted_by(scores, positions))
     return sorted(value for value, position in zip(scores, positions, strict=True) if position not in aside), aside
 
 
-def scores_of_call(cascade: Cascade, observation: Observation) -> list[float]:
-    """The score of each row at this call alone."""
-    if observation.step:
-        return judge_later(guidance_norm(observation), observation.step, cascade).tolist()
-    return judge(observation, cascade)[0].tolist()
+def scores_by(cascade: Cascade, observation: Observation) -> Values:
+    """The score of each prompt."""
+    return {"score": judge(observation, cascade)[0].tolist()}
 
 
 def measure_series(measurement: Measurement, positions: Sequence[int]) -> tuple[dict[str, list[tuple[float, float]]], list[float]]:
-    """Mean and standard deviation of the signals in `SERIES` at every call of whole runs, and the calls' timesteps."""
-    batches = measurement.read("series", positions, values_of_series, None)
-    timesteps = [call[0][0] for call in batches[0]]
-    calls = list(zip(*batches, strict=True))
-    series = {name: [mean_and_deviation(flatten(part[i] for part in call)) for call in calls] for i, name in enumerate(SERIES, start=1)}
-    return series, timesteps
+    """Mean and standard deviation of the signals in `SERIES` along short guided runs, and the timesteps of their calls."""
+    found = measurement.read("series", positions, values_along)
+    timesteps = list(dict.fromkeys(float(name.split("@")[1]) for name in found))
+    return {name: [mean_and_deviation(found[f"{name}@{timestep:g}"]) for timestep in timesteps] for name in SERIES}, timesteps
 
 
-def values_of_series(observation: Observation) -> list[list[float]]:
-    """The timestep, alone in its list, and each signal of `SERIES`."""
-    return [[observation.timestep], *(BY_NAME[name].read(observation).tolist() for name in SERIES)]
+def values_along(observation: Observation) -> Values:
+    """Each signal of `SERIES` at every call of a short run, named ``signal@timestep``. Cost: ``2 (SERIES_STEPS - 1)`` evaluations."""
+    calls = observations(observation, steps=SERIES_STEPS)
+    return {f"{name}@{call.timestep:g}": BY_NAME[name].read(call).tolist() for call in calls for name in SERIES}
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

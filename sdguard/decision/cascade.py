@@ -86,30 +86,26 @@ PLAN = (
 #: little, and must not be cut off to a level that never-seen captions reach too.
 CLIP = (-4.0, 10.0)
 
-#: calls after the first whose guidance norm is watched (Wen et al. 2024, 2407.21720, read the second to fifth of 50). None: on a model it
-#: was not made with, every group of captions was flagged as often without the watch; it costs four more calls a prompt of calibration, and
-#: its statistics do not carry over to runs of few steps.
-LATER_CALLS = 0
-
 
 @dataclass(frozen=True)
 class Cascade:
-    """Stages of the first call, the scale of every signal they read, and that of the guidance norm at each later call that is watched."""
+    """Stages, and the scale of every signal they read."""
 
     stages: tuple[Stage, ...]
     scales: Mapping[str, Scale]
-    later: tuple[Scale, ...] = ()
 
     @classmethod
-    def fit(cls, values: Mapping[str, Sequence[float]], plan: Sequence[StagePlan] = PLAN, later: Sequence[Sequence[float]] = ()) -> Cascade:
+    def fit(cls, values: Mapping[str, Sequence[float]], plan: Sequence[StagePlan] = PLAN) -> Cascade:
         """Fit scales and bounds to the values of some ordinary prompts, one list per signal, in the same order of prompts.
 
-        Signals of the plan without values are left out: the denoiser has no part for them. ``later`` has the guidance norms at later calls.
+        Those that decide have a value for each prompt, the others may have been read on fewer. Signals of the plan without values are left
+        out: the denoiser has no part for them.
         """
         scales = {name: Scale.fit(values[name]) for stage in plan for name in stage.signals if name in values}
-        z = {name: scale.z(torch.tensor(values[name])) for name, scale in scales.items()}
+        deciding = {name for stage in plan for name in stage.fused if name in scales}
+        z = {name: scales[name].z(torch.tensor(values[name])) for name in deciding}
         stages: list[Stage] = []
-        count = len(next(iter(values.values())))
+        count = max(map(len, z.values()))
         left = torch.ones(count, dtype=torch.bool)
         for stage in plan:
             signals, fused = (tuple(name for name in names if name in scales) for names in (stage.signals, stage.fused))
@@ -121,7 +117,7 @@ class Cascade:
             bound = score[left].sort(descending=True).values[going - 1].item()
             stages.append(Stage(signals, fused, bound))
             left &= score >= bound
-        return cls(tuple(stages), scales, tuple(map(Scale.fit, later)))
+        return cls(tuple(stages), scales)
 
     def suspicion(self, values: Mapping[str, Sequence[float]]) -> Tensor:
         """The last stage's score of prompts whose signals have all been read, ``[n]``, whether or not they would have come so far."""
@@ -163,12 +159,3 @@ def judge(observation: Observation, cascade: Cascade) -> tuple[Tensor, dict[str,
             break
         floor, rows = above(floor, torch.tensor(stage.bound)), rows[going]
     return score, values
-
-
-def judge_later(norms: Tensor, step: int, cascade: Cascade) -> Tensor:
-    """Score of each row at a later call by its guidance norm there, ``[B]``; a run's score is the highest of all its calls'.
-
-    Minus infinity where the call is not watched. Cost: none.
-    """
-    watched = 1 <= step <= len(cascade.later)
-    return cascade.later[step - 1].z(norms) if watched else torch.full_like(norms, -math.inf)

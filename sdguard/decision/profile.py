@@ -15,10 +15,11 @@ import numpy as np
 from scipy.stats import beta, betabinom
 
 from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.decision.identity import differences, same_model
 from sdguard.files.atomic import write_text
 
-FORMAT = 6
-#: free signals whose course over a whole run is measured.
+FORMAT = 7
+#: free signals whose course over a run is followed.
 SERIES = ("guidance_norm", "denoised_norm")
 
 
@@ -60,23 +61,24 @@ class MethodStatistics:
 
 @dataclass(frozen=True)
 class Profile:
-    """Ordinary prompts on one model, scheduler, step count, guidance scale, size and precision.
+    """Ordinary prompts on one model, whatever its runs are set to.
 
     Attributes:
-        fingerprint: everything that moves the statistics; a profile is refused where one entry differs.
+        model: the model it is of (`sdguard.decision.identity`); for any other the profile is refused.
         cascade: the stages of the decision, fitted on a part of the prompts.
-        scores: the score of every other prompt's run, later calls included, ascending; the threshold and the p-values rest on these.
-        values: each of the cascade's signals, and ``alignment``, on the prompts it was fitted on, ascending.
-        series: ``(mean, standard deviation)`` of the signals in `SERIES` at every call.
+        scores: the score of every other prompt, ascending; the threshold and the p-values rest on these.
+        values: each of the cascade's signals, and what verification is held to, on prompts it was fitted on, ascending.
+        series: ``(mean, standard deviation)`` of the signals in `SERIES` at every call of a short run.
         timesteps: those of the calls.
         words: how many of the prompts hold each word.
         methods: steering methods in the order in which they are tried, learnt from memorized prompts; empty where none were known.
         prompts_digest: a hash of the ordinary prompts it was made of (`digest_of`).
         set_aside: those of them that turned out to be memorized and stand behind nothing.
+        note: what a report has to say of it beside its name.
         format: version of the file format.
     """
 
-    fingerprint: dict[str, Any]
+    model: dict[str, Any]
     cascade: Cascade
     scores: list[float]
     values: dict[str, list[float]]
@@ -86,6 +88,7 @@ class Profile:
     methods: list[MethodStatistics] = field(default_factory=list)
     prompts_digest: str = ""
     set_aside: list[str] = field(default_factory=list)
+    note: str = ""
     format: int = FORMAT
 
     @property
@@ -139,7 +142,7 @@ class Profile:
 
     def agreement_limit(self, share: float = 0.99) -> float:
         """The agreement that ``share`` of ordinary prompts stay under: what a steered sample must reach."""
-        return quantile(self.values["agreement"], share)
+        return quantile(self.values["reference_agreement"], share)
 
     def alignment_limit(self, share: float = 0.99) -> float:
         """The alignment that ``share`` of ordinary prompts stay above: what a steered sample must reach."""
@@ -152,12 +155,10 @@ class Profile:
         mean, std = (np.interp(timestep, known, column[order]) for column in np.asarray(self.series[name]).T)
         return float(mean), float(std)
 
-    def check(self, fingerprint: dict[str, Any]) -> None:
-        """Raise `ProfileError` naming what differs, if this profile was not made for ``fingerprint``."""
-        names = dict.fromkeys([*fingerprint, *self.fingerprint])
-        if differing := [name for name in names if self.fingerprint.get(name) != fingerprint.get(name)]:
-            what = "; ".join(f"{name} is {fingerprint.get(name)!r}, the profile's is {self.fingerprint.get(name)!r}" for name in differing)
-            raise ProfileError(f"The profile does not match this run: {what}.")
+    def check(self, model: dict[str, Any]) -> None:
+        """Raise `ProfileError` naming what differs, if this profile is not of ``model``."""
+        if not same_model(self.model, model):
+            raise ProfileError(f"The profile is another model's: {'; '.join(differences(model, self.model))}.")
 
     def save(self, path: Path) -> None:
         """Write the profile as JSON, whole or not at all."""
@@ -182,10 +183,9 @@ class Profile:
         try:
             stages = tuple(Stage(tuple(stage["signals"]), tuple(stage["fused"]), stage["bound"]) for stage in fields["cascade"]["stages"])
             scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
-            later = tuple(Scale(**scale) for scale in fields["cascade"]["later"])
             series = {name: [(float(mean), float(std)) for mean, std in pairs] for name, pairs in fields["series"].items()}
             methods = [MethodStatistics(**method) for method in fields["methods"]]
-            profile = cls(**{**fields, "cascade": Cascade(stages, scales, later), "series": series, "methods": methods})
+            profile = cls(**{**fields, "cascade": Cascade(stages, scales), "series": series, "methods": methods})
             lists = [*profile.values.values(), *([v for pair in pairs for v in pair] for pairs in series.values())]
             numbers = [*profile.scores, *(v for values in lists for v in values), *profile.timesteps]
             whole = all(map(math.isfinite, numbers)) and all(profile.values.get(name) for name in profile.cascade.signals)

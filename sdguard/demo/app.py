@@ -68,7 +68,7 @@ def build(model: Model) -> gr.Blocks:
     """The page on a model."""
     with gr.Blocks(title="sdguard", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(HEADER)
-        profiles = gr.State({})
+        own_profile = gr.State(None)
         first, ordinary = (next(e.text for e in model.examples if e.kind == kind) for kind in (model.examples[0].kind, "ordinary"))
         box = prompt_box("generate", "Prompt", first)
         box.unrender()
@@ -76,15 +76,15 @@ def build(model: Model) -> gr.Blocks:
         why_box.unrender()
         with gr.Tabs(elem_classes="sg-tabs"):
             with gr.Tab("Generate", id="generate"):
-                setting = generate_tab.tab(model, box, profiles, why_box)
+                setting = generate_tab.tab(model, box, own_profile, why_box)
             with gr.Tab("Why", id="why"):
-                why_tab.tab(model, why_box, profiles, setting)
+                why_tab.tab(model, why_box, own_profile, setting)
             with gr.Tab("Geometry", id="geometry"):
-                geometry_tab.tab(model, (first, ordinary), profiles, setting)
+                geometry_tab.tab(model, (first, ordinary), own_profile, setting)
             with gr.Tab("Scan", id="scan"):
-                scan_tab.tab(model, profiles, setting)
+                scan_tab.tab(model, own_profile, setting)
             with gr.Tab("Calibrate", id="calibrate") as last:
-                calibrate_tab.tab(model, [page.load, last.select], profiles, setting)
+                calibrate_tab.tab(model, [page.load, last.select], own_profile, setting)
         gr.HTML(FOOTER.format(model="the embedded model" if model.name == "embedded" else escape(model.name)))
         generate_tab.endpoint(model)
     return page

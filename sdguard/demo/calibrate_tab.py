@@ -11,35 +11,28 @@ from sdguard.decision.profile import Profile, ProfileError
 from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.model import Model
 from sdguard.demo.page import QUICK, WORK, Updates, own_folder, page_updates, run_buttons, setting_of, stops
-from sdguard.demo.profiles import Profiles, make_profile, profile_known
-from sdguard.demo.settings import Setting, uploaded_prompts
+from sdguard.demo.profiles import make_profile, profile_known
+from sdguard.demo.settings import uploaded_prompts
 
 
-def described(profile: Profile | None, setting: Setting, own: bool) -> str:
-    """The profile that a run of this setting goes by, in words and as a histogram."""
+def described(profile: Profile | None, rate: float, own: bool) -> str:
+    """The profile that runs go by, in words and as a histogram; ``own``: it was made in this session."""
     if profile is None:
-        return elements.hint(
-            f"No profile is known for {setting.steps} steps at guidance {setting.guidance:g}: the next run makes one, or make one here "
-            "from your own prompts."
-        )
+        return elements.hint("No profile is known for this model: the next run makes one, or make one here from your own prompts.")
     try:
-        threshold = profile.threshold(setting.rate)
-        low, high = profile.false_positive_interval(setting.rate)
+        threshold = profile.threshold(rate)
+        low, high = profile.false_positive_interval(rate)
     except ProfileError as error:
         return elements.status(str(error), "error")
-    fingerprint = profile.fingerprint
+    of = profile.model
     pairs = [
-        ("where it is from", "your own prompts, in this session" if own else "the model, or your cache"),
-        ("pipeline", f"{fingerprint['pipeline']}, {fingerprint['scheduler']}"),
-        (
-            "configuration",
-            f"{fingerprint['steps']} steps, guidance {fingerprint['guidance_scale']:g}, {fingerprint['width']} × {fingerprint['height']}, "
-            f"{fingerprint['dtype'].split('.')[-1]}",
-        ),
+        ("where it is from", "this session" if own else "the model, or your cache"),
+        ("model", f"{of['denoiser']}, {of['size']} × {of['size']}"),
+        ("weights", ", ".join(f"{part} {next(iter(digests.values()))[:8]}" for part, digests in of["weights"].items())),
         ("ordinary prompts", f"{profile.prompts:,} scored"),
-        (f"threshold at {setting.rate:.1%}", f"{threshold:+.2f}"),
+        (f"threshold at {rate:.1%}", f"{threshold:+.2f}"),
         ("realised rate in the long run, 95%", f"{low:.1%} to {high:.1%}"),
-        ("signals of the decision", ", ".join(signal_views.plain(name).lower() for name in profile.cascade.signals)),
+        ("signals of the decision", ", ".join(signal_views.plain(name).lower() for name in signal_views.deciding(profile))),
     ]
     if profile.methods:
         pairs.append(("steering, in the order learnt", ", ".join(measured.method for measured in profile.methods)))
@@ -47,7 +40,7 @@ def described(profile: Profile | None, setting: Setting, own: bool) -> str:
         "Scores of ordinary prompts",
         profile.scores,
         threshold,
-        caption=f"At most {setting.rate:.1%} of ordinary prompts reach the threshold. Scores of prompts that did not fit the cascade.",
+        caption=f"At most {rate:.1%} of ordinary prompts reach the threshold. Scores of prompts that did not fit the cascade.",
     )
     return f'<div class="sg-profile">{elements.facts(pairs)}{chart}</div>'
 
@@ -59,7 +52,7 @@ def save_profile(profile: Profile) -> str:
     return str(path)
 
 
-def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> None:
+def tab(model: Model, shows: list[Any], own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out; ``shows`` are the events at which the profile in use is looked up."""
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(scale=5, min_width=300):
@@ -75,7 +68,7 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
             line = gr.HTML(
                 elements.status(
                     "Give prompts that are ordinary for you and known not to be memorized; 1% needs about 150. The profile holds "
-                    "for your session only, for the steps and guidance of the Generate tab."
+                    "for your session only, whatever the settings of the Generate tab."
                 ),
                 elem_id="calibrate-status",
             )
@@ -83,16 +76,15 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
         with gr.Column(scale=8, min_width=300):
             shown = gr.HTML(elements.hint("The profile in use appears here."), elem_id="calibrate-result")
 
-    def looked(mine: Profiles, *values: Any) -> str:
-        asked = setting_of(model, "-", *values)
-        return described(profile_known(model, asked, mine), asked, (asked.steps, asked.guidance) in mine)
+    def looked(own: Profile | None, *values: Any) -> str:
+        return described(profile_known(model, own), setting_of(model, "-", *values).rate, own is not None)
 
-    def run(request: gr.Request, mine: Any, path: str | None, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, path: str | None, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)
 
         def work(emit: Any) -> None:
             asked.checked(model)
-            profile = make_profile(model, asked, uploaded_prompts(path).tolist(), emit)
+            profile = make_profile(model, uploaded_prompts(path).tolist(), asked.rate, emit)
             emit(profile)
             emit((profile,))
 
@@ -101,28 +93,22 @@ def tab(model: Model, shows: list[Any], profiles: Any, controls: list[Any]) -> N
             text = f"Done: {profile.prompts:,} prompts scored. Your runs go by this profile from now on."
             return {
                 line: elements.status(text, "done"),
-                shown: described(profile, asked, True),
+                shown: described(profile, asked.rate, True),
                 download: gr.update(value=save_profile(profile), visible=True),
             }
 
-        yield from page_updates(request, work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, work, view, line, own_profile, (start, stop))
 
     def forget(*values: Any) -> Updates:
         return {
-            profiles: {},
-            shown: looked({}, *values),
+            own_profile: None,
+            shown: looked(None, *values),
             line: elements.status("Your runs go by the model’s own profile again."),
             download: gr.update(visible=False),
         }
 
-    start.click(run, [profiles, file, *controls], [line, shown, download, profiles, start, stop], **WORK)
+    start.click(run, [file, *controls], [line, shown, download, own_profile, start, stop], **WORK)
     stops(stop)
-    back.click(forget, controls, [profiles, shown, line, download], queue=False, **QUICK)
-    gr.on(
-        [*shows, *(control.change for control in controls[1:5])],
-        looked,
-        [profiles, *controls],
-        shown,
-        queue=False,
-        **QUICK,
-    )
+    back.click(forget, controls, [own_profile, shown, line, download], queue=False, **QUICK)
+    rate = controls[4]
+    gr.on([*shows, rate.change], looked, [own_profile, *controls], shown, queue=False, **QUICK)

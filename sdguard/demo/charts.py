@@ -35,21 +35,12 @@ def tick_label(value: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its ``points``, the class that colours it, and its name for the legend; ``dashed`` for what is no measurement."""
+    """A curve: its ``points``, the class that colours it, and its name for the legend."""
 
     name: str
     points: Sequence[tuple[float, float]]
     colour: str
-    dashed: bool = False
     dots: bool = True
-
-
-@dataclass(frozen=True)
-class Band:
-    """A range of values at every place: ``(x, low, high)``."""
-
-    name: str
-    points: Sequence[tuple[float, float, float]]
 
 
 def placed(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
@@ -98,36 +89,30 @@ def chart(
     lines: Sequence[Line],
     x_label: str,
     y_label: str = "",
-    bands: Sequence[Band] = (),
     caption: str = "",
     x_range: tuple[float, float] | None = None,
     x_ticks: Sequence[float] | None = None,
     upright: tuple[float, str] | None = None,
 ) -> str:
-    """Curves over bands; ``upright`` marks a place on the horizontal axis. The range is that of all there is to show."""
-    xs = [x for line in lines for x, _ in line.points] + [p[0] for band in bands for p in band.points]
-    ys = [y for line in lines for _, y in line.points] + [v for band in bands for p in band.points for v in p[1:]]
-    ys = [y for y in ys if math.isfinite(y)] or [0.0, 1.0]
+    """Curves; ``upright`` marks a place on the horizontal axis. The range is that of all there is to show."""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points if math.isfinite(y)] or [0.0, 1.0]
     low, high = min(ys), max(ys)
     margin = 0.06 * (high - low) or 0.5
     y = (0.0 if 0 <= low < 0.3 * high else low - margin, high + margin)
     x = x_range or ((min(xs), max(xs)) if xs else (0.0, 1.0))
     to_x, to_y = placed(*x, LEFT, WIDTH - RIGHT), placed(*y, HEIGHT - BOTTOM, TOP)
     parts = [frame(x, y, x_label, y_label, x_ticks)]
-    for band in bands:
-        there = [(to_x(at), to_y(top)) for at, _, top in band.points] + [(to_x(at), to_y(under)) for at, under, _ in reversed(band.points)]
-        parts.append(f'<path class="sg-band" d="{svg_path(there)}Z"/>' if there else "")
     if upright:
         at = to_x(upright[0])
         parts.append(f'<line class="sg-upright" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     for line in lines:
         there = [(to_x(at), to_y(value)) for at, value in line.points if math.isfinite(value)]
         if there:
-            dashes = " sg-dashed" if line.dashed else ""
-            parts.append(f'<path class="sg-line {line.colour}{dashes}" d="{svg_path(there)}"/>')
+            parts.append(f'<path class="sg-line {line.colour}" d="{svg_path(there)}"/>')
             if line.dots:
                 parts += [f'<circle class="{line.colour}" cx="{at:.1f}" cy="{up:.1f}" r="3"/>' for at, up in there]
-    key = legend([*((band.name, "sg-band") for band in bands), *((line.name, line.colour) for line in lines)])
+    key = legend((line.name, line.colour) for line in lines)
     return figure(title, "".join(parts), caption, key)
 
 

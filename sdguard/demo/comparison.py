@@ -14,7 +14,7 @@ from PIL import Image
 from sdguard.decision.cascade import BY_NAME
 from sdguard.decision.profile import SERIES, Profile
 from sdguard.demo.model import Model
-from sdguard.demo.profiles import Profiles, find_or_make_profile
+from sdguard.demo.profiles import find_or_make_profile
 from sdguard.demo.settings import Setting
 from sdguard.demo.streaming import Emit
 from sdguard.denoiser.probe import observe_calls
@@ -109,14 +109,14 @@ def follow(pipe: Any, course: Course, steps: int, notify: Callable[[], None]) ->
     return look
 
 
-def compare(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
+def compare(model: Model, setting: Setting, own: Profile | None, emit: Emit) -> None:
     """Run a setting without and with the guard from the same noise, emitting a `Comparison` after every call of the denoiser.
 
     Raises:
         ValueError: the setting cannot be; one sentence.
     """
     setting = setting.checked(model)
-    profile = find_or_make_profile(model, setting, mine, emit)
+    profile = find_or_make_profile(model, setting.rate, own, emit)
     found = Comparison(setting, profile)
 
     def call(pipe: Any) -> Any:
@@ -147,7 +147,8 @@ def compare(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
     output = call(guard(pipe, config))
     course.seconds += time.monotonic() - began
     found.reports = output.guard
-    course.evaluations = [branches * len(course.timesteps) + report.extra_evaluations for report in output.guard]
+    # the guard is not shown every call of a run without guidance
+    course.evaluations = [plain + report.extra_evaluations for plain, report in zip(found.unguarded.evaluations, output.guard, strict=True)]
     note_ratios(model, list(output.images), found, "ratios_after")
     course.images = list(output.images)
     emit(found)

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from sdguard.decision.profile import SERIES
 from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.comparison import Comparison, Course, compare
 from sdguard.demo.model import Model
@@ -23,7 +24,7 @@ from sdguard.steering import METHODS
 from sdguard.testbed.copies import RATIO
 
 EMPTY = "Press Generate: the picture without the guard and the one with it appear here, with a slider between them."
-EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised estimate, and each signal against ordinary prompts."
+EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised estimate, and what is watched for free."
 
 
 def controls(model: Model) -> list[Any]:
@@ -122,13 +123,10 @@ def course(found: Comparison) -> str:
     runs = [("without the guard", found.unguarded, charts.UNGUARDED), ("with the guard", found.guarded, charts.GUARDED)]
     drawn = [
         signal_views.signal_chart(
-            name,
-            profile,
-            setting.rate,
-            setting.steps,
-            [(text, run.timesteps, run.series[name][0], colour) for text, run, colour in runs if name in run.series],
+            name, setting.steps, [(text, run.series[name][0], colour) for text, run, colour in runs if name in run.series]
         )
-        for name in ("guidance_norm", "denoised_norm")
+        for name in SERIES
+        if name in found.unguarded.series
     ]
     marks = [
         (f"seed {setting.seed + row}", report.score, charts.GUARDED) for row, report in enumerate(found.reports) if report.score is not None
@@ -150,7 +148,7 @@ def line_of(found: Comparison) -> str:
     return elements.status(f"{name} the guard: denoiser call {done} of {calls}", "busy", base + 0.5 * done / calls)
 
 
-def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> list[Any]:
+def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) -> list[Any]:
     """Lay the tab out; returns its `controls`, whose setting the other tabs share."""
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(scale=5, min_width=300):
@@ -165,16 +163,16 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, why_box: gr.Textbox) -> li
         gr.HTML("<h3>While it ran</h3>")
         ran = gr.HTML(elements.hint(EMPTY_COURSE), elem_id="generate-course")
 
-    def run(request: gr.Request, mine: Any, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, own: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
 
         def view(found: Comparison) -> Updates:
             updates: Updates = {line: line_of(found), shown: result(model, found), ran: course(found)}
             return {**updates, why_box: found.setting.prompt} if found.done else updates
 
-        yield from page_updates(request, lambda emit: compare(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, lambda emit: compare(model, asked, own, emit), view, line, own_profile, (start, stop))
 
-    gr.on([start.click, box.submit], run, [profiles, box, *setting], [line, shown, ran, profiles, why_box, start, stop], **WORK)
+    gr.on([start.click, box.submit], run, [own_profile, box, *setting], [line, shown, ran, own_profile, why_box, start, stop], **WORK)
     stops(stop)
     return setting
 
@@ -203,9 +201,9 @@ def endpoint(model: Model) -> None:
         asked = Setting(prompt, seed, steps, guidance, images, false_positive_rate, mode, tuple(steering or ()))
         try:
             asked = asked.checked(model)
-            if profile_known(model, asked, {}) is None:
-                raise BadInput(f"No profile is known for {steps} steps at guidance {guidance:g}: run 'sdguard calibrate' for it first.")
-            events = [event for event in streamed(lambda emit: compare(model, asked, {}, emit)) if event is not None]
+            if profile_known(model, None) is None:
+                raise BadInput("No profile is known for this model: run 'sdguard calibrate' for it first.")
+            events = [event for event in streamed(lambda emit: compare(model, asked, None, emit)) if event is not None]
         except (ValueError, TypeError, MemorizationError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         found: Comparison = events[-1]

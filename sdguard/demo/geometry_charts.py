@@ -25,7 +25,7 @@ def spectrum_chart(
         "Eigenvalues of 1 + s²H, H the Hessian of log p at the run’s own point: 0 is a direction in which the text pins the picture, "
         "1 one it leaves free. Lanczos from one probe, 24 steps, smoothed by 0.03."
     )
-    return chart("Spectrum of the Hessian", lines, "freedom of a direction", "density", (), caption, (-0.15, 1.15))
+    return chart("Spectrum of the Hessian", lines, "freedom of a direction", "density", caption, (-0.15, 1.15))
 
 
 def surface(cut: Any, name: str, colour: str, floor: float, ceiling: float, per_nat: float = 11.0) -> str:

@@ -80,7 +80,7 @@ def drawn(found: Landscape) -> str:
     )
 
 
-def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[Any]) -> None:
+def tab(model: Model, prompts: tuple[str, str], own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out; ``prompts`` are a memorized and an ordinary one to begin with."""
     with gr.Row(elem_classes="sg-columns"):
         memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
@@ -102,20 +102,20 @@ def tab(model: Model, prompts: tuple[str, str], profiles: Any, controls: list[An
     )
     shown = gr.HTML(elements.hint(EMPTY), elem_id="geometry-result")
 
-    def run(request: gr.Request, mine: Any, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, first, *values)
 
         def view(found: Landscape) -> Updates:
             return {line: elements.status("Done.", "done"), shown: drawn(found)}
 
         work = lambda emit: landscape(model, [first, second], asked, int(call) - 1, emit)  # noqa: E731
-        yield from page_updates(request, work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, work, view, line, own_profile, (start, stop))
 
     gr.on(
         [start.click, memorized.submit, ordinary.submit],
         run,
-        [profiles, memorized, ordinary, step, *controls],
-        [line, shown, profiles, start, stop],
+        [memorized, ordinary, step, *controls],
+        [line, shown, start, stop],
         **WORK,
     )
     stops(stop)

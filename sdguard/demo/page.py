@@ -17,7 +17,6 @@ import gradio as gr
 from sdguard.decision.profile import Profile
 from sdguard.demo.elements import status
 from sdguard.demo.model import Example, Model
-from sdguard.demo.profiles import Profiles
 from sdguard.demo.settings import LONGEST_PROMPT, Setting
 from sdguard.demo.streaming import Emit, Progress, streamed
 from sdguard.guarded.run import MemorizationError
@@ -43,14 +42,13 @@ def page_updates(
     work: Callable[[Emit], None],
     view: Callable[[Any], Updates],
     line: Any,
-    profiles: Any,
-    mine: Profiles,
+    own_profile: Any,
     buttons: tuple[Any, Any] | None,
 ) -> Iterator[Updates]:
     """The updates that ``work`` makes on the page: ``view`` of what it emits, its progress and its errors as sentences in ``line``.
 
-    A profile that it emits becomes one of the session's ``profiles``; the ``buttons`` are the one that starts it and the one that
-    stops it, where there are any.
+    A profile that it emits becomes the session's ``own_profile``; the ``buttons`` are the one that starts it and the one that stops it,
+    where there are any.
     """
     end: Updates = {line: gr.skip()}
     stopping = threading.Event()
@@ -68,7 +66,7 @@ def page_updates(
                     text = f"{event.doing}: {event.done:,} of {event.total:,}"
                     yield {line: status(text, "busy", event.done / max(event.total, 1))}
                 elif isinstance(event, Profile):
-                    yield {profiles: {**mine, (event.fingerprint["steps"], event.fingerprint["guidance_scale"]): event}}
+                    yield {own_profile: event}
                 else:
                     yield view(event)
     except (ValueError, TypeError, MemorizationError) as error:

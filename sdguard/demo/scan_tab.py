@@ -56,7 +56,7 @@ def summary(found: Scanned, seeds: int, fdr: float) -> str:
     return " ".join(filter(None, [sentence, power_note(found.profile, seeds, int(table.p_value.notna().sum()), fdr)]))
 
 
-def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
+def tab(model: Model, own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out."""
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(scale=5, min_width=300):
@@ -74,17 +74,17 @@ def tab(model: Model, profiles: Any, controls: list[Any]) -> None:
             )
             shown = gr.HTML(elements.hint(EMPTY), elem_id="scan-result")
 
-    def run(request: gr.Request, mine: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, own: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)
 
         def work(emit: Any) -> None:
-            scan_prompts(model, uploaded_prompts(path), int(count), percent / 100, asked, mine, emit)
+            scan_prompts(model, uploaded_prompts(path), int(count), percent / 100, asked.checked(model).rate, own, emit)
 
         def view(found: Scanned) -> Updates:
             text = elements.status(summary(found, int(count), percent / 100), "done")
             return {line: text, shown: shown_table(found.table), files: gr.update(value=save_table(found.table), visible=True)}
 
-        yield from page_updates(request, work, view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, work, view, line, own_profile, (start, stop))
 
-    start.click(run, [profiles, file, seeds, fdr, *controls], [line, shown, files, profiles, start, stop], **WORK)
+    start.click(run, [own_profile, file, seeds, fdr, *controls], [line, shown, files, own_profile, start, stop], **WORK)
     stops(stop)

@@ -18,7 +18,7 @@ class Stopped(BaseException):
     """Ends work that nobody waits for any more; no `Exception`, so that nothing on the way takes it for a signal that failed."""
 
 
-#: ``stop`` is what ends the work of this thread, where it is `streamed`.
+#: ``over`` says whether the work of this thread is to end, where it is `streamed`.
 _here = threading.local()
 #: how long `streamed` waits for news, in seconds, before it gives way with None: so soon it can be closed, whatever the work is at.
 PATIENCE = 0.25
@@ -32,16 +32,19 @@ def streamed(work: Callable[[Emit], None], stop: threading.Event | None = None) 
     (`stoppable`) before its next layer.
     """
     found: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    stop = stop or threading.Event()
+    closed = threading.Event()  # not ``stop``, which tells whoever set it from work that ended of itself
+
+    def over() -> bool:
+        return closed.is_set() or (stop is not None and stop.is_set())
 
     def emit(event: Any) -> None:
-        if stop.is_set():
+        if over():
             raise Stopped
         found.put(("event", event))
         time.sleep(0.002)  # Python's locks are not fair: between two pieces of work the denoiser is somebody else's for the taking
 
     def run() -> None:
-        _here.stop = stop
+        _here.over = over
         try:
             work(emit)
             found.put(("end", None))
@@ -53,7 +56,7 @@ def streamed(work: Callable[[Emit], None], stop: threading.Event | None = None) 
     threading.Thread(target=run, daemon=True).start()
     held: list[Any] = []
     try:
-        while not stop.is_set():
+        while not over():
             try:
                 kind, value = found.get(timeout=0 if held else PATIENCE)
             except queue.Empty:
@@ -67,15 +70,15 @@ def streamed(work: Callable[[Emit], None], stop: threading.Event | None = None) 
                 return
             held[:] = [value]
     finally:
-        stop.set()
+        closed.set()
 
 
 def stoppable(denoiser: nn.Module) -> None:
     """Let `streamed` work be ended within a call of ``denoiser``, steering's own among them; hangs a hook on its parts for good."""
 
     def check(*_: Any) -> None:
-        stop = getattr(_here, "stop", None)
-        if stop and stop.is_set():
+        over = getattr(_here, "over", None)
+        if over and over():
             raise Stopped
 
     for part in denoiser.children():

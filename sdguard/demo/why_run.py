@@ -8,12 +8,16 @@ from PIL import Image
 
 from sdguard.decision.profile import Profile
 from sdguard.demo.model import Model
-from sdguard.demo.profiles import Profiles, find_or_make_profile
+from sdguard.demo.profiles import find_or_make_profile
 from sdguard.demo.settings import Setting
 from sdguard.demo.streaming import Emit, Progress
+from sdguard.denoiser.probe import probe_run
+from sdguard.denoiser.text_encoding import Encoder
 from sdguard.explain.explanation import Explanation, explain, unguarded_picture
+from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
-from sdguard.scan.scan import watched_reports
+from sdguard.guarded.run import GuardedRun
+from sdguard.observation import Observation
 
 
 @dataclass
@@ -28,14 +32,22 @@ class Why:
 
 
 def judge_prompt(model: Model, setting: Setting, profile: Profile) -> GuardReport:
-    """The guard's report of a setting's prompt and seed, without a picture. Cost: the calls that the guard watches, and its cascade."""
-    return watched_reports(model.own(), profile, [setting.prompt], [setting.seed], setting.rate, setting.call)[0][0]
+    """The guard's report of a setting's prompt and seed, without a picture. Cost: the run's first call, and what the guard reads."""
+    pipe = model.own()
+    run = GuardedRun(GuardConfig("observe", setting.rate, "pass"), profile, [setting.prompt], Encoder(pipe))
+
+    def look(observation: Observation) -> None:
+        # in the run itself, so that the score is that of a guarded run to the last digit
+        run.observe(observation.at_reference)
+
+    probe_run(pipe, [setting.prompt], [setting.seed], look, **setting.call)
+    return run.reports[0]
 
 
-def why(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
+def why(model: Model, setting: Setting, own: Profile | None, emit: Emit) -> None:
     """Emit progress, then the `Why` of a setting; raises as `compare` does."""
     setting = setting.checked(model)
-    profile = find_or_make_profile(model, setting, mine, emit)
+    profile = find_or_make_profile(model, setting.rate, own, emit)
     emit(Progress("Judging the prompt", 0, 3))
     report = judge_prompt(model, setting, profile)
     emit(Progress("Making the picture", 1, 3))
@@ -44,7 +56,7 @@ def why(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
     emit(Why(setting, explain(model.own(), setting.prompt, setting.seed, **setting.call), report, picture, profile))
 
 
-def judge_edit(model: Model, setting: Setting, mine: Profiles, emit: Emit) -> None:
+def judge_edit(model: Model, setting: Setting, own: Profile | None, emit: Emit) -> None:
     """Emit the guard's report of a setting whose prompt somebody is editing; raises as `compare` does."""
     setting = setting.checked(model)
-    emit(judge_prompt(model, setting, find_or_make_profile(model, setting, mine, emit)))
+    emit(judge_prompt(model, setting, find_or_make_profile(model, setting.rate, own, emit)))

@@ -36,7 +36,7 @@ def explained(found: Why) -> str:
         f"{elements.highlighted_words(explanation.words, explanation.gradient, 'of the gradient')}"
         f'<p class="sg-note">Each word’s share of the norm’s gradient on the token embeddings; the rest lies on end and padding.{agreement}'
         f'</p><h3>Where in the picture</h3><div class="sg-maps">{"".join(maps)}</div>'
-        f"<h3>What was measured at the first denoiser call</h3>{signal_views.signals_table(found.report, found.profile)}"
+        f"<h3>What the guard measured</h3>{signal_views.signals_table(found.report, found.profile)}"
         '<p class="sg-note">z-scores are in standard deviations of ordinary prompts; evaluations are beyond the run’s own.</p>'
     )
 
@@ -60,7 +60,7 @@ def or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> None:
+def tab(model: Model, box: gr.Textbox, own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out."""
     reference = gr.State(None)
     with gr.Row(elem_classes="sg-columns"):
@@ -73,7 +73,7 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
         with gr.Column(scale=8, min_width=300):
             shown = gr.HTML(elements.hint(EMPTY), elem_id="why-result")
 
-    def run(request: gr.Request, mine: Any, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, own: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
 
         def view(found: Why) -> Updates:
@@ -84,18 +84,23 @@ def tab(model: Model, box: gr.Textbox, profiles: Any, controls: list[Any]) -> No
                 edit: found.setting.prompt,  # which is judged as an edit at once
             }
 
-        yield from page_updates(request, lambda emit: why(model, asked, mine, emit), view, line, profiles, mine, (start, stop))
+        yield from page_updates(request, lambda emit: why(model, asked, own, emit), view, line, own_profile, (start, stop))
 
-    def typed(request: gr.Request, mine: Any, before: GuardReport | None, *values: Any) -> Iterator[Updates]:
+    def typed(request: gr.Request, own: Any, before: GuardReport | None, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
         if not asked.prompt.strip():
             yield {verdict: elements.hint("An empty prompt pulls nowhere.")}
             return
-        work = lambda emit: judge_edit(model, asked, mine, emit)  # noqa: E731
-        yield from page_updates(request, work, lambda report: {verdict: changed(before, report)}, verdict, profiles, mine, None)
+        work = lambda emit: judge_edit(model, asked, own, emit)  # noqa: E731
+        yield from page_updates(request, work, lambda report: {verdict: changed(before, report)}, verdict, own_profile, None)
 
-    gr.on([start.click, box.submit], run, [profiles, box, *controls], [line, shown, reference, edit, profiles, start, stop], **WORK)
+    gr.on([start.click, box.submit], run, [own_profile, box, *controls], [line, shown, reference, edit, own_profile, start, stop], **WORK)
     stops(stop)
     gr.on(
-        [edit.change, edit.submit], typed, [profiles, reference, edit, *controls], [verdict, profiles], trigger_mode="always_last", **WORK
+        [edit.change, edit.submit],
+        typed,
+        [own_profile, reference, edit, *controls],
+        [verdict, own_profile],
+        trigger_mode="always_last",
+        **WORK,
     )

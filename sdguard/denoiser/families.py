@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from diffusers import ModularPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 #: the denoiser's argument that carries the token embeddings, in every family.
 TEXT = "encoder_hidden_states"
@@ -19,7 +20,7 @@ Encode = Callable[[Any, list[str], dict[str, Any]], tuple[Tensor, Tensor | None,
 
 def encode_clip(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One text encoder, no pooled embedding: Stable Diffusion 1 and 2."""
-    text, null = pipe.encode_prompt(texts, pipe._execution_device, 1, True, clip_skip=pipe.clip_skip, **options)
+    text, null = pipe.encode_prompt(texts, pipe._execution_device, 1, True, **options)
     return text, None, null, None
 
 
@@ -30,7 +31,6 @@ def encode_two_clips(pipe: Any, texts: list[str], options: dict[str, Any]) -> tu
         device=pipe._execution_device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
-        clip_skip=pipe.clip_skip,
         **options,
     )
     return text, pooled, null, null_pooled
@@ -44,7 +44,6 @@ def encode_three(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[
         prompt_3=None,
         device=pipe._execution_device,
         do_classifier_free_guidance=True,
-        clip_skip=pipe.clip_skip,
         **options,
     )
     return text, pooled, null, null_pooled
@@ -91,6 +90,61 @@ def by_guider(pipe: Any, given: dict[str, Any]) -> float:
     return float(guider.guidance_scale + guider.use_original_formulation) if guider._is_cfg_enabled() else 1.0
 
 
+#: the guidance scales that distilled models are told: the defaults of the pipelines that they came with, since those of other pipelines of
+#: the same model are others.
+TOLD_FLUX, TOLD_CONSISTENCY = 3.5, 8.5
+
+#: (pipeline, latents it is called with, [B, C, H, W]) -> the denoiser's other arguments in plain text-to-image.
+PlainArguments = Callable[[Any, Tensor], dict[str, Any]]
+
+
+def default_of(pipe: Any, name: str) -> Any:
+    """The default of an argument of the pipeline's call, None where it has none."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
+    """Nothing, but for latent consistency models the guidance scale that they are told, and for IP-Adapters pictures of nothing."""
+    config, found = pipe.unet.config, {}
+    if width := config.time_cond_proj_dim:
+        scale = torch.full((len(x),), TOLD_CONSISTENCY - 1)
+        found["timestep_cond"] = pipe.get_guidance_scale_embedding(scale, embedding_dim=width).to(x)
+    if config.encoder_hid_dim_type == "ip_image_proj":
+        layers = pipe.unet.encoder_hid_proj.image_projection_layers
+        widths = [next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear)) for layer in layers]
+        # one that resamples takes a sequence of them for each picture
+        shapes = [(len(x), 1, *[1] * hasattr(layer, "latents"), width) for layer, width in zip(layers, widths, strict=True)]
+        found["added_cond_kwargs"] = {"image_embeds": [x.new_zeros(shape) for shape in shapes]}
+    return found
+
+
+def plain_sdxl(pipe: Any, x: Tensor) -> dict[str, Any]:
+    """The size ids of an uncropped picture of the model's own size; the refiner's have its usual aesthetic score."""
+    found, side = plain_unet(pipe, x), default_size(pipe)
+    last = (6.0,) if getattr(pipe.config, "requires_aesthetics_score", False) else (side, side)
+    ids = torch.tensor([[side, side, 0, 0, *last]], dtype=x.dtype, device=x.device).expand(len(x), -1)
+    return {**found, "added_cond_kwargs": {**found.get("added_cond_kwargs", {}), "time_ids": ids}}
+
+
+def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
+    """The places of the patches, and for distilled models the guidance scale that they are told."""
+    rows, columns = (side // 2 for side in x.shape[2:])
+    places = torch.zeros(rows, columns, 3)
+    places[..., 1], places[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)[None]
+    found = {"img_ids": places.flatten(0, 1).to(x)}
+    if pipe.transformer.config.guidance_embeds:
+        found["guidance"] = torch.full((len(x),), TOLD_FLUX, device=x.device)
+    return found
+
+
+def two_pooled(pipe: Any) -> int:
+    """Width of SDXL's pooled embedding: what of its added conditions the size ids leave."""
+    config = pipe.unet.config
+    ids = 5 if getattr(pipe.config, "requires_aesthetics_score", False) else 6
+    return int(config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim)
+
+
 @dataclass(frozen=True)
 class Family:
     """What the guard needs to know of pipeline classes that are alike.
@@ -99,6 +153,8 @@ class Family:
         encode: how their prompts are encoded.
         denoiser: the pipeline's attribute that holds it.
         sample: name of the denoiser's first argument.
+        plain: the denoiser's other arguments in plain text-to-image.
+        widths: (pipeline) -> widths of token embeddings and of the pooled one, 0 where there is none.
         pooled: where among the denoiser's arguments the pooled text embedding is, if there is one.
         scale: the pipeline's attribute that holds what scales LoRA in the text encoder, in its ``scale`` entry.
         guidance: (pipeline, its call's arguments) -> scale of the guidance that joins two branches; 1 where there is one branch.
@@ -111,6 +167,8 @@ class Family:
     encode: Encode
     denoiser: str = "unet"
     sample: str = "sample"
+    plain: PlainArguments = plain_unet
+    widths: Callable[[Any], tuple[int, int]] = lambda pipe: (int(pipe.unet.config.cross_attention_dim), 0)
     pooled: tuple[str, ...] = ()
     scale: str = "cross_attention_kwargs"
     guidance: Callable[[Any, dict[str, Any]], float] = classifier_free
@@ -131,6 +189,8 @@ SD = Family(
 )  # fmt: skip
 SDXL = Family(
     encode_two_clips,
+    plain=plain_sdxl,
+    widths=lambda pipe: (int(pipe.unet.config.cross_attention_dim), two_pooled(pipe)),
     pooled=("added_cond_kwargs", "text_embeds"),
     empty_negative_is_none=False,
     classes=(
@@ -140,6 +200,8 @@ SDXL = Family(
 )  # fmt: skip
 SD3 = Family(
     encode_three,
+    plain=lambda pipe, x: {},
+    widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), int(pipe.transformer.config.pooled_projection_dim)),
     denoiser="transformer",
     sample="hidden_states",
     pooled=("pooled_projections",),
@@ -151,6 +213,8 @@ SD3 = Family(
 )  # fmt: skip
 FLUX = Family(
     encode_clip_and_t5,
+    plain=plain_flux,
+    widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), int(pipe.transformer.config.pooled_projection_dim)),
     denoiser="transformer",
     sample="hidden_states",
     pooled=("pooled_projections",),

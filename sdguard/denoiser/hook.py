@@ -16,8 +16,14 @@ from sdguard.correction import Correction
 from sdguard.denoiser.calls import DenoiserCall, concat_calls, replace_prediction, select_rows, snapshot
 from sdguard.denoiser.families import family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
-from sdguard.denoiser.latents import condition_of, pack_latents, unpack_latents, with_condition
+from sdguard.denoiser.latents import condition_of, embeddings_of, pack_latents, unpack_latents, with_condition
 from sdguard.denoiser.record import RunRecord
+from sdguard.denoiser.reference_call import (
+    ReferenceCall,
+    first_noise,
+    null_condition,
+    same_texts,
+)
 from sdguard.denoiser.replay import Replayed, activate_correction
 from sdguard.denoiser.schedulers import insert_row
 from sdguard.denoiser.text_encoding import Encoder
@@ -72,11 +78,6 @@ class DenoiserHook(ModelHook):
         """How far the pipeline draws a guided output back to the standard deviation of the conditional one."""
         return float(getattr(self.pipe, "guidance_rescale", 0.0))
 
-    @functools.cached_property
-    def null_condition(self) -> Tensor:
-        """The pipeline's own unconditional prompt, ``[1, T (+ 1), E]``, for runs that do not encode it."""
-        return self.encoder.both([""])[1]
-
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward pass. Cost: none where both branches are evaluated anyway, else 1 where the call is read."""
         if self.is_foreign_call(kwargs):
@@ -113,7 +114,8 @@ class DenoiserHook(ModelHook):
     def can_skip(self) -> bool:
         """Whether nothing is to be seen or changed at the call under way: it has one branch, is not read and follows no rule."""
         rules = any(correction.rule for correction in self.watcher.corrections.values())
-        return self.record.guidance_scales[-1] == 1 and not rules and not self.watcher.reads(self.record.step)
+        read = self.watcher.reads(self.record.step) or self.record.new_condition
+        return self.record.guidance_scales[-1] == 1 and not rules and not read
 
     def begin_step(self, kwargs: dict[str, Any], images: int) -> None:
         """Note that a step of ``images`` images begins."""
@@ -123,6 +125,7 @@ class DenoiserHook(ModelHook):
             self.record.begin(self.pipe.scheduler, images, sample.dtype, patch_rows)
         self.record.timesteps.append(timestep * self.family.timestep_scale)
         self.record.guidance_scales.append(self.guidance)
+        self.record.note_embeddings(embeddings_of(kwargs, self.family), len(sample) - images)
 
     def with_corrected_conditions(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments with the conditions of corrected rows in place."""
@@ -157,14 +160,14 @@ class DenoiserHook(ModelHook):
         x, rows = latents[:, : prediction.shape[1]].float(), torch.arange(images)
         condition, denoise = condition_of(call.kwargs, self.family), self.evaluator(call)
         if len(latents) > images:
-            null_condition, condition = condition.chunk(2)
+            null, condition = condition.chunk(2)
             eps_u, eps_c = self.to_noise(prediction, x, timestep).chunk(2)
             x = x[:images]
         else:
-            null_condition = self.null_condition.expand_as(condition)
-            eps_c, eps_u = self.to_noise(prediction, x, timestep), denoise(x, timestep, null_condition, rows)
+            null = self.own_null(condition).expand_as(condition)
+            eps_c, eps_u = self.to_noise(prediction, x, timestep), denoise(x, timestep, null, rows)
             record.evaluations += 1
-        return Observation(
+        seen = Observation(
             step=record.step,
             timestep=timestep,
             level=record.level_at(timestep),
@@ -172,7 +175,7 @@ class DenoiserHook(ModelHook):
             eps_c=eps_c,
             eps_u=eps_u,
             condition=condition,
-            null_condition=null_condition,
+            null_condition=null,
             guidance_scale=record.guidance_scales[-1],
             level_at=record.level_at,
             denoise=denoise,
@@ -182,7 +185,35 @@ class DenoiserHook(ModelHook):
             past_norms=record.past_norms,
             memo={},
             origin=record.origin,
+            new_condition=record.new_condition,
         )
+        if record.step == 0:
+            record.noise, record.half_made = first_noise(seen, self.pipe, self.encoder.given)
+        return replace(seen, reading=functools.cache(lambda: self.reference_reading(module, call, seen)), half_made=record.half_made)
+
+    def own_null(self, condition: Tensor) -> Tensor:
+        """The model's own empty prompt beside conditions ``[B, T (+ 1), E]``, ``[1, T (+ 1), E]``."""
+        return null_condition(self.encoder, condition.shape[1] - bool(self.family.pooled)).to(condition)
+
+    def reference_reading(self, module: Any, call: DenoiserCall, seen: Observation) -> Observation:
+        """All images at the guard's own reference call, under the text condition of the call under way.
+
+        Cost: none where the run's first call is that one, 1 evaluation an image where its null branch alone is another, else 2.
+        """
+        kwargs, record, null = call.kwargs, self.record, self.own_null(seen.condition)
+        scale = (kwargs.get(self.family.scale) or {}).get("scale")
+        reference = ReferenceCall(
+            self.pipe, self.fn_ref.original_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
+        )
+        if not reference.is_plain(kwargs, seen, record.patch_rows):
+            found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
+            return replace(found, denoiser=module)
+        plain = replace(seen, denoise=reference.denoise, memo={})
+        if same_texts(seen.null_condition, null):
+            return plain
+        record.evaluations += 1
+        null = null.expand_as(seen.condition)
+        return replace(plain, null_condition=null, eps_u=reference.denoise(seen.x, seen.timestep, null, seen.rows))
 
     def evaluator(self, call: DenoiserCall) -> Denoiser:
         """Evaluates a call again with some of its rows, elsewhere or under other conditions; all else about them stays."""

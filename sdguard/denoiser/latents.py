@@ -41,8 +41,13 @@ def pack_condition(tokens: Tensor, pooled: Tensor | None) -> Tensor:
 
 def condition_of(kwargs: dict[str, Any], family: Family) -> Tensor:
     """The text condition in a call's arguments, as of `pack_condition`."""
+    return pack_condition(*embeddings_of(kwargs, family))
+
+
+def embeddings_of(kwargs: dict[str, Any], family: Family) -> tuple[Tensor, Tensor | None]:
+    """The token embeddings and the pooled one, where there is one, in a call's arguments."""
     pooled: Any = functools.reduce(lambda found, name: found[name], family.pooled, kwargs) if family.pooled else None
-    return pack_condition(kwargs[TEXT], pooled)
+    return kwargs[TEXT], pooled
 
 
 def with_condition(kwargs: dict[str, Any], condition: Tensor, family: Family) -> dict[str, Any]:

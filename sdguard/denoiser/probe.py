@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.families import GUIDANCE, is_modular
-from sdguard.denoiser.install import watched
+from sdguard.denoiser.families import GUIDANCE, default_of, denoiser_of, family_of, is_modular
+from sdguard.denoiser.install import lock_of, watched
+from sdguard.denoiser.reference_call import ReferenceCall, latent_shape
 from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation
@@ -122,3 +123,20 @@ def probe_run(
     with isolated_components(pipe, setting) as given, observe_calls(pipe, given, look, calls):
         inputs = {name: value if name.startswith("ip_adapter") else for_each(len(prompts), value) for name, value in given.items()}
         pipe(prompt=list(prompts), generator=generators, output_type="latent", **inputs)
+
+
+@torch.no_grad()
+def read_prompts(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], adapter_scale: float | None = None) -> Observation:
+    """The guard's own reference call of prompts, one seed each, outside any run: its noise is what a run from that seed starts with.
+
+    Neither the pipeline's call nor anybody's random generator takes part. Cost: 2 denoiser evaluations a prompt.
+    """
+    adapters = {} if adapter_scale is None else {"scale": adapter_scale}
+    encoder = Encoder(pipe, {family_of(pipe).scale: adapters})
+    with lock_of(denoiser_of(pipe)):
+        condition, null = encoder.both(list(prompts))
+        noise = [torch.randn(latent_shape(pipe), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        evaluations, scale = torch.zeros(len(prompts), dtype=torch.long), float(default_of(pipe, "guidance_scale") or 1.0)
+        return ReferenceCall.of(pipe, condition, adapters).observation(
+            torch.stack(noise).to(condition.device), condition, null, evaluations, scale
+        )

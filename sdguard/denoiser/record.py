@@ -12,6 +12,19 @@ from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.observation import NoiseLevel, Observation, noise_level
 
 
+def same_embedding(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two embeddings are the same.
+
+    As a rule they are the same memory, not written to in between: then nothing is compared and no GPU has to be waited for.
+    """
+    if one is None or other is None:
+        return one is other
+    told = not (one.is_inference() or other.is_inference())  # which do not count their versions
+    if told and one.data_ptr() == other.data_ptr() and one.shape == other.shape and one._version == other._version:
+        return True
+    return one.shape == other.shape and torch.equal(one, other)
+
+
 @dataclass
 class RunRecord:
     """The denoiser calls of one run so far; of a step whose branches are two calls, the step.
@@ -27,6 +40,9 @@ class RunRecord:
         guidance_scales: of each call; a callback may change it in mid-run.
         norms: of each call, the guidance norm of every image, ``[B]``.
         first: the observation of the first call that was observed.
+        noise: what the images are made from, at the guard's own reference call, ``[B, C, H, W]``.
+        half_made: whether the run was handed over latents that are no noise any more.
+        new_condition: whether the text condition of the call under way is another than that of the call before.
     """
 
     scheduler: Any = None
@@ -39,6 +55,10 @@ class RunRecord:
     guidance_scales: list[float] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     first: Observation | None = None
+    noise: Tensor = field(default_factory=lambda: torch.zeros(0))
+    half_made: bool = False
+    new_condition: bool = False
+    _embeddings: tuple[Tensor | None, ...] = ()
     _levels: dict[float, NoiseLevel] = field(default_factory=dict)
 
     def begin(self, scheduler: Any, images: int, dtype: torch.dtype, patch_rows: int) -> None:
@@ -69,6 +89,11 @@ class RunRecord:
         if timestep not in self._levels:
             self._levels[timestep] = noise_level(self.scheduler, timestep)
         return self._levels[timestep]
+
+    def note_embeddings(self, embeddings: tuple[Tensor | None, ...], unconditional: int) -> None:
+        """Note the text embeddings of the call under way, ``[B, ...]`` each, whose first ``unconditional`` rows are not the prompts'."""
+        before, self._embeddings = self._embeddings, tuple(None if e is None else e[unconditional:] for e in embeddings)
+        self.new_condition = bool(before) and not all(map(same_embedding, before, self._embeddings))
 
     def note(self, observation: Observation) -> None:
         """Note the observation of the call under way."""

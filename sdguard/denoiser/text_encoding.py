@@ -11,7 +11,7 @@ from sdguard.denoiser.families import family_of
 from sdguard.denoiser.latents import pack_condition
 
 #: arguments of a pipeline's call that its prompts are encoded with.
-ENCODING = ("max_sequence_length",)
+ENCODING = ("max_sequence_length", "clip_skip")
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class Encoder:
     pipe: Any
     given: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the call has its prompts encoded."""
+        scale = (self.given.get(family_of(self.pipe).scale) or {}).get("scale")
+        return {"lora_scale": scale, **{name: self.given[name] for name in ENCODING if name in self.given}}
+
     def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""
-        family = family_of(self.pipe)
-        scale = (getattr(self.pipe, family.scale, None) or {}).get("scale")
-        options = {name: self.given[name] for name in ENCODING if name in self.given}
-        text, pooled, null, null_pooled = family.encode(self.pipe, texts, {"lora_scale": scale, **options})
+        text, pooled, null, null_pooled = family_of(self.pipe).encode(self.pipe, texts, self.options)
         return pack_condition(text, pooled), pack_condition(null, null_pooled)
 
     def __call__(self, texts: list[str]) -> Tensor:

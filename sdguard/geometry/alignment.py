@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sdguard.geometry.rollout import independent_noise
 from sdguard.geometry.rowwise import norm
+from sdguard.noise import independent_noise
 from sdguard.observation import Observation
 
 #: noise level at which the denoiser is asked.

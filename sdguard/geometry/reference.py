@@ -6,12 +6,10 @@ next. `sdguard.signals.persistence` and `sdguard.signals.estimate_agreement` are
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from sdguard.geometry.rollout import independent_start, once_a_row
-from sdguard.observation import NoiseLevel, Observation, denoised
+from sdguard.geometry.rollout import grid, independent_start, once_a_row
+from sdguard.observation import Observation, denoised
 
 #: log signal-to-noise ratio that the step goes to: as much signal as noise, timestep 350 of Stable Diffusion's 1,000.
 LOG_SNR = 0.0
@@ -19,17 +17,12 @@ LOG_SNR = 0.0
 LEAST_RISE = 2.0
 
 
-def log_snr(level: NoiseLevel) -> float:
-    """Logarithm of the signal-to-noise ratio ``a**2 / s**2``."""
-    return 2 * math.log(level.a / level.s)
-
-
 def timestep_at(observation: Observation, wanted: float) -> float:
     """The timestep whose log-SNR is ``wanted``, to the whole number, by bisection below the observation's own."""
     low, high = 0.0, observation.timestep
     while high - low > 0.5:
         middle = (low + high) / 2
-        low, high = (middle, high) if log_snr(observation.level_at(middle)) > wanted else (low, middle)
+        low, high = (middle, high) if observation.level_at(middle).log_snr > wanted else (low, middle)
     return float(max(1, round(high)))
 
 
@@ -58,7 +51,7 @@ def estimate_ahead(observation: Observation, wanted: float = LOG_SNR, draw: int 
         wanted: the log-SNR the step goes to.
         draw: number of an independent noise to start from in place of the observation's own.
     """
-    timestep = timestep_at(observation, max(wanted, log_snr(observation.level) + LEAST_RISE))
+    timestep = timestep_at(observation, max(wanted, observation.level.log_snr + LEAST_RISE))
 
     def estimate(here: Observation) -> Tensor:
         start, level = here.x if draw is None else independent_start(here, draw), here.level_at(timestep)
@@ -69,3 +62,24 @@ def estimate_ahead(observation: Observation, wanted: float = LOG_SNR, draw: int 
         return denoised(x, here.conditional(x, timestep), level)
 
     return once_a_row(observation, ("estimate ahead", timestep, draw), estimate)
+
+
+def reference_end(observation: Observation, draw: int | None = None) -> Tensor:
+    """Where `ROLLOUT_STEPS` DDIM steps of the conditional branch end, ``[B, C, H, W]``, from the observation's own or another noise.
+
+    What the text draws by itself: no guidance can overshoot on so few steps, and none hides what is memorized. Cost: ``ROLLOUT_STEPS - 1``
+    evaluations beside `estimate_at_start`, once a row.
+    """
+
+    def end(here: Observation) -> Tensor:
+        x = here.x if draw is None else independent_start(here, draw)
+        picture, level = estimate_at_start(here, draw), here.level
+        for timestep in grid(here)[1:]:
+            following = here.level_at(timestep)
+            x = following.a * picture + following.s * (x - level.a * picture) / level.s
+            level = following
+            here.count_nfe(1)
+            picture = denoised(x, here.conditional(x, timestep), level)
+        return picture
+
+    return once_a_row(observation, ("reference end", draw), end)

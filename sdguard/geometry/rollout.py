@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sdguard.noise import independent_noise
 from sdguard.observation import CLEAN, NoiseLevel, Observation, denoised
 
 ROLLOUT_STEPS = 4
@@ -31,6 +31,17 @@ class Step(NamedTuple):
 def grid(observation: Observation, steps: int = ROLLOUT_STEPS) -> list[float]:
     """The short rollout's timesteps, from the observation's own down."""
     return [observation.timestep, *torch.linspace(observation.timestep, 0, steps + 1)[1:-1].round().tolist()]
+
+
+def observations(observation: Observation, noise: Tensor | None = None, steps: int = ROLLOUT_STEPS) -> Iterator[Observation]:
+    """The calls of a `trajectory`, at its cost."""
+    timesteps = grid(observation, steps)
+    here = observation if noise is None else observation.from_start(noise)
+    for timestep in [*timesteps[1:], None]:
+        yield here
+        if timestep is not None:
+            step = Step(here.x, here.timestep, here.level, here.prediction, here.level_at(timestep))
+            here = here.at(step.taken(), timestep)
 
 
 def trajectory(observation: Observation, noise: Tensor | None = None, steps: int = ROLLOUT_STEPS) -> Iterator[Step]:
@@ -77,16 +88,6 @@ def independent_start(observation: Observation, draw: int = 0) -> Tensor:
     """Where each row could have started from independent noise: that noise, or its own origin under that noise."""
     noise, level = independent_noise(observation.x, draw), observation.level
     return noise if observation.origin is None else level.a * observation.origin + level.s * noise
-
-
-def independent_noise(x: Tensor, draw: int = 0) -> Tensor:
-    """Gaussian noise like ``x``, independent of it yet a fixed function of each row alone, whatever its neighbours are."""
-    rows = []
-    for row in x.cpu():
-        digest = hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=7, key=draw.to_bytes(4, "big") if draw else b"")
-        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big"))
-        rows.append(torch.randn(row.shape, generator=generator))
-    return torch.stack(rows).to(x)
 
 
 def probe(x: Tensor, draw: int = 0) -> Tensor:

@@ -1,17 +1,20 @@
-"""The profile of a configuration made ahead of its runs: enough ordinary prompts, measured; the fallback sequence learnt."""
+"""The profile of a model made ahead of its runs: enough ordinary prompts, measured; the fallback sequence learnt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
 
 from sdguard.decision.calibration import calibrate, evenly, split
-from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.identity import identity
 from sdguard.decision.profile import Profile, scores_needed
-from sdguard.decision.store import cache_path, ordinary_prompts
-from sdguard.denoiser.families import default_size
-from sdguard.denoiser.loading import default_setting, load_pipeline
+from sdguard.decision.store import alone, cache_folder, cache_path, keep_in_cache, known_profile, ordinary_prompts, why_unwritable
+from sdguard.denoiser.loading import load_pipeline
 from sdguard.files.inputs import BadInput
 from sdguard.files.outputs import ensure_writable
 from sdguard.files.processes import processes
@@ -20,10 +23,48 @@ from sdguard.files.resumable import parts_folder
 from sdguard.guarded.config import GuardConfig
 from sdguard.steering.learning import learn_methods
 
+#: what a pipeline's weights may be cast to.
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+class Calibrated(NamedTuple):
+    """A profile that was made ahead."""
+
+    path: Path
+    profile: Profile
+    #: whether the guard finds it by itself, or another of the model goes before it.
+    found: bool
+
 
 def scored_and_needed(count: int, false_positive_rate: float) -> tuple[int, int]:
     """How many of ``count`` prompts a calibration scores, and how many it has to for a threshold at this rate."""
     return len(split(count)[1]) if count >= 4 else 0, scores_needed(false_positive_rate)
+
+
+def load_for_calibration(
+    model: str, device: torch.device | str, dtype: str | None = None, lora: str | None = None, lora_scale: float = 1.0
+) -> Any:
+    """A pipeline (`load_pipeline`'s name) as its runs will use it: on a device, in a precision, with a LoRA (a file, folder or hub id).
+
+    It makes no difference whether the runs scale the LoRA by ``set_adapters`` or by their call.
+
+    Raises:
+        BadInput: one of these cannot be used; one sentence.
+    """
+    if dtype is not None and dtype not in get_args(Precision):
+        raise BadInput(f"--dtype is {dtype!r}; it must be one of {', '.join(get_args(Precision))}.")
+    pipe = load_pipeline(model)
+    if lora is not None:
+        try:
+            pipe.load_lora_weights(lora)
+            pipe.set_adapters(pipe.get_active_adapters(), lora_scale)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BadInput(f"The LoRA {lora} could not be loaded: {first}") from None
+    try:
+        return pipe.to(device, *([getattr(torch, dtype)] if dtype else []))
+    except (RuntimeError, AssertionError) as error:  # torch's, of a device that is none, or is not there
+        raise BadInput(f"The model cannot be put on the device {str(device)!r}: {str(error).splitlines()[0]}") from None
 
 
 def calibrate_model(
@@ -33,33 +74,35 @@ def calibrate_model(
     memorized: Path | None,
     count: int | None,
     false_positive_rate: float,
-    steps: int | None,
-    guidance: float | None,
-    height: int | None,
-    width: int | None,
     seed: int,
     out: Path | None,
     progress: Callable[[str, int, int], None],
-) -> tuple[Path, Profile] | None:
-    """Calibrate a configuration of a model (`load_pipeline`'s name) and keep the profile; a killed calibration goes on.
+    dtype: str | None = None,
+    device: str | None = None,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+) -> Calibrated | None:
+    """Calibrate a model (`load_pipeline`'s name) and keep the profile; a killed calibration goes on.
 
     Args:
         prompts: a file of ordinary prompts; None for those that come along.
         memorized: a file of prompts known to be memorized, which the order of the steering methods is learnt from.
         count: use so many of the ordinary prompts, evenly spaced.
         false_positive_rate: what the profile has to support.
-        out: where the profile goes; None for the user's cache, where the guard finds it.
+        out: where the profile goes; None for the user's cache.
         progress: called with what is being done, how many prompts are done and how many there are.
+        dtype, device, lora, lora_scale: as `load_for_calibration`; by default the weights' own precision, and the GPU where there is one.
 
     Returns:
-        where the profile is, and the profile; None for all processes but the main one, where several share the work.
+        None for all processes but the main one, where several share the work.
 
     Raises:
-        ValueError: a file, model or rate that cannot be used, or too few prompts; one sentence.
+        ValueError: a file, model or rate that cannot be used, or too few prompts; one sentence. A profile that turns out too small
+            for the rate is not kept, since the guard would find it and refuse every run.
     """
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     state = processes()
-    pipe = load_pipeline(model).to(state.device)
+    pipe = load_for_calibration(model, device or state.device, dtype, lora, lora_scale)
     chosen = list(prompts_by_row(prompts).values()) if prompts else ordinary_prompts(pipe)
     if count is not None:
         if count > len(chosen):
@@ -69,22 +112,29 @@ def calibrate_model(
     if scored < needed:
         raise BadInput(f"A false-positive rate of {rate:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored.")
     known = list(prompts_by_row(memorized).values()) if memorized else []
-    defaults, size = default_setting(model, steps, guidance), default_size(pipe)
-    configuration = {
-        "steps": defaults["num_inference_steps"],
-        "guidance_scale": defaults["guidance_scale"],
-        "height": height or size,
-        "width": width or size,
-    }
-    path = out or cache_path(fingerprint(pipe, **configuration))
-    ensure_writable(path.parent)
-    measuring = partial(progress, "calibrating")
-    profile = calibrate(pipe, chosen, **configuration, seed=seed, progress=measuring, work=parts_folder(path), state=state)
-    if not state.is_main_process:
-        return None
-    if known:
-        profile = learn_methods(
-            pipe, profile, known, seed=seed, progress=partial(progress, "learning the order of methods"), **configuration
-        )
-    profile.save(path)
-    return path, profile
+    own = identity(pipe)
+    path = out or cache_path(own, chosen)
+    if out:
+        ensure_writable(path.parent)
+    elif trouble := why_unwritable(path.parent):
+        raise BadInput(f"The cache {cache_folder()} cannot be written to ({trouble}): SDGUARD_CACHE names another folder, --out a file.")
+    with ExitStack() as held:
+        if state.is_main_process:
+            held.enter_context(alone(path))
+        state.wait_for_everyone()
+        measuring = partial(progress, "calibrating")
+        profile = calibrate(pipe, chosen, seed=seed, progress=measuring, work=parts_folder(path), state=state)
+        if not state.is_main_process:
+            return None
+        if profile.prompts < needed:
+            raise BadInput(
+                f"A false-positive rate of {rate:g} needs {needed} scored prompts, and {profile.prompts} of {len(chosen)} are left: "
+                f"{len(profile.set_aside)} are memorized themselves and were set aside; give more prompts, or a higher --fpr."
+            )
+        if known:
+            profile = learn_methods(pipe, profile, known, seed=seed, progress=partial(progress, "learning the order of methods"))
+        if out:
+            profile.save(path)
+        else:
+            keep_in_cache(profile, path)
+    return Calibrated(path, profile, known_profile(pipe, own) == profile)

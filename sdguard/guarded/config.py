@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
+from sdguard.decision.store import OnUnknown
 from sdguard.steering import METHODS
 from sdguard.steering.paraphrase import Rewriter
 
@@ -30,13 +31,17 @@ class GuardConfig:
         on_failure: what happens to a sample that could not be judged, or was steered and did not pass verification:
             ``"withhold"`` blanks its image, ``"pass"`` lets the unsteered sample through, ``"raise"`` raises
             `MemorizationError`. All three are in the report.
-        profile: a `Profile` or the path of one. By default the profile that comes with the model, else the user's cached
-            one, else the configuration is calibrated on first use. A profile that does not match the run is refused.
-        calibrate: whether an unknown configuration may be calibrated on first use; if not, `ProfileError` is raised.
+        profile: a `Profile`, the path of one, or the name of one in the user's cache. By default the profile that comes with the
+            model, else the newest cached one of this model. A profile of another model is refused.
+        on_unknown: what happens where no profile of the model is known. ``"calibrate"`` makes one before the first run goes on;
+            ``"background"`` makes it in a thread beside the runs; ``"first_call_only"`` makes none; ``"raise"`` raises `ProfileError`.
+            An image is judged without a profile meanwhile: flagged if two noises give one picture, which the first call alone
+            is read for, and never steered. The report says so.
         steering: names of the methods to be tried, in order (`sdguard.steering.METHODS`). By default the order the profile has
             learnt, else rewording, then descent on the responsible tokens, then on the whole embedding.
         rewriter: gives paraphrases of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
-        calibration_prompts: the ordinary prompts for that, by default those that come with the model or with sdguard.
+        calibration_prompts: the ordinary prompts that the profile has to be made of, which then goes before one that came with the
+            model. By default any; where one is made, those that come with the model or with sdguard.
         on_call: shown each denoiser call once the guard has acted on it, with the reports as they stand: what was judged, at the first
             call or a later one, and from then on a steered row under its steering. It moves nothing of the run and its evaluations
             are not counted; what it raises ends the run.
@@ -49,7 +54,7 @@ class GuardConfig:
     false_positive_rate: float = 0.01
     on_failure: OnFailure = "withhold"
     profile: Profile | Path | str | None = None
-    calibrate: bool = True
+    on_unknown: OnUnknown = "calibrate"
     steering: Sequence[str] | None = None
     rewriter: Rewriter | None = None
     calibration_prompts: Sequence[str] | None = None
@@ -60,6 +65,8 @@ class GuardConfig:
             raise ValueError(f"mode is {self.mode!r}; it must be 'steer', 'observe' or 'block'.")
         if self.on_failure not in ("withhold", "pass", "raise"):
             raise ValueError(f"on_failure is {self.on_failure!r}; it must be 'withhold', 'pass' or 'raise'.")
+        if self.on_unknown not in get_args(OnUnknown):
+            raise ValueError(f"on_unknown is {self.on_unknown!r}; it must be 'calibrate', 'background', 'first_call_only' or 'raise'.")
         if not 0 < self.false_positive_rate < 1:
             raise ValueError(f"false_positive_rate is {self.false_positive_rate}; it must lie between 0 and 1.")
         if isinstance(self.calibration_prompts, str) or (self.calibration_prompts is not None and len(self.calibration_prompts) == 0):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -12,19 +11,17 @@ from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import Tensor, nn
 
 from sdguard.correction import Correction
-from sdguard.decision.profile import ProfileError
 from sdguard.denoiser.calls import PER_ROW, DenoiserCall, concat_calls, snapshot
 from sdguard.denoiser.families import GUIDANCE, denoiser_of, family_of
 from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.install import attached, wrapped
+from sdguard.denoiser.reference_call import same_texts
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.guarded.arguments import lora_scale
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, profile_of
 from sdguard.observation import Observation
-
-#: how far an embedding may be from the one it should be, token by token: batches of another size round differently.
-SAME = 0.1
 
 #: where among the denoiser's arguments an IP-Adapter's pictures are.
 IMAGES = (("added_cond_kwargs", "image_embeds"), ("joint_attention_kwargs", "ip_adapter_image_embeds"))
@@ -35,9 +32,9 @@ class GuardedGuidance(ClassifierFreeGuidance):
 
     ``pipe.update_components(guider=GuardedGuidance(pipe, guidance_scale=5.0))``, then ``pipe(prompt=...)`` as ever; ``reports`` has one
     `GuardReport` per image of the last run. Images that are not flagged are bit-identical to those under `ClassifierFreeGuidance`. A guider
-    is handed no texts and no pictures, from which three things follow. Prompts are reworded only where ``prompts`` has them. A negative
-    prompt has to be in ``inputs``, since it is part of what is calibrated. And what is withheld is not blanked afterwards: its latents are
-    set to zero at every step from the one that flagged it on, so that the decoder draws its picture of nothing.
+    is handed no texts and no pictures, from which two things follow. Prompts are reworded only where ``prompts`` has them. And what is
+    withheld is not blanked afterwards: its latents are set to zero at every step from the one that flagged it on, so that the decoder draws
+    its picture of nothing.
 
     One run at a time: pipelines that share a denoiser or a scheduler are not to run at once.
 
@@ -46,9 +43,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
     Args:
         pipe: the modular pipeline whose guider this is to be.
         guard: how to guard, by default `GuardConfig()`.
-        inputs: what else every call of the pipeline is given that moves the statistics: ``negative_prompt``, ``max_sequence_length``,
-            ``timesteps``, ``original_size`` and their like. A run with another negative prompt or other timesteps is refused; the rest is
-            believed.
+        inputs: what else every call of the pipeline is given that prompts are encoded with: ``max_sequence_length``, the ``scale`` of LoRA.
         guidance: the arguments of `ClassifierFreeGuidance`.
 
     Attributes:
@@ -57,8 +52,8 @@ class GuardedGuidance(ClassifierFreeGuidance):
 
     Raises:
         TypeError: the pipeline's class is not supported; the message names it.
-        ValueError: in a run: it is no text-to-image run of a whole schedule, or has other prompts or another negative prompt than said.
-        ProfileError: in a run: the profile given does not match it, or calibration is forbidden and none is known.
+        ValueError: in a run: it is no text-to-image run of a whole schedule, or has other prompts than said.
+        ProfileError: in a run: the profile given is another model's, or calibration is forbidden and none is known.
         MemorizationError: in a run, with ``on_failure="raise"``.
     """
 
@@ -117,29 +112,11 @@ class GuardedGuidance(ClassifierFreeGuidance):
 
     def begin(self, first: Observation) -> GuardedRun:
         """The watcher of a run, from its first call. Cost: none where the profile is known, else `calibrate`'s, in runs of their own."""
-        pipe, inputs = self.pipe, dict(self.inputs)
-        if family_of(pipe).empty_negative_is_none:  # with none at all the pipeline gives the prompt to both branches
-            inputs.setdefault("negative_prompt", "")
-        encoder = Encoder(pipe, inputs)
-        self.check_null(encoder, first)
+        encoder = Encoder(self.pipe, self.inputs)
         prompts = self.prompts_of(encoder, first)
-        defaults = inspect.signature(ClassifierFreeGuidance).parameters
-        unusual = {name: value for name, value in self.options.items() if name != "guidance_scale" and value != defaults[name].default}
-        height, width = (side * pipe.vae_scale_factor for side in first.x.shape[2:])
-        setting = {"steps": self._num_inference_steps, "guidance_scale": self.guidance_scale, "height": height, "width": width}
-        profile = profile_of(pipe, self.guard, **setting, inputs=inputs | unusual)
-        if profile.timesteps and profile.timesteps != pipe.scheduler.timesteps.tolist():
-            raise ProfileError("The profile does not match this run: its timesteps are others; custom ones go into the guider's inputs.")
-        run = GuardedRun(self.guard, profile, prompts, encoder)
+        run = GuardedRun(self.guard, profile_of(self.pipe, self.guard, lora_scale(self.inputs)), prompts, encoder)
         self.reports = run.reports
         return run
-
-    def check_null(self, encoder: Encoder, first: Observation) -> None:
-        """Raise `ValueError` if a run has another negative prompt than ``inputs`` say."""
-        negative = encoder.given.get("negative_prompt")
-        wanted = encoder.both([""])[1] if negative is None else encoder([negative])
-        if self._is_cfg_enabled() and not same(first.null_condition, wanted):
-            raise ValueError(f"The guider's inputs say that the negative prompt is {negative!r}, and in this run it is another.")
 
     def prompts_of(self, encoder: Encoder, first: Observation) -> list[str | None]:
         """The prompt of each image; raises `ValueError` if they are not those of the run."""
@@ -150,17 +127,9 @@ class GuardedGuidance(ClassifierFreeGuidance):
         if not texts or images % len(texts):
             raise ValueError(f"The guider was told {len(texts)} prompts, and this run makes {images} images.")
         each = images // len(texts)
-        if not same(first.condition, encoder(texts).repeat_interleave(each, dim=0)):
+        if not same_texts(first.condition, encoder(texts).repeat_interleave(each, dim=0)):
             raise ValueError("The prompts that the guider was told are not those of this run.")
         return [text for text in texts for _ in range(each)]
-
-
-def same(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two text conditions, ``[n, T, E]`` and ``[n or 1, T, E]``, are those of the same texts."""
-    if found.shape[1:] != wanted.shape[1:]:
-        return False
-    found, wanted = found.float(), wanted.float()
-    return bool(((found - wanted).norm(dim=-1) <= SAME * wanted.norm(dim=-1)).all())
 
 
 class RunOpener:

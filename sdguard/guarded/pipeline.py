@@ -5,32 +5,26 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import wrapt
 from diffusers import DiffusionPipeline
 
-from sdguard.decision.fingerprint import is_plain
 from sdguard.decision.profile import Profile
-from sdguard.denoiser.families import blends, default_size, family_of, is_modular, sized_by_picture
+from sdguard.decision.store import profile_for, save_profiles
+from sdguard.denoiser.families import family_of, is_modular
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.guarded.arguments import check, lora_scale
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, blank, profile_of
 
 #: looked up at every guarded call.
 signature_of = functools.cache(inspect.signature)
-
-#: arguments of a call, beside its setting, that move the statistics of ordinary prompts.
-FINGERPRINTED_ARGUMENTS = (
-    "max_sequence_length", "clip_skip", "negative_prompt", "true_cfg_scale", "guidance_rescale", "eta", "timesteps", "sigmas",
-    "cross_attention_kwargs", "joint_attention_kwargs",
-    "original_size", "target_size", "crops_coords_top_left", "negative_original_size", "negative_target_size",
-    "negative_crops_coords_top_left", "aesthetic_score", "negative_aesthetic_score",
-    "image", "mask_image", "control_image", "strength", "controlnet_conditioning_scale", "ip_adapter_image", "ip_adapter_image_embeds",
-)  # fmt: skip
 
 
 class GuardedPipeline(wrapt.ObjectProxy):
@@ -76,6 +70,26 @@ class GuardedPipeline(wrapt.ObjectProxy):
         self.__wrapped__.to(*args, **kwargs)
         return self
 
+    def calibrate(self, prompts: Sequence[str] | None = None, *, adapter_scale: float | None = None) -> Profile:
+        """The profile of this pipeline's model, made and kept now where none is known, so that no call waits for it.
+
+        Args:
+            prompts: your own ordinary prompts; calls go by the profile of these from then on. By default those of the config, else any.
+            adapter_scale: what the calls will scale LoRA by, where they do.
+
+        Cost: that of `sdguard.decision.calibration.calibrate`.
+        """
+        if prompts is not None:
+            self._self_config = replace(self._self_config, profile=None, calibration_prompts=list(prompts))
+        config = self._self_config
+        return profile_for(self.__wrapped__, given=config.profile, prompts=config.calibration_prompts, adapter_scale=adapter_scale)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """The pipeline's own ``save_pretrained``, and the profiles that are known of its model beside it, where they are found again."""
+        # first, since push_to_hub uploads the folder as it is then
+        save_profiles(self.__wrapped__, Path(save_directory))
+        self.__wrapped__.save_pretrained(save_directory, *args, **kwargs)
+
     def __copy__(self) -> GuardedPipeline:
         return GuardedPipeline(copy.copy(self.__wrapped__), self._self_config)
 
@@ -89,15 +103,17 @@ class GuardedPipeline(wrapt.ObjectProxy):
         the cascade buys for one that goes on, and steering's for one that is flagged.
 
         Raises:
-            ProfileError: the profile given does not match the run, or calibration is forbidden and none is known.
+            ProfileError: the profile given is another model's, or none is known with ``on_unknown="raise"``.
+            ValueError: an argument that would blind the guard; the message names it.
             MemorizationError: with ``on_failure="raise"``.
         """
         pipe, config = self.__wrapped__, self._self_config
         call = signature_of(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
+        check(pipe, given)
         encoder = Encoder(pipe, given)
-        run = GuardedRun(config, self.profile(given), prompts_of(given), encoder, restartable=not blends(pipe))
+        run = GuardedRun(config, self.profile(given), prompts_of(given), encoder)
         try:
             with watched(encoder, run):
                 output = pipe(*args, **kwargs)
@@ -111,37 +127,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
         return output
 
     def profile(self, given: dict[str, Any]) -> Profile:
-        """The profile of a run with these arguments: given, known, or calibrated now."""
-        pipe, config = self.__wrapped__, self._self_config
-        height, width = size_of(pipe, given)
-        steps = next((len(given[name]) for name in ("timesteps", "sigmas") if given.get(name) is not None), given["num_inference_steps"])
-        given = {**given, "negative_prompt": negative_prompt_of(pipe, given)}
-        defaults = {name: parameter.default for name, parameter in signature_of(type(pipe).__call__).parameters.items()}
-        chosen = {name: given[name] for name in FINGERPRINTED_ARGUMENTS if given.get(name) is not None}
-        inputs = {name: value for name, value in chosen.items() if not (is_plain(value) and value == defaults[name])}
-        setting = {"steps": steps, "guidance_scale": given["guidance_scale"], "height": height, "width": width, "inputs": inputs}
-        return profile_of(pipe, config, **setting)
-
-
-def size_of(pipe: Any, given: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels of what a call makes."""
-    height, width = given.get("height"), given.get("width")
-    if not (height and width) and given.get("image") is not None and sized_by_picture(pipe):
-        image = given["image"][0] if isinstance(given["image"], list) else given["image"]
-        default = pipe.image_processor.get_default_height_width(image)
-    else:
-        default = (default_size(pipe), default_size(pipe))
-    return int(height or default[0]), int(width or default[1])
-
-
-def negative_prompt_of(pipe: Any, given: dict[str, Any]) -> str | None:
-    """The negative prompt of a call; raises `ValueError` where its images have different ones, which no one profile fits."""
-    negative = given.get("negative_prompt")
-    different = {negative} if negative is None or isinstance(negative, str) else set(negative)
-    if len(different) > 1:
-        raise ValueError(f"A guarded call takes one negative prompt for all its images; this one has {len(different)}.")
-    (only,) = different
-    return None if only == "" and family_of(pipe).empty_negative_is_none else only
+        """The profile of a run with these arguments: given, known, or made now."""
+        return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:

@@ -18,9 +18,10 @@ class GuardReport:
         row: place of the image in its batch.
         verdict: ``"clean"``: not flagged; ``"flagged"``: flagged and let through; ``"steered"``: flagged, turned away and
             verified; ``"withheld"``: its image was blanked.
-        score: the cascade's score, higher = more memorized; in standard deviations of ordinary prompts up to its first bound.
+        score: the cascade's score, higher = more memorized; in standard deviations of ordinary prompts up to its first bound. Without a
+            profile the correlation of what the text draws from two noises.
         threshold: the score from which an image is flagged.
-        p_value: conformal p-value of the score among ordinary prompts.
+        p_value: conformal p-value of the score among ordinary prompts; None without a profile.
         signals: ``value`` and ``z`` score against ordinary prompts of each signal that was read.
         series: each free signal at every denoising step.
         extra_evaluations: denoiser evaluations spent on this image beyond the pipeline's own; a gradient counts as one more.
@@ -28,6 +29,7 @@ class GuardReport:
         steering: what was tried: ``attempts``, each with its ``method``, what it did and what verification found, and
             ``passed``, the one that passed or None.
         error: why the image could not be judged, if so.
+        judged_by: ``"profile NAME"``; or, where no profile of the model was known, that, and by what it was judged then.
     """
 
     prompt: str | None
@@ -42,15 +44,19 @@ class GuardReport:
     flagged_at: int | None = None
     steering: dict[str, Any] | None = None
     error: str | None = None
+    judged_by: str | None = None
 
     @property
     def reason(self) -> str:
         """The verdict in one plain sentence."""
         if self.error:
             return f"Could not be judged ({self.error}); {'withheld' if self.verdict == 'withheld' else 'let through'}."
-        if self.p_value is None:
+        if self.score is None:
             return "Not judged."
-        pull = f"score {self.score:+.1f}, threshold {self.threshold:+.1f} (p = {self.p_value:.3g})"
+        if self.p_value is None:
+            pull = f"without a profile, its pictures from two noises correlate by {self.score:.2f}, where {self.threshold:.2f} is the limit"
+        else:
+            pull = f"score {self.score:+.1f}, threshold {self.threshold:+.1f} (p = {self.p_value:.3g})"
         match self.verdict:
             case "clean":
                 return f"Nothing memorized: {pull}."

@@ -1,4 +1,4 @@
-"""One guarded run: judge each image at the first denoiser call, steer the flagged ones there, watch the rest for free."""
+"""One guarded run: judge each image at the first denoiser call, and wherever its text condition changes; steer what is flagged."""
 
 from __future__ import annotations
 
@@ -11,22 +11,33 @@ import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.decision.cascade import BY_NAME, judge, judge_later
+from sdguard.decision.calibration import SAME_PICTURE, same_picture
+from sdguard.decision.cascade import BY_NAME, judge
 from sdguard.decision.profile import SERIES, Profile
-from sdguard.decision.store import profile_for
+from sdguard.decision.store import name_of, profile_now
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.geometry.reference import LOG_SNR, reference_end
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
-from sdguard.observation import Observation
+from sdguard.observation import Observation, denoised
+from sdguard.signals.agreement import correlation
 from sdguard.steering.fallback import methods_of, try_in_order
 from sdguard.steering.method import SteeringInput
 
 logger = logging.getLogger(__name__)
 
 
-def profile_of(pipe: Any, config: GuardConfig, **setting: Any) -> Profile:
-    """The profile that runs of a configuration (`fingerprint`'s ``setting``) go by; raises as `profile_for` does."""
-    return profile_for(pipe, given=config.profile, may_calibrate=config.calibrate, prompts=config.calibration_prompts, **setting)
+#: what a report says in place of a profile's name where there was none.
+WITHOUT_PROFILE = "without a profile: whether two noises give one picture"
+
+
+def profile_of(pipe: Any, config: GuardConfig, adapter_scale: float | None = None) -> Profile | None:
+    """The profile that runs of a pipeline go by, LoRA scaled by ``adapter_scale`` where a call says so.
+
+    None where none is known and ``config.on_unknown`` has it go on without; raises as `profile_now` does.
+    """
+    prompts = config.calibration_prompts
+    return profile_now(pipe, given=config.profile, on_unknown=config.on_unknown, prompts=prompts, adapter_scale=adapter_scale)
 
 
 class MemorizationError(RuntimeError):
@@ -34,30 +45,33 @@ class MemorizationError(RuntimeError):
 
 
 class GuardedRun:
-    """The watcher of one guarded pipeline call; ``reports`` holds one `GuardReport` per image when it is over."""
+    """The watcher of one guarded pipeline call; ``reports`` holds one `GuardReport` per image when it is over.
 
-    def __init__(
-        self, config: GuardConfig, profile: Profile, prompts: list[str | None], encoder: Encoder, restartable: bool = True
-    ) -> None:
-        self.config, self.profile, self.encoder, self.restartable = config, profile, encoder, restartable
+    Without a profile an image is flagged where two noises give one picture, and not steered.
+    """
+
+    def __init__(self, config: GuardConfig, profile: Profile | None, prompts: list[str | None], encoder: Encoder) -> None:
+        self.config, self.profile, self.encoder = config, profile, encoder
         self.corrections: dict[int, Correction] = {}
-        self.first: Observation | None = None
-        threshold = profile.threshold(config.false_positive_rate)
-        self.reports = [GuardReport(prompt, row, threshold=threshold) for row, prompt in enumerate(prompts)]
+        #: what the text of a steered row draws by itself, ``[C, H, W]``
+        self.avoided: dict[int, Tensor] = {}
+        threshold = profile.threshold(config.false_positive_rate) if profile else SAME_PICTURE
+        judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
+        self.reports = [GuardReport(prompt, row, threshold=threshold, judged_by=judged_by) for row, prompt in enumerate(prompts)]
 
     def reads(self, step: int) -> bool:
-        """The calls that are judged."""
-        return step == 0 or (self.restartable and step <= len(self.profile.cascade.later))
+        """The call that is judged whatever happens; one with another text condition is shown as well."""
+        return step == 0
 
     def observe(self, observation: Observation) -> None:
-        """Look at one call: judge what is still clean, at the first by the cascade, at later ones for free; steer what is flagged."""
-        self.first = self.first or observation
-        if observation.step == 0:
-            self.judge_first(observation)
+        """Look at one call: judge the first, and any whose text condition is another; steer what is flagged at the first."""
         self.watch(observation)
-        if observation.step and self.reads(observation.step):
-            self.judge_later(observation)
-        self.act([report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None], observation.step)
+        if observation.step == 0:
+            self.judge(observation, self.reports)
+        elif observation.new_condition:
+            self.judge(observation, [report for report in self.reports if report.verdict == "clean"])
+        self.watch_steered(observation)
+        self.act(observation, [report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None])
         for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
             report.extra_evaluations = evaluations
         if self.config.on_call:
@@ -80,35 +94,37 @@ class GuardedRun:
             for report, value in zip(self.reports, values, strict=True):
                 report.series.setdefault(name, []).append(value)
 
-    def judge_first(self, observation: Observation) -> None:
-        """Score, p-value, signals and flag of every image by the cascade."""
+    def judge(self, observation: Observation, reports: list[GuardReport]) -> None:
+        """Score, p-value, signals and flag of images by the cascade, at the guard's own reference call.
+
+        Without a profile the score is the correlation of what the text draws from two noises. Cost: that of `same_picture`.
+        """
+        rows = torch.tensor([report.row for report in reports], dtype=torch.long)
         try:
-            scores, values = judge(observation, self.profile.cascade)
+            seen = observation.at_reference.select(rows)
+            if self.profile:
+                scores, values = judge(seen, self.profile.cascade)
+            else:
+                scores, values = torch.tensor(same_picture(seen)["reference_agreement"]), {}
         except Exception as error:  # whatever fails in a signal must reach the report, and on_failure decides what it means
-            self.fail(self.reports, error)
+            self.fail(reports, error)
             return
-        for report, score in zip(self.reports, scores.tolist(), strict=True):
+        for place, (report, score) in enumerate(zip(reports, scores.tolist(), strict=True)):
+            if report.score is not None and score <= report.score:
+                continue
             for name, value in values.items():
-                if not math.isnan(found := value[report.row].item()):
+                if self.profile and not math.isnan(found := value[place].item()):
                     z = self.profile.cascade.scales[name].z(torch.tensor(found)).item()
                     report.signals[name] = {"value": found, "z": z}
             self.score(report, score)
-
-    def judge_later(self, observation: Observation) -> None:
-        """Flag an image that was clean so far where its guidance norm at this call says otherwise."""
-        clean = [report for report in self.reports if report.verdict == "clean"]
-        norms = torch.tensor([report.series["guidance_norm"][-1] for report in self.reports])
-        scores = judge_later(norms, observation.step, self.profile.cascade).tolist()
-        for report in clean:
-            self.score(report, max(report.score if report.score is not None else -math.inf, scores[report.row]))
 
     def score(self, report: GuardReport, score: float) -> None:
         """Score, p-value and flag of one image."""
         if not math.isfinite(score):
             self.fail([report], ArithmeticError(f"the score is {score}"))
             return
-        report.score, report.p_value = score, self.profile.p_value(score)
-        if report.p_value <= self.config.false_positive_rate:
+        report.score, report.p_value = score, self.profile.p_value(score) if self.profile else None
+        if score > SAME_PICTURE if report.p_value is None else report.p_value <= self.config.false_positive_rate:
             report.verdict = "flagged"
 
     def fail(self, reports: list[GuardReport], error: Exception) -> None:
@@ -117,39 +133,68 @@ class GuardedRun:
         for report in reports:
             report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
 
-    def act(self, flagged: list[GuardReport], step: int) -> None:
-        """Steer the images that have just been flagged, and settle what becomes of those that could not be steered."""
+    def act(self, observation: Observation, flagged: list[GuardReport]) -> None:
+        """Steer images that have just been flagged, and settle what becomes of those that were not steered.
+
+        Steering needs a profile, and is for the first call of a run from noise: what was drawn before, by another run or for another text,
+        cannot be taken back.
+        """
         judged = [report for report in flagged if not report.error]
-        if judged and self.config.mode == "steer":
-            self.steer(judged)
+        if judged and self.profile and self.config.mode == "steer" and observation.step == 0 and not observation.half_made:
+            self.steer(observation, judged, self.profile)
         for report in flagged:
-            report.flagged_at = step
+            report.flagged_at = observation.step
             self.settle(report)
 
-    def steer(self, reports: list[GuardReport]) -> None:
+    def steer(self, observation: Observation, reports: list[GuardReport], profile: Profile) -> None:
         """Try steering methods in order on images, from their own beginning; verified ones are corrected."""
-        assert self.first is not None
-        observation = self.first.select(torch.tensor([report.row for report in reports]))
-        flagged = SteeringInput.of(observation, [report.prompt for report in reports], self.encoder, self.profile, self.config.rewriter)
+        rows = torch.tensor([report.row for report in reports])
         try:
-            outcomes = try_in_order(flagged, methods_of(self.profile, self.config.steering))
-        except Exception as error:  # as in judge_first
+            flagged = SteeringInput.of(
+                observation.select(rows), [report.prompt for report in reports], self.encoder, profile, self.config.rewriter
+            )
+            outcomes = try_in_order(flagged, methods_of(profile, self.config.steering))
+        except Exception as error:  # as in judge
             self.fail(reports, error)
             return
-        for report, outcome in zip(reports, outcomes, strict=True):
+        for report, outcome, avoided in zip(reports, outcomes, reference_end(flagged.observation, 0), strict=True):
             report.steering = outcome.summary()
             if outcome.correction is not None:
+                self.avoided[report.row] = avoided
                 self.corrections[report.row] = outcome.correction
                 report.verdict = "steered"
+
+    def watch_steered(self, observation: Observation) -> None:
+        """Withdraw steering where the picture that is being made comes to be the one that was steered away from.
+
+        The denoised estimate of each steered row, once there is as much signal as noise, is held against what the uncorrected text draws
+        from another noise, by the limit of verification: what was verified ahead is verified on the run itself. Cost: none, but a rule's.
+        """
+        rows = [r.row for r in self.reports if r.verdict == "steered" and r.row in self.avoided]
+        if not rows or not observation.step or observation.level.log_snr < LOG_SNR or not self.profile:
+            return
+        rules = tuple(self.corrections[row].rule for row in rows)
+        here = replace(observation.select(torch.tensor(rows)), rules=rules)
+        estimates = denoised(here.x, here.prediction, here.level)
+        if estimates.shape[1:] != self.avoided[rows[0]].shape:  # the reference call is of another size
+            return
+        found = correlation(estimates, torch.stack([self.avoided[row] for row in rows]).to(estimates)).tolist()
+        for row, value in zip(rows, found, strict=True):
+            report = self.reports[row]
+            steering = report.steering or {}
+            seen = max(value, steering.get("resemblance_on_the_run", -1.0))
+            report.steering = {**steering, "resemblance_on_the_run": seen}
+            if value > self.profile.agreement_limit():
+                report.verdict, report.flagged_at = "flagged", None
+                report.steering["passed"] = None
 
     def settle(self, report: GuardReport) -> None:
         """What becomes of an image that is still flagged; errors count as flagged."""
         if report.verdict != "flagged" or self.config.mode == "observe":
             return
         if self.config.mode == "steer" and self.config.on_failure == "raise":
-            raise MemorizationError(
-                f"Image {report.row}: {report.error or 'predicted to be memorized, and no steering passed verification'}."
-            )
+            why = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
+            raise MemorizationError(f"Image {report.row}: {report.error or f'predicted to be memorized, and {why}'}.")
         if self.config.mode == "block" or self.config.on_failure == "withhold":
             report.verdict = "withheld"
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sdguard.decision.profile import Profile
+from sdguard.decision.store import profile_for
 from sdguard.denoiser.probe import BATCH_SIZE
-from sdguard.guarded.config import GuardConfig
-from sdguard.scan.scan import Batch, Row, cache_key, guarded_profile, run_resumable, scan_batch
+from sdguard.scan.scan import Batch, Row, cache_key, run_resumable, scan_batch
 
 
 class Scanner:
@@ -23,7 +23,7 @@ class Scanner:
     def __init__(self, load: Callable[[], Any], profile: Profile, options: dict[str, Any]) -> None:
         self.pipe = load().to("cuda" if torch.cuda.is_available() else "cpu")
         self.profile, self.options = profile, options
-        guarded_profile(self.pipe, GuardConfig(profile=profile), options["setting"])
+        profile_for(self.pipe, given=profile)
 
     def __call__(self, batches: dict[str, Any]) -> dict[str, list[str]]:
         return {"rows": [json.dumps(scan_batch(self.pipe, self.profile, json.loads(batch), **self.options)) for batch in batches["batch"]]}
@@ -62,7 +62,6 @@ def scan_with_ray(
     false_positive_rate: float = 0.01,
     batch_size: int = BATCH_SIZE,
     work: Path | None = None,
-    **setting: Any,
 ) -> Iterator[list[Row]]:
     """What `scan` yields, in the order in which workers finish: one for each GPU of the cluster, without any one for each CPU.
 
@@ -77,7 +76,7 @@ def scan_with_ray(
     ray = connect()
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0))
-    options = {"seeds": seeds, "false_positive_rate": false_positive_rate, "setting": setting}
+    options = {"seeds": seeds, "false_positive_rate": false_positive_rate}
 
     def scan_batches(batches: Sequence[Batch]) -> Iterator[list[Row]]:
         if not batches:

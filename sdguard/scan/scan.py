@@ -1,14 +1,12 @@
 """Scanning: the prompts of a list ranked by memorization p-value, without making their pictures.
 
-Every prompt is read as the guard reads it, in observing mode: the cascade at the first denoiser call, the guidance norm at the later calls
-that are watched; then the run is ended. Its seeds are hashes of its text. So its results depend neither on the order of the list nor on how
-it is cut into batches, they are those of a guarded run from the same seed, and different prompts do not share their noise.
+Every prompt is read at the guard's own reference call, in observing mode, and no run is made. Its seeds are hashes of its text. So its
+results depend neither on the order of the list nor on how it is cut into batches, and different prompts do not share their noise.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import statistics
@@ -23,28 +21,19 @@ from accelerate.utils import gather_object
 from scipy.stats import false_discovery_control
 
 from sdguard.decision.profile import Profile
-from sdguard.denoiser.families import blends, family_of
-from sdguard.denoiser.probe import BATCH_SIZE, probe_run
+from sdguard.decision.store import profile_for
+from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.resumable import Parts
 from sdguard.guarded.config import GuardConfig
-from sdguard.guarded.pipeline import guard
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun
-from sdguard.observation import Observation
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Row = dict[str, Any]
 Batch = Sequence[tuple[int, str]]
-
-
-def guarded_profile(pipe: Any, config: GuardConfig, setting: Mapping[str, Any]) -> Profile:
-    """The profile that a guarded call of ``pipe`` with ``setting`` goes by: given, known, or calibrated now; raises as that call does."""
-    call = inspect.signature(type(pipe).__call__).bind(pipe, **setting)
-    call.apply_defaults()
-    return guard(pipe, config).profile(call.arguments)
 
 
 def seed_of(prompt: str, k: int) -> int:
@@ -66,31 +55,18 @@ def smallest_p_value(profile: Profile, seeds: int) -> float:
     return combine_p_values([1 / (1 + profile.prompts)] * seeds)
 
 
-def watched_reports(
-    pipe: Any, profile: Profile, prompts: Sequence[str], seeds: Sequence[int], false_positive_rate: float, setting: Mapping[str, Any]
-) -> tuple[list[GuardReport], int]:
-    """The guard's report of each prompt from its seed, in observing mode and without a picture; and how many denoiser calls were read.
+def reports_of(pipe: Any, profile: Profile, prompts: Sequence[str], seeds: Sequence[int], false_positive_rate: float) -> list[GuardReport]:
+    """The guard's report of each prompt from its seed, in observing mode and without a run, its evaluations among the extra ones.
 
-    Cost: 2 denoiser evaluations a prompt (1 without guidance, and what reading such a run costs) at each call, and what the cascade buys.
+    Cost: 2 denoiser evaluations a prompt, and what the cascade buys.
     """
-    restartable = not blends(pipe)
-    config = GuardConfig("observe", false_positive_rate, "pass")
-    run = GuardedRun(config, profile, list(prompts), Encoder(pipe, dict(setting)), restartable)
-    calls = 0
-
-    def look(observation: Observation) -> None:
-        nonlocal calls
-        calls += 1
-        run.observe(observation)
-
-    probe_run(pipe, prompts, seeds, look, 1 + restartable * len(profile.cascade.later), **setting)
-    return run.reports, calls
+    run = GuardedRun(GuardConfig("observe", false_positive_rate, "pass"), profile, list(prompts), Encoder(pipe))
+    run.observe(read_prompts(pipe, prompts, seeds))
+    return run.reports
 
 
-def scan_batch(
-    pipe: Any, profile: Profile, batch: Batch, *, seeds: int, false_positive_rate: float, setting: Mapping[str, Any]
-) -> list[Row]:
-    """One row for each ``(row number, prompt)`` of a batch. Cost: as `scan`, in ``seeds`` denoiser batches at each call.
+def scan_batch(pipe: Any, profile: Profile, batch: Batch, *, seeds: int, false_positive_rate: float) -> list[Row]:
+    """One row for each ``(row number, prompt)`` of a batch. Cost: as `scan`, in ``seeds`` denoiser batches.
 
     A row has ``row``, ``score`` (mean over seeds), ``p_value`` (`combine_p_values`), ``evaluations``, ``error`` (empty unless a signal
     failed, and then score and p-value are nan), and for each seed k ``seed_k``, ``score_k``, ``p_value_k`` and the value of each signal
@@ -100,12 +76,10 @@ def scan_batch(
     found: list[Row] = [{"row": int(row), "score": math.nan, "p_value": math.nan, "evaluations": 0, "error": ""} for row, _ in batch]
     for k in range(seeds):
         noises = [seed_of(prompt, k) for prompt in prompts]
-        reports, calls = watched_reports(pipe, profile, prompts, noises, false_positive_rate, setting)
-        guided = family_of(pipe).guidance(pipe, dict(setting)) > 1
-        for row, report, seed in zip(found, reports, noises, strict=True):
+        for row, report, seed in zip(found, reports_of(pipe, profile, prompts, noises, false_positive_rate), noises, strict=True):
             row[f"seed_{k}"], row[f"score_{k}"], row[f"p_value_{k}"] = seed, as_number(report.score), as_number(report.p_value)
             row.update({f"{name}_{k}": report.signals.get(name, {}).get("value", math.nan) for name in profile.cascade.signals})
-            row["evaluations"] += calls * (1 + guided) + report.extra_evaluations
+            row["evaluations"] += report.extra_evaluations
             row["error"] = row["error"] or report.error or ""
     for row in found:
         if not row["error"]:
@@ -129,28 +103,25 @@ def scan(
     batch_size: int = BATCH_SIZE,
     work: Path | None = None,
     state: PartialState | None = None,
-    **setting: Any,
 ) -> Iterator[list[Row]]:
     """Yield the rows of `scan_batch` batch by batch as they are done, first of all those that ``work`` knows already.
 
-    Cost: for each prompt and seed 2 denoiser evaluations (1 without guidance, and what reading such a run costs) at each of the first
-    ``1 + LATER_CALLS`` calls, and what the cascade buys. No picture is decoded.
+    Cost: for each prompt and seed 2 denoiser evaluations and what the cascade buys. No picture is made.
 
     Args:
         prompts: row number -> prompt.
         seeds: noises for each prompt.
-        false_positive_rate: the guard's: a prompt that is flagged at a call at this rate keeps the score it had there, as in a guarded run.
+        false_positive_rate: the guard's: what it flags is flagged in a guarded run too.
         batch_size: prompts in one denoiser batch.
         work: a folder that keeps results as they come, so that a scan killed at any time goes on and loses at most a batch.
         state: accelerate's, where several processes share the work, each on its own pipeline; each yields its own rows, and all
             have to take all of theirs.
-        setting: arguments of the pipeline's call.
 
     Raises:
-        ProfileError: the profile does not match the pipeline and setting, or is too small for the rate.
+        ProfileError: the profile is another model's, or is too small for the rate.
     """
-    guarded_profile(pipe, GuardConfig(profile=profile), setting).allowed(false_positive_rate)
-    scan_one = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate, setting=setting)
+    profile_for(pipe, given=profile).allowed(false_positive_rate)
+    scan_one = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate)
     yield from run_resumable(
         lambda batches: map(scan_one, batches),
         prompts,

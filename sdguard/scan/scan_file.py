@@ -7,19 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
 from sdguard.decision.profile import Profile
-from sdguard.denoiser.loading import count_truncated, default_setting, load_pipeline
+from sdguard.decision.store import profile_for
+from sdguard.denoiser.loading import count_truncated, load_pipeline
 from sdguard.files.inputs import BadInput
 from sdguard.files.outputs import ensure_writable
 from sdguard.files.processes import processes
 from sdguard.files.prompt_files import check_suffix, import_pandas, prompts_by_row, write_table
 from sdguard.files.resumable import parts_folder
 from sdguard.guarded.config import GuardConfig
-from sdguard.scan.scan import Row, guarded_profile, rank_prompts, scan
+from sdguard.scan.scan import Row, rank_prompts, scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,8 +54,6 @@ def scan_file(
     seeds: int,
     fdr: float,
     false_positive_rate: float,
-    steps: int | None,
-    guidance: float | None,
     batch_size: int,
     engine: str,
     profile: Path | None,
@@ -73,7 +72,7 @@ def scan_file(
         raise BadInput(f"--fdr is {fdr:g}; it must lie between 0 and 1.")
     if engine not in ENGINES:
         raise BadInput(f"--engine is {engine!r}; it must be 'local' or 'ray'.")
-    config = GuardConfig("observe", false_positive_rate, "pass", profile)
+    GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     import_pandas()  # the table needs it: better said now than at the end
     prompts = prompts_by_row(file, column)
     check_suffix(out)
@@ -81,10 +80,10 @@ def scan_file(
     if engine == "ray" and state.num_processes > 1:
         raise BadInput("--engine ray shares the work itself: run it without 'accelerate launch'.")
     pipe = load_pipeline(model).to(state.device)
-    setting = default_setting(model, steps, guidance)
-    found = broadcast_object_list([guarded_profile(pipe, config, setting) if state.is_main_process else None])[0]
+    found = broadcast_object_list([profile_for(pipe, given=profile) if state.is_main_process else None])[0]
     ensure_writable(out.parent)
-    options = {"seeds": seeds, "false_positive_rate": false_positive_rate, "batch_size": batch_size, "work": parts_folder(out), **setting}
+    options: dict[str, Any] = {"seeds": seeds, "false_positive_rate": false_positive_rate, "batch_size": batch_size}
+    options["work"] = parts_folder(out)
     if engine == "ray":
         from sdguard.scan.ray_engine import scan_with_ray
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sdguard.correction import Correction
-from sdguard.geometry.rollout import independent_noise
+from sdguard.noise import independent_noise
 from sdguard.steering.method import Method, SteeringInput
 
 #: words or numbers put in, and the noise's standard deviation as a share of the embedding's.

@@ -35,7 +35,7 @@ def methods_of(profile: Profile, chosen: Sequence[str] | None = None) -> list[Me
 
 def attempt(flagged: SteeringInput, method: Method) -> list[tuple[Correction, Verification] | None]:
     """A method's correction of each image and what verification found of it; None where the method does not apply."""
-    corrections = method.correct(flagged)
+    corrections = [c if c is None or c.x is None or flagged.own_noise else None for c in method.correct(flagged)]
     rows = [row for row, correction in enumerate(corrections) if correction]
     tried = [correction for correction in corrections if correction]
     found = iter(verify(flagged.select(rows), tried) if rows else ())

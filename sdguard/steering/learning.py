@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from sdguard.decision.profile import MethodStatistics, Profile
-from sdguard.denoiser.probe import BATCH_SIZE, probe_run
+from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.geometry.rollout import rollout_end
-from sdguard.observation import Observation
+from sdguard.geometry.reference import reference_end
 from sdguard.steering import METHODS
 from sdguard.steering.fallback import attempt
 from sdguard.steering.method import SteeringInput
@@ -31,10 +32,6 @@ def learn_methods(
     profile: Profile,
     memorized: Sequence[str],
     *,
-    steps: int,
-    guidance_scale: float,
-    height: int,
-    width: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
@@ -42,22 +39,20 @@ def learn_methods(
 
     Cost: that of all methods and verifications, some 600 evaluations a prompt.
     """
-    setting: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
     found: dict[str, list[tuple[bool, int, float]]] = {name: [] for name in METHODS}
-
-    def look(observation: Observation, prompts: list[str]) -> None:
-        rollout_end(observation, independent=True)  # the decision has made it by the time a sample is steered
-        flagged = SteeringInput.of(observation, list(prompts), Encoder(pipe), profile)
-        for name, method in METHODS.items():
-            before = observation.evaluations.clone()
-            tried = attempt(flagged, method)
-            costs = (observation.evaluations - before).tolist()
-            verified = [(entry[1], cost) for entry, cost in zip(tried, costs, strict=True) if entry]
-            found[name] += [(verification.passed, cost, verification.moved["prediction"]) for verification, cost in verified]
 
     for start in range(0, len(memorized), BATCH_SIZE):
         some = list(memorized[start : start + BATCH_SIZE])
-        probe_run(pipe, some, [seed + i for i in range(start, start + len(some))], lambda o, some=some: look(o, some), **setting)  # type: ignore[misc]
+        with torch.no_grad():
+            observation = read_prompts(pipe, some, [seed + i for i in range(start, start + len(some))])
+            reference_end(observation, 0)  # it serves all methods
+            flagged = SteeringInput.of(observation, list(some), Encoder(pipe), profile)
+            for name, method in METHODS.items():
+                before = observation.evaluations.clone()
+                tried = attempt(flagged, method)
+                costs = (observation.evaluations - before).tolist()
+                verified = [(entry[1], cost) for entry, cost in zip(tried, costs, strict=True) if entry]
+                found[name] += [(verification.passed, cost, verification.moved["prediction"]) for verification, cost in verified]
         if progress:
             progress(start + len(some), len(memorized))
     means = {name: map(statistics.fmean, zip(*tried, strict=True)) for name, tried in found.items() if tried}

@@ -22,7 +22,8 @@ class SteeringInput:
     """Flagged images at their first denoiser call.
 
     Attributes:
-        observation: of these rows alone.
+        observation: of these rows alone, at the guard's own reference call, where ordinary prompts were read too.
+        own_noise: whether that call is the run's own first one, so that another noise found there is one for the run.
         prompts: their prompts; None where only embeddings are known.
         encoder: the pipeline's own text encoder.
         profile: what ordinary prompts look like.
@@ -34,19 +35,22 @@ class SteeringInput:
     encoder: Encoder
     profile: Profile
     paraphrases: list[Paraphrase | None]
+    own_noise: bool = True
 
     @classmethod
     def of(
         cls, observation: Observation, prompts: list[str | None], encoder: Encoder, profile: Profile, rewriter: Rewriter | None = None
     ) -> SteeringInput:
-        """Flagged images, their paraphrases looked for. Cost: that of `candidates` and `first_ordinary`."""
+        """Flagged images at their run's first call, their paraphrases looked for. Cost: that of `candidates` and `first_ordinary`."""
+        here, observation = observation, observation.at_reference
+        own_noise = here.x.shape == observation.x.shape and torch.equal(here.x, observation.x) and here.timestep == observation.timestep
         target = quantile(profile.values["guidance_norm"], TARGET)
         frequency = profile.frequency
         rows = [observation.select(torch.tensor([row])) for row in range(len(prompts))]
         offered = [
             candidates(row, prompt, encoder, frequency, rewriter) if prompt else [] for row, prompt in zip(rows, prompts, strict=True)
         ]
-        return cls(observation, prompts, encoder, profile, first_ordinary(observation, offered, encoder, target))
+        return cls(observation, prompts, encoder, profile, first_ordinary(observation, offered, encoder, target), own_noise)
 
     @property
     def target(self) -> float:

@@ -16,7 +16,8 @@ import torch
 from sdguard.correction import Correction, corrected, movement
 from sdguard.decision.profile import quantile
 from sdguard.geometry.alignment import alignment
-from sdguard.geometry.rollout import independent_start, rollout_end, short_rollout
+from sdguard.geometry.reference import reference_end
+from sdguard.geometry.rollout import independent_start, short_rollout
 from sdguard.observation import Observation
 from sdguard.signals.agreement import correlation
 from sdguard.signals.guidance_norm import guidance_norm
@@ -57,17 +58,18 @@ class Verification:
 
 
 def verify(flagged: SteeringInput, corrections: Sequence[Correction]) -> list[Verification]:
-    """Verify one correction for each flagged image.
+    """Verify one correction for each flagged image, at the guard's own reference call.
 
-    Cost for K short rollout steps: that of applying the correction; ``2 (K - 1)`` for the corrected rollout, ``2 K`` for the other, beside
-    what a rule takes; ``2 K`` once an image for the uncorrected one, unless the decision has made it; 2 for the alignment.
+    Pictures are drawn by the conditional branch alone, whatever the caller's guidance, and held against what those of ordinary prompts are
+    (`sdguard.geometry.reference.reference_end`); where a correction takes guidance's place they are drawn by it, under the caller's.
+    Cost for K short rollout steps: that of applying the correction; ``K - 1`` for the corrected rollout, K for the other, ``K - 1`` once an
+    image for the uncorrected one; 2 for the alignment. Under a rule twice as many, and what it takes.
     """
     observation, profile = flagged.observation, flagged.profile
-    noise, uncorrected = independent_start(observation), rollout_end(observation, independent=True)
     candidate = corrected(observation, corrections)
-    own = short_rollout(candidate)
-    across = correlation(own, short_rollout(candidate, noise)).tolist()
-    stayed = correlation(own, uncorrected).tolist()
+    own, other = ends(candidate)
+    across = correlation(own, other).tolist()
+    stayed = correlation(own, reference_end(observation, 0)).tolist()
     aligned = alignments(flagged, own)
     pulls = guidance_norm(candidate).tolist()
     limit = profile.agreement_limit()
@@ -83,6 +85,13 @@ def verify(flagged: SteeringInput, corrections: Sequence[Correction]) -> list[Ve
         )
         for a, s, t, pull, moved in zip(across, stayed, aligned, pulls, movement(observation, candidate), strict=True)
     ]
+
+
+def ends(candidate: Observation) -> tuple[torch.Tensor, torch.Tensor]:
+    """What corrected rows lead to from their own noise and from an independent one, ``[B, C, H, W]`` each."""
+    if any(candidate.rules):
+        return short_rollout(candidate), short_rollout(candidate, independent_start(candidate))
+    return reference_end(candidate), reference_end(candidate, 0)
 
 
 def alignments(flagged: SteeringInput, pictures: torch.Tensor) -> list[float]:

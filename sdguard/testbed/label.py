@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import typer
 from PIL import Image
 from rich.progress import track
 
-from sdguard.decision.fingerprint import weights_digest
+from sdguard.decision.identity import identity
 from sdguard.files.atomic import write_text
 from sdguard.files.prompt_files import write_table
 from sdguard.testbed import GUIDANCE_SCALE, STEPS, load
@@ -80,6 +81,11 @@ def jobs(table: pd.DataFrame) -> np.ndarray:
     first = [(i, seed) for i in table.index[~calibration] for seed in range(table.seeds[i])]
     last = [(i, seed) for seed in range(table.seeds.max()) for i in table.index[calibration] if seed < table.seeds[i]]
     return np.array(first + last)
+
+
+def weights_digest(pipe: Any) -> str:
+    """A hash of the pipeline's denoiser and text encoder, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(identity(pipe)["weights"]).encode()).hexdigest()[:16]
 
 
 def generate_samples(pipe: Any, table: pd.DataFrame, work: Path) -> np.ndarray:

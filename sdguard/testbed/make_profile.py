@@ -7,7 +7,7 @@ split's memorized ones.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pyarrow.parquet as pq
 import typer
@@ -16,7 +16,6 @@ from rich.progress import Progress
 from sdguard import testbed
 from sdguard.decision.calibration import calibrate
 from sdguard.decision.store import PROFILE_FILE, PROMPTS_FILE
-from sdguard.denoiser.families import default_size
 from sdguard.files.atomic import write_text
 from sdguard.steering.learning import learn_methods
 
@@ -26,14 +25,12 @@ def main(model: Annotated[Path, typer.Option(help="The pipeline directory.")] = 
     rows = pq.read_table(model / "prompts.parquet").to_pylist()
     prompts = [row["text"] for row in rows if row["split"] == "calibration"]
     pipe = testbed.load()
-    size = default_size(pipe)
-    setting: dict[str, Any] = {"steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "height": size, "width": size}
     memorized = [row["text"] for row in rows if row["split"] == "development" and row["copy_rate"] >= 0.5]
     with Progress() as bar:
         task = bar.add_task("calibrating", total=len(prompts))
-        profile = calibrate(pipe, prompts, **setting, progress=lambda done, _: bar.update(task, completed=done))
+        profile = calibrate(pipe, prompts, progress=lambda done, _: bar.update(task, completed=done))
         order = bar.add_task("learning the order of methods", total=len(memorized))
-        profile = learn_methods(pipe, profile, memorized, **setting, progress=lambda done, _: bar.update(order, completed=done))
+        profile = learn_methods(pipe, profile, memorized, progress=lambda done, _: bar.update(order, completed=done))
     profile.save(model / PROFILE_FILE)
     write_text(model / PROMPTS_FILE, "\n".join(prompts) + "\n")
     for measured in profile.methods:

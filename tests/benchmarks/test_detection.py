@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from families import SIZE, build, profile_for
+from families import build, profile_for
 from sklearn.metrics import roc_auc_score
 from transformers import T5Config, T5EncoderModel
 from typer.testing import CliRunner
@@ -27,7 +27,7 @@ from benchmarks.__main__ import app
 from benchmarks.detection import BATCH, CAPTION, GUARD
 from benchmarks.published import over_run, released
 from sdguard import Profile
-from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.identity import identity
 from sdguard.files.prompt_files import write_table
 from sdguard.signals import SIGNALS
 
@@ -44,8 +44,7 @@ EACH = len(PROMPTS["verbatim"])
 def saved(pipe: Any, folder: Path) -> list[str]:
     """A tiny pipeline with its profile and a file of prompts in a folder, and the arguments of a command that measures them."""
     pipe.save_pretrained(folder / "model")
-    configuration = fingerprint(pipe, steps=STEPS, guidance_scale=4.0, height=SIZE, width=SIZE)
-    replace(profile_for(3.0), fingerprint=configuration).save(folder / "model" / "sdguard" / "profile.json")
+    replace(profile_for(3.0), model=identity(pipe)).save(folder / "model" / "sdguard" / "profile.json")
     rows = [{"caption": prompt, "kind": kind} for kind, prompts in PROMPTS.items() for prompt in prompts]
     write_table(pd.DataFrame(rows).assign(source="made up"), folder / "prompts.csv")
     given = {"model": folder / "model", "prompts": folder / "prompts.csv", "seeds": SEEDS, "steps": STEPS, "guidance": 4.0}
@@ -89,10 +88,9 @@ def test_every_row_has_its_configuration_and_its_libraries(command: list[str], w
     assert {kind: sorted(set(here.prompt)) for kind, here in samples.groupby("kind")} == {k: sorted(v) for k, v in PROMPTS.items()}
     assert (samples.groupby("prompt").seed.apply(list).map(sorted).map(tuple) == tuple(range(SEEDS))).all()
     profile = Profile.load(Path(command[2]) / "sdguard" / "profile.json")
-    expected = {name: value for name, value in profile.fingerprint.items() if name != "steps"}
-    expected |= {"model": command[2], "device": "cpu", "num_inference_steps": STEPS, "profile": found["about"]["profile"]}
+    expected = {"model": command[2], "device": "cpu", "num_inference_steps": STEPS, "guidance_scale": 4.0}
+    expected |= {"profile": found["about"]["profile"], "weights": profile.model["weights"]["unet"]["float32"]}
     expected |= {name: importlib.metadata.version(name) for name in ("sdguard", "torch", "diffusers", "transformers", "accelerate")}
-    assert {"pipeline", "weights", "scheduler", "guidance_scale", "height", "width", "dtype"} < set(expected)
     for row in (*samples.to_dict("records"), *found["rows"]):
         assert {name: row[name] for name in expected} == expected
     assert found["about"] == expected

@@ -27,13 +27,16 @@ from sdguard.guarded.report import GuardReport
 Shot = Callable[[Page, str], None]
 Open = Callable[..., Page]
 MEMORIZED, TEMPLATE, ORDINARY = "panda at zoulpeith canyon, sticker", "frog at nathkaxti fields, sticker", "a zebra in fog"
-SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 
 
 @cache
-def report_of(embedded: Any, prompt: str, seed: int = 0, **config: Any) -> GuardReport:
-    """What the library itself says of a prompt and seed; asked once."""
-    return guard(embedded, GuardConfig(**config))(prompt, generator=torch.Generator().manual_seed(seed), **SETTING).guard[0]
+def report_of(
+    embedded: Any, prompt: str, seed: int = 0, steps: int = testbed.STEPS, guidance: float = testbed.GUIDANCE_SCALE, **config: Any
+) -> GuardReport:
+    """What the library itself says of a prompt, seed and setting; asked once."""
+    generator = torch.Generator().manual_seed(seed)
+    output = guard(embedded, GuardConfig(**config))(prompt, generator=generator, num_inference_steps=steps, guidance_scale=guidance)
+    return output.guard[0]
 
 
 def tab(page: Page, name: str) -> None:
@@ -108,6 +111,8 @@ def test_a_prompt_gets_the_librarys_verdict(
     expect(result.locator(".sg-training li").last).to_contain_text("Guarded: no copy")
     expect(result.locator(".sg-facts")).to_contain_text(f"{expected.p_value:.3g}")
     expect(result.locator(".sg-facts")).to_contain_text(f"20 → {20 + expected.extra_evaluations}")
+    expect(page.locator("#generate-run")).to_be_enabled()
+    expect(page.locator("#generate-status")).to_contain_text("Done")
     expect(page.locator("#generate-course .sg-strip li")).to_have_count(2 * (testbed.STEPS + 1))
     assert overflow(page) <= 0
     shot(page, f"generate-{verdict}-{prompt.split()[0]}")
@@ -152,6 +157,8 @@ def test_why_explains_and_an_edit_changes_the_verdict(page: Page, embedded: Any,
     changed = "a panda in canyon"
     write(page, "edit-prompt", changed)
     assert said(page, "clean", "edit-result") == report_of(embedded, changed, mode="observe").reason
+    expect(page.locator("#why-run")).to_be_enabled()
+    expect(page.locator("#why-status")).to_have_text("Done.")
     expect(page.locator("#edit-result")).to_contain_text("as it was")
     assert overflow(page) <= 0
     shot(page, "why")
@@ -269,16 +276,39 @@ def test_a_run_ends_when_its_page_is_closed(page: Page, server: Server, tmp_path
     assert any(server.busy() < idle + 0.03 for _ in range(20))
 
 
-def test_an_unknown_configuration_is_calibrated_with_progress_and_can_be_stopped(page: Page) -> None:
+@pytest.mark.parametrize(("prompt", "verdict"), [(MEMORIZED, "steered"), (ORDINARY, "clean")])
+def test_other_steps_and_guidance_get_a_verdict_without_calibration(prompt: str, verdict: str, page: Page, embedded: Any) -> None:
     open_settings(page)
     choose(page, "number input for Steps", "12")
-    page.locator("#generate-run").click()
-    status = page.locator("#generate-status")
-    expect(status).to_contain_text("No profile is known for 12 steps")
-    page.locator("#generate-status progress[value]").wait_for()
-    page.locator("#generate-stop").click()
-    expect(status).to_contain_text("Stopped. Nothing is running.")
-    choose(page, "number input for Steps", "10")
+    choose(page, "number input for Guidance scale", "6")
+    page.evaluate(
+        """() => {
+            const line = document.querySelector("#generate-status");
+            window.told = [];
+            const seen = new MutationObserver(() => window.told.push(line.innerText));
+            seen.observe(line, {childList: true, characterData: true, subtree: true});
+        }"""
+    )
+    assert generate(page, prompt, verdict) == report_of(embedded, prompt, steps=12, guidance=6.0).reason
+    expect(page.locator("#generate-course .sg-strip li")).to_have_count(2 * (12 + 1))
+    told = "\n".join(page.evaluate("window.told"))
+    assert "denoiser call" in told
+    assert "calibrating" not in told.lower()
+
+
+def test_a_calibration_shows_its_progress_and_can_be_stopped(page: Page) -> None:
+    tab(page, "Calibrate")
+    page.locator("#calibrate-file input[type=file]").set_input_files(testbed.path() / "sdguard/ordinary_prompts.txt")
+    expect(page.locator("#calibrate-file")).to_contain_text("ordinary")
+    page.locator("#calibrate-run").click()
+    status = page.locator("#calibrate-status")
+    expect(status).to_contain_text(re.compile("Calibrating: [1-9]"))
+    page.locator("#calibrate-status progress[value]").wait_for()
+    page.locator("#calibrate-stop").click()
+    expect(status).to_have_text("Stopped. Nothing is running.")
+    expect(page.locator("#calibrate-run")).to_be_enabled()
+    expect(page.locator("#calibrate-result")).to_contain_text("the model, or your cache")
+    tab(page, "Generate")
     generate(page, ORDINARY, "clean")
 
 
@@ -308,7 +338,7 @@ def test_ones_own_profile_is_ones_own(opened: Open, tmp_path: Path, shot: Shot) 
     one.locator("#calibrate-file input[type=file]").set_input_files(path)
     expect(one.locator("#calibrate-file")).to_contain_text("ordinary")
     one.locator("#calibrate-run").click()
-    expect(one.locator("#calibrate-result")).to_contain_text("your own prompts, in this session")
+    expect(one.locator("#calibrate-result")).to_contain_text("this session")
     expect(one.locator("#calibrate-download")).to_contain_text("profile")
     shot(one, "calibrate-own")
     tab(other, "Calibrate")
@@ -371,13 +401,14 @@ def test_the_api_gives_reports_and_obeys_the_same_limits(address: str, embedded:
     found = client.predict(prompt=MEMORIZED, seed=0, api_name="/generate")
     (report,) = (GuardReport(**row) for row in found["reports"])
     assert report.reason == report_of(embedded, MEMORIZED).reason
+    (other,) = client.predict(prompt=MEMORIZED, steps=17, guidance=6.0, api_name="/generate")["reports"]
+    assert GuardReport(**other).reason == report_of(embedded, MEMORIZED, steps=17, guidance=6.0).reason
     assert len(found["unguarded"]) == len(found["guarded"]) == 1
     for wrong, says in (
         ({"prompt": "x" * 601}, "601 characters"),
         ({"prompt": ORDINARY, "images": 100}, "number of images"),
         ({"prompt": ORDINARY, "steps": 100_000}, "number of steps"),
         ({"prompt": ORDINARY, "false_positive_rate": 1e-6}, "needs at least"),
-        ({"prompt": ORDINARY, "steps": 17}, "No profile is known"),
         ({"prompt": ORDINARY, "mode": "off"}, "mode is 'off'"),
     ):
         with pytest.raises(AppError, match=says):
@@ -402,7 +433,7 @@ def test_no_file_outside_the_app_can_be_read(address: str, page: Page) -> None:
     config = json.load(urllib.request.urlopen(f"{address}/config", timeout=10))
     scan = next(d for d in config["dependencies"] if any(t[1] == "click" for t in d["targets"]) and d["outputs"] and is_scan(config, d))
     body = {
-        "data": [{}, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, 1, 5, 0, 1, 10, 2.5, 1, "steer", []],
+        "data": [None, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, 1, 5, 0, 1, 10, 2.5, 1, "steer", []],
         "fn_index": scan["id"],
         "session_hash": "outsider",
     }

@@ -2,20 +2,30 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from typer.testing import CliRunner, Result
 
 from sdguard import testbed
 from sdguard.cli.main import app
+from sdguard.decision import store
+from sdguard.decision.identity import identity
 from sdguard.decision.profile import Profile
 from sdguard.files.prompt_files import prompts_by_row
+from sdguard.guarded import calibrate_model as calibrate_module
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
+
+SHIPPED = Profile.load(testbed.path() / store.PROFILE_FILE)
 
 
 def generate(*arguments: str) -> Result:
@@ -67,18 +77,18 @@ def test_a_withheld_image_has_its_own_exit_code(tmp_path: Path, memorized: dict[
         (["cat " * 40], "this part would be cut: 'cat cat cat"),
         (["a cat", "--profile", "/no/profile.json"], "cannot be read: No such file"),
         (["a cat", "--profile", "{damaged}"], "is not a profile of sdguard, or it is damaged"),
-        (["a cat", "--profile", "{shipped}", "--steps", "3"], "steps is 3, the profile's is 10"),
+        (["a cat", "--profile", "{another}"], "The profile is another model's: size is 64, the profile's is 999"),
         (["a cat", "--fpr", "0.0001"], "needs at least 9999 scored ordinary prompts"),
         (["a cat", "--steering", "prayer"], "steering has 'prayer'; there are rewording,"),
         (["a cat", "--mode", "watch"], "it must be 'steer', 'observe' or 'block'"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], says: str, tmp_path: Path) -> None:
-    folder, out, damaged = tmp_path / "empty", tmp_path / "out", tmp_path / "damaged.json"
+    folder, out, damaged, another = (tmp_path / name for name in ("empty", "out", "damaged.json", "another.json"))
     folder.mkdir()
     damaged.write_text("{")
-    shipped = testbed.path() / "sdguard" / "profile.json"
-    filled = [argument.format(folder=folder, damaged=damaged, shipped=shipped) for argument in arguments]
+    replace(SHIPPED, model={**SHIPPED.model, "size": 999}).save(another)
+    filled = [argument.format(folder=folder, damaged=damaged, another=another) for argument in arguments]
     assert says in refused(generate(*filled, "--out", str(out)), out)
 
 
@@ -112,16 +122,140 @@ def test_calibrate_says_how_many_prompts_a_rate_needs(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_calibrate_keeps_a_profile_that_is_listed_and_used(tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"a lion number {i}" for i in range(9)))
-    result = CliRunner().invoke(app, ["calibrate", "--prompts", str(prompts), "--steps", "2", "--fpr", "0.2"])
+def ordinary(folder: Path, count: int) -> Path:
+    """A file of so many prompts."""
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(f"a lion number {i}" for i in range(count)))
+    return file
+
+
+def profiles(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["profiles", *arguments], env={"COLUMNS": "400"})
+
+
+def test_calibrate_keeps_a_profile_of_own_prompts_and_says_how_to_use_it(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", "--prompts", str(ordinary(tmp_path, 9)), "--fpr", "0.2"])
     assert result.exit_code == 0, result.stderr
-    assert "6 scores of ordinary prompts" in " ".join(result.stdout.split())
-    listed = CliRunner().invoke(app, ["profiles"], env={"COLUMNS": "200"})
-    assert "StableDiffusionPipeline" in listed.stdout
-    guarded = generate("a lion", "--steps", "2", "--fpr", "0.2", "--out", str(tmp_path / "out"))
+    said = " ".join(result.stdout.split())
+    assert "6 scores of ordinary prompts" in said
+    name = said.split("--profile ")[1].split(",")[0]
+    assert f"GuardConfig(profile='{name}')" in said
+    guarded = generate("a lion", "--profile", name, "--steps", "2", "--fpr", "0.2", "--out", str(tmp_path / "out"))
     assert guarded.exit_code in (0, 3)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())[0]["judged_by"] == f"profile {name}"
+
+
+def test_a_profile_that_the_guard_finds_needs_no_word_of_how(tmp_path: Path) -> None:
+    model = shutil.copytree(testbed.path(), tmp_path / "model", ignore=shutil.ignore_patterns("targets", "sdguard"))
+    options = ["--model", str(model), "--prompts", str(ordinary(tmp_path, 9)), "--fpr", "0.2"]
+    result = CliRunner().invoke(app, ["calibrate", *options])
+    assert result.exit_code == 0, result.stderr
+    assert "--profile" not in result.stdout
+
+
+def test_prompts_that_were_set_aside_do_not_count_towards_a_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = calibrate_module.calibrate
+
+    def fewer(*arguments: Any, **options: Any) -> Profile:
+        found = made(*arguments, **options)
+        return replace(found, scores=found.scores[:-3], set_aside=["a lion number 1"] * 3)
+
+    monkeypatch.setattr(calibrate_module, "calibrate", fewer)
+    result = CliRunner().invoke(app, ["calibrate", "--prompts", str(ordinary(tmp_path, 9)), "--fpr", "0.2"])
+    assert result.exit_code == 1
+    assert "needs 4 scored prompts, and 3 of 9 are left: 3 are memorized themselves" in " ".join(result.stderr.split())
+    assert store.cached_profiles() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--dtype", "int8"], "--dtype is 'int8'; it must be one of float32, float16, bfloat16"),
+        (["--device", "abacus"], "The model cannot be put on the device 'abacus'"),
+        (["--lora", "/no/such/lora"], "The LoRA /no/such/lora could not be loaded"),
+    ],
+)
+def test_calibrate_refuses_what_it_cannot_load(options: list[str], says: str, tmp_path: Path) -> None:
+    assert says in refused(CliRunner().invoke(app, ["calibrate", *options, "--out", str(tmp_path / "p.json")]), tmp_path)
+
+
+def test_a_profile_in_half_precision_is_of_the_weights_as_cast(tmp_path: Path) -> None:
+    options = ["--prompts", str(ordinary(tmp_path, 9)), "--fpr", "0.2", "--dtype", "bfloat16", "--out", str(tmp_path / "half.json")]
+    assert CliRunner().invoke(app, ["calibrate", *options]).exit_code == 0
+    found, whole = Profile.load(tmp_path / "half.json").model["weights"]["unet"], SHIPPED.model["weights"]["unet"]
+    assert found == {"bfloat16": whole["bfloat16"]}
+
+
+def test_a_lora_and_its_scale_are_in_the_profile_that_a_call_with_them_finds(tmp_path: Path) -> None:
+    pipe = testbed.load()
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet))
+    options = ["--prompts", str(ordinary(tmp_path, 9)), "--fpr", "0.2", "--lora", str(tmp_path / "lora"), "--lora-scale", "0.5"]
+    result = CliRunner().invoke(app, ["calibrate", *options])
+    assert result.exit_code == 0, result.output
+    fresh = testbed.load()
+    fresh.load_lora_weights(tmp_path / "lora")
+    assert store.known_profile(fresh, identity(fresh, 0.5)) is not None
+    assert store.known_profile(fresh, identity(fresh)) is None
+
+
+def test_profiles_are_listed_shown_carried_elsewhere_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, name = tmp_path / "mine.json", store.name_of(SHIPPED)
+    SHIPPED.save(file)
+    assert name in profiles("import", str(file)).stdout
+    for listed in (profiles(), profiles("list")):
+        assert {name, "UNet2DConditionModel", "cache", str(SHIPPED.prompts)} <= set(listed.stdout.replace(",", " ").split())
+    shown = profiles("show", name).stdout
+    assert SHIPPED.model["weights"]["unet"]["float32"][:8] in shown
+    assert f"{SHIPPED.threshold(0.01):.3f}" in shown
+    assert profiles("export", name, str(tmp_path / "out" / "exported.json")).exit_code == 0
+    assert profiles("rm", name).exit_code == 0
+    assert store.cached_profiles() == []
+    monkeypatch.setenv("SDGUARD_CACHE", str(tmp_path / "elsewhere"))
+    assert profiles("import", str(tmp_path / "out" / "exported.json")).exit_code == 0
+    assert store.load_profile(store.cached_profiles()[0]) == SHIPPED
+
+
+def test_profiles_that_came_with_a_model_are_listed_with_it() -> None:
+    listed = profiles("list", "--model", "embedded").stdout
+    assert str(testbed.path() / "sdguard" / "profile.json") in listed
+    assert store.name_of(SHIPPED) in listed
+    assert "There is no model at /no/such" in profiles("list", "--model", "/no/such").stderr
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 5}'])
+def test_what_is_damaged_or_old_is_listed_as_such_and_can_be_removed(content: str) -> None:
+    store.cache_folder().mkdir(parents=True)
+    (store.cache_folder() / "broken.json").write_text(content)
+    listed = profiles("list").stdout
+    assert "broken" in listed
+    assert ("damaged" if content == "{" else "another version of sdguard") in listed
+    assert profiles("show", "broken").exit_code == 1
+    assert profiles("rm", "broken").exit_code == 0
+    assert store.cached_profiles() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["show", "nothing"], "There is no profile 'nothing'"),
+        (["rm", "{kept}", "nothing"], "There is no profile 'nothing'"),
+        (["rm", "../profiles/{kept}"], "There is no profile '../profiles/"),
+        (["export", "nothing", "{folder}/out.json"], "There is no profile 'nothing'"),
+        (["export", "{kept}", "{folder}"], "is a directory"),
+        (["import", "{damaged}"], "is not a profile of sdguard, or it is damaged"),
+        (["import", "{folder}/none.json"], "cannot be read"),
+    ],
+)
+def test_profiles_refuses_in_one_sentence_and_does_nothing(arguments: list[str], says: str, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps({**json.loads((testbed.path() / store.PROFILE_FILE).read_text()), "model": []}))
+    kept = store.cache_folder() / f"{store.name_of(SHIPPED)}.json"
+    SHIPPED.save(kept)
+    result = profiles(*(argument.format(kept=kept.stem, folder=tmp_path, damaged=damaged) for argument in arguments))
+    assert says in refused(result, tmp_path / "out")
+    assert store.cached_profiles() == [kept]
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
@@ -133,13 +267,13 @@ def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
 def test_two_processes_calibrate_to_the_same_profile_as_one(tmp_path: Path, launch: Callable[..., None]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a lion number {i}" for i in range(24)))
-    options = ["calibrate", "--prompts", str(prompts), "--steps", "2", "--fpr", "0.2", "--out"]
+    options = ["calibrate", "--prompts", str(prompts), "--fpr", "0.2", "--out"]
     assert CliRunner().invoke(app, [*options, str(tmp_path / "one.json")]).exit_code == 0
     launch(*options, str(tmp_path / "two.json"))
     one, two = (Profile.load(tmp_path / f"{name}.json") for name in ("one", "two"))
-    assert two.fingerprint == one.fingerprint
+    assert two.model == one.model
     assert two.scores == pytest.approx(one.scores, abs=1e-3)
-    assert not list(tmp_path.glob("*.jsonl"))
+    assert not list(tmp_path.glob("*.parts"))
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from sdguard.decision import calibration
 from sdguard.decision import cascade as decision
 from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
-from sdguard.decision.fingerprint import fingerprint
+from sdguard.decision.identity import identity
 from sdguard.decision.profile import FORMAT, MethodStatistics, Profile, ProfileError
 from sdguard.decision.store import cache_path, load_profile, profile_for
-from sdguard.denoiser.probe import probe_run
+from sdguard.denoiser.probe import read_prompts
+from sdguard.observation import Observation
 from sdguard.steering.learning import learn_methods
 
 values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
@@ -29,7 +30,16 @@ def profile(norms: list[float]) -> Profile:
     cascade = Cascade((Stage(("guidance_norm",), ("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
     course = {"guidance_norm": [(1.0, 0.1), (2.0, 0.3)]}
     methods = [MethodStatistics("rewording", 0.9, 20.0, 0.4)]
-    return Profile({"steps": 3}, cascade, sorted(norms), {"guidance_norm": sorted(norms)}, course, [900.0, 100.0], {"cat": 2}, methods)
+    return Profile(
+        {"denoiser": "Tiny", "weights": {"unet": {"float32": "a"}}},
+        cascade,
+        sorted(norms),
+        {"guidance_norm": sorted(norms)},
+        course,
+        [900.0, 100.0],
+        {"cat": 2},
+        methods,
+    )
 
 
 @given(values, st.floats(0.001, 200))
@@ -101,45 +111,31 @@ def test_a_profile_of_another_format_is_refused(tmp_path: Path) -> None:
         Profile.load(tmp_path / "profile.json")
 
 
-def test_a_profile_of_another_configuration_is_refused_by_name() -> None:
-    with pytest.raises(ProfileError, match="steps is 50, the profile's is 3"):
-        profile([1, 2]).check({"steps": 50})
-
-
-def test_fingerprint_moves_with_weights_scheduler_and_setting(tiny: Any) -> None:
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
-    first = fingerprint(tiny, **setting)
-    assert fingerprint(tiny, **setting) == first
-    assert fingerprint(tiny, **{**setting, "steps": 4}) != first
-    tiny.scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config, beta_end=0.02)
-    assert fingerprint(tiny, **setting)["scheduler_config"] != first["scheduler_config"]
-    next(iter(tiny.unet.parameters())).data.add_(1e-3)
-    assert fingerprint(tiny, **setting)["weights"] != first["weights"]
+def test_a_profile_of_another_model_is_refused_by_name() -> None:
+    with pytest.raises(ProfileError, match="denoiser is Small, the profile's is Tiny"):
+        profile([1, 2]).check({"denoiser": "Small", "weights": {"unet": {"float32": "a"}}})
 
 
 def test_calibration_is_deterministic_and_independent_of_batching(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a cat number {i}" for i in range(6)]
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
-    monkeypatch.setattr("sdguard.decision.calibration.LATER_CALLS", 4)
-    whole = calibrate(tiny, prompts, **setting)
+    whole = calibrate(tiny, prompts)
     monkeypatch.setattr("sdguard.decision.calibration.BATCH_SIZE", 4)
-    parts = calibrate(tiny, prompts, **setting)
+    parts = calibrate(tiny, prompts)
     assert parts.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3)
-    assert parts.values["agreement"] == pytest.approx(whole.values["agreement"], abs=1e-3)
-    assert [len(course) for course in whole.series.values()] == [3, 3]
-    assert len(whole.timesteps) == 3
-    assert len(whole.cascade.later) == 2
+    assert parts.values["reference_agreement"] == pytest.approx(whole.values["reference_agreement"], abs=1e-3)
+    assert [len(course) for course in whole.series.values()] == [8, 8]
+    assert len(whole.timesteps) == 8
     assert whole.words["cat"] == 6
 
 
 def test_calibration_needs_prompts(tiny: Any) -> None:
     with pytest.raises(ValueError, match="at least 4 ordinary prompts; 0 given"):
-        calibrate(tiny, [], steps=3, guidance_scale=4.0, height=16, width=16)
+        calibrate(tiny, [])
 
 
 def test_make_profile_fixture_matches(tiny: Any, profile_for: Callable[..., Profile]) -> None:
     made = profile_for(tiny, 2.0)
-    made.check(fingerprint(tiny, steps=3, guidance_scale=4.0, height=16, width=16))
+    made.check(identity(tiny))
 
 
 @given(st.integers(100, 2000), st.sampled_from([0.01, 0.05]))
@@ -153,24 +149,23 @@ def test_the_interval_of_the_realised_rate_holds_its_mean_and_narrows(prompts: i
 
 def test_a_killed_calibration_goes_on_where_it_stopped(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a cat number {i}" for i in range(9)]
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
     monkeypatch.setattr("sdguard.decision.calibration.BATCH_SIZE", 2)
     asked: list[str] = []
     last = math.inf
 
-    def counted(pipe: Any, batch: list[str], *args: Any, **kwargs: Any) -> None:
+    def counted(pipe: Any, batch: list[str], *args: Any, **kwargs: Any) -> Observation:
         asked.extend(batch)
         if len(asked) >= last:
             raise KeyboardInterrupt
-        probe_run(pipe, batch, *args, **kwargs)
+        return read_prompts(pipe, batch, *args, **kwargs)
 
-    monkeypatch.setattr("sdguard.decision.calibration.probe_run", counted)
-    whole = calibrate(tiny, prompts, **setting)
+    monkeypatch.setattr("sdguard.decision.calibration.read_prompts", counted)
+    whole = calibrate(tiny, prompts)
     total, last = len(asked), len(asked) + 7
     with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny, prompts, **setting, work=tmp_path / "work")
+        calibrate(tiny, prompts, work=tmp_path / "work")
     before, last = len(asked), math.inf
-    assert calibrate(tiny, prompts, **setting, work=tmp_path / "work") == whole
+    assert calibrate(tiny, prompts, work=tmp_path / "work") == whole
     assert len(asked) - before == total - 5  # 7 were asked for, and the batch of 2 that was under way is lost
     assert not list(tmp_path.iterdir())
 
@@ -182,80 +177,70 @@ def test_a_series_is_read_between_its_calls() -> None:
 
 
 def test_limits_of_verification_are_those_of_99_in_100_ordinary_prompts() -> None:
-    made = replace(profile([1.0, 2.0]), values={"agreement": [i / 1000 for i in range(200)], "alignment": [i / 100 for i in range(200)]})
+    made = replace(
+        profile([1.0, 2.0]), values={"reference_agreement": [i / 1000 for i in range(200)], "alignment": [i / 100 for i in range(200)]}
+    )
     assert made.agreement_limit() == pytest.approx(0.198)
     assert made.alignment_limit() == pytest.approx(0.01)
 
 
 def test_the_order_of_methods_is_learnt_from_memorized_prompts_alone_and_the_same_each_time(tiny: Any) -> None:
     prompts = [f"a cat number {i}" for i in range(8)]
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
-    profile = calibrate(tiny, prompts, **setting)
+    profile = calibrate(tiny, prompts)
     assert not profile.methods
-    lenient = replace(profile, values={**profile.values, "agreement": [2.0] * 100, "alignment": [-1e9] * 100})
-    learnt = learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting)
+    lenient = replace(profile, values={**profile.values, "reference_agreement": [2.0] * 100, "alignment": [-1e9] * 100})
+    learnt = learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"])
     assert {"embedding descent", "padding damping", "attention attenuation"} <= {measured.method for measured in learnt.methods}
     assert all(measured.cured > 0 and measured.cost > 0 for measured in learnt.methods)
     assert replace(learnt, methods=[]) == lenient
-    assert learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"], **setting) == learnt
-    assert not learn_methods(tiny, replace(lenient, values={**lenient.values, "agreement": [-2.0] * 100}), prompts[:1], **setting).methods
+    assert learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"]) == learnt
+    assert not learn_methods(tiny, replace(lenient, values={**lenient.values, "reference_agreement": [-2.0] * 100}), prompts[:1]).methods
 
 
 def test_a_prompt_that_gives_one_picture_from_any_noise_is_no_ordinary_one(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"a cat number {i}" for i in range(30)]
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
-    plain = calibrate(tiny, prompts, **setting)
+    plain = calibrate(tiny, prompts)
     assert not plain.set_aside
     known = {"a cat number 3", "a cat number 5"}
     read = calibration.Measurement.read
 
-    def with_known(self: Any, what: str, positions: Sequence[int], look: Any, calls: int | None = 1) -> Any:
+    def with_known(self: Any, what: str, positions: Sequence[int], look: Any, first_time: bool = False) -> Any:
         if what.startswith("collapsed"):
-            return [[[1.0 if self.prompts[position] in known else 0.0 for position in positions]]]
-        return read(self, what, positions, look, calls)
+            return {"reference_agreement": [1.0 if self.prompts[position] in known else 0.0 for position in positions]}
+        return read(self, what, positions, look, first_time)
 
     monkeypatch.setattr(calibration.Measurement, "read", with_known)
     monkeypatch.setattr(calibration, "BATCH_SIZE", 30)
-    made = calibrate(tiny, prompts, **setting)
+    made = calibrate(tiny, prompts)
     assert made.set_aside == sorted(known)
     assert len(made.scores) == len(plain.scores) - 1
     assert len(made.values["persistence"]) == len(plain.values["persistence"]) - 1
 
 
 def test_a_profile_of_other_prompts_is_not_taken_for_the_users_own(tiny: Any) -> None:
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
     mine, others = [f"a cat number {i}" for i in range(8)], [f"a dog number {i}" for i in range(8)]
-    first = profile_for(tiny, prompts=others, **setting)
-    own = profile_for(tiny, prompts=mine, **setting)
+    first = profile_for(tiny, prompts=others)
+    own = profile_for(tiny, prompts=mine)
     assert first.prompts_digest != own.prompts_digest
-    assert profile_for(tiny, prompts=others, **setting) == first
+    assert profile_for(tiny, prompts=others) == first
 
 
 def test_what_is_no_number_is_named_and_nothing_is_calibrated_by_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
     broken = replace(decision.BY_NAME["persistence"], read=lambda observation: torch.full((len(observation.x),), math.nan))
     monkeypatch.setitem(decision.BY_NAME, "persistence", broken)
     with pytest.raises(ValueError, match="persistence of the prompt 'a cat number 0' is no number"):
-        calibrate(tiny, [f"a cat number {i}" for i in range(9)], **setting)
+        calibrate(tiny, [f"a cat number {i}" for i in range(9)])
 
 
 def test_a_list_of_memorized_prompts_is_refused_in_one_sentence(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
-    monkeypatch.setattr(calibration, "same_picture", lambda observation: [1.0] * len(observation.x))
+    monkeypatch.setattr(calibration, "same_picture", lambda observation: {"reference_agreement": [1.0] * len(observation.x)})
     with pytest.raises(ValueError, match="4 give one picture from any noise"):
-        calibrate(tiny, [f"a cat number {i}" for i in range(12)], **setting)
-
-
-def test_runs_that_begin_from_a_picture_are_not_looked_at_for_sameness(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "same_picture", None)
-    measurement = calibration.Measurement(tiny, ["a cat"] * 9, {}, 0, None, None, None, may_collapse=False)  # type: ignore[arg-type]
-    assert calibration.collapsed(measurement, "fit", range(9)) == []
+        calibrate(tiny, [f"a cat number {i}" for i in range(12)])
 
 
 def test_a_file_of_another_format_that_nobody_named_is_passed_over(tiny: Any, tmp_path: Path) -> None:
-    setting: dict[str, Any] = {"steps": 3, "guidance_scale": 4.0, "height": 16, "width": 16}
     prompts = [f"a cat number {i}" for i in range(8)]
-    made = profile_for(tiny, prompts=prompts, **setting)
-    cache_path(made.fingerprint).parent.mkdir(parents=True, exist_ok=True)
-    cache_path(made.fingerprint).write_text('{"format": 5}')
-    assert profile_for(tiny, prompts=prompts, **setting) == made
+    made = profile_for(tiny, prompts=prompts)
+    cache_path(made.model, prompts).parent.mkdir(parents=True, exist_ok=True)
+    cache_path(made.model, prompts).write_text('{"format": 5}')
+    assert profile_for(tiny, prompts=prompts) == made

@@ -9,7 +9,7 @@ from scipy.stats import betabinom
 from torch import Tensor
 
 from sdguard.decision import cascade as decision
-from sdguard.decision.cascade import CLIP, Cascade, Scale, StagePlan, fuse, judge, judge_later
+from sdguard.decision.cascade import CLIP, Cascade, Scale, StagePlan, fuse, judge
 from sdguard.decision.profile import Profile
 from sdguard.observation import NoiseLevel, Observation
 from sdguard.signals.signal import Signal
@@ -147,11 +147,3 @@ def test_the_cascade_keeps_the_conformal_promise(deviations: Callable[..., dict[
 
 def test_a_threshold_two_ranks_off_would_not(deviations: Callable[..., dict[float, float]]) -> None:
     assert any(abs(deviation) > 3 for deviation in deviations(left_out=3).values())
-
-
-def test_a_later_call_counts_only_where_it_is_watched() -> None:
-    cascade = Cascade((), {}, later=(Scale(False, 1.0, 0.5),))
-    norms = torch.tensor([1.0, 2.0])
-    assert judge_later(norms, 1, cascade).tolist() == [0.0, 2.0]
-    assert judge_later(norms, 0, cascade).isneginf().all()
-    assert judge_later(norms, 2, cascade).isneginf().all()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.comparison import Comparison, compare
 from sdguard.demo.landscape import REACH, Landscape, landscape, potential, slice_of
 from sdguard.demo.model import Model, embedded_examples
-from sdguard.demo.profiles import make_profile, profile_known
+from sdguard.demo.profiles import find_or_make_profile, make_profile, profile_known
 from sdguard.demo.scan_run import scan_prompts
 from sdguard.demo.settings import Setting, uploaded_prompts
 from sdguard.demo.streaming import Emit, Progress, Stopped, stoppable, streamed
@@ -143,6 +146,12 @@ def test_stop_ends_the_iterator_and_the_work() -> None:
     assert ended.wait(2)
 
 
+def test_work_that_ends_of_itself_was_not_stopped() -> None:
+    stop = threading.Event()
+    assert [event for event in streamed(lambda emit: emit("all"), stop) if event is not None] == ["all"]
+    assert not stop.is_set()
+
+
 # limits
 
 
@@ -201,7 +210,7 @@ def test_a_comparison_is_the_two_plain_calls(mode: str, model: Model, embedded: 
     generators = [[torch.Generator().manual_seed(setting.seed + i) for i in range(2)] for _ in range(2)]
     plain = embedded([setting.prompt] * 2, generator=generators[0], **CALL).images
     output = guard(embedded, GuardConfig(mode))([setting.prompt] * 2, generator=generators[1], **CALL)  # type: ignore[arg-type]
-    events = emitted(lambda emit: compare(model, setting, {}, emit))
+    events = emitted(lambda emit: compare(model, setting, None, emit))
     found = events[-1]
     assert isinstance(found, Comparison)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found.unguarded.images, plain, strict=True))
@@ -214,7 +223,7 @@ def test_a_comparison_is_the_two_plain_calls(mode: str, model: Model, embedded: 
 
 
 def test_a_course_ends_at_its_picture(model: Model, memorized: dict[str, Any]) -> None:
-    found = emitted(lambda emit: compare(model, Setting(memorized["text"]), {}, emit))[-1]
+    found = emitted(lambda emit: compare(model, Setting(memorized["text"]), None, emit))[-1]
     for course in (found.unguarded, found.guarded):
         assert sorted(course.estimates) == list(range(STEPS))
         last = np.asarray(course.estimates[STEPS - 1], float) - np.asarray(course.images[0], float)
@@ -231,18 +240,42 @@ def test_a_run_has_a_scheduler_of_its_own(model: Model) -> None:
     assert twin.scheduler is not model.pipe.scheduler
     twin.scheduler.set_timesteps(3)
     assert model.own().scheduler.num_inference_steps != 3
-    assert profile_known(model, Setting(ORDINARY), {}) is not None
+    assert profile_known(model, None) is not None
 
 
-def test_sessions_profiles_come_first_and_unknown_configurations_are_known_as_such(model: Model, profile: Profile) -> None:
-    assert profile_known(model, Setting(ORDINARY, steps=17), {}) is None
-    assert profile_known(model, Setting(ORDINARY, steps=17), {(17, 2.5): profile}) is profile
+def test_the_sessions_own_profile_comes_first(model: Model, profile: Profile) -> None:
+    own = replace(profile, scores=profile.scores[1:])
+    assert profile_known(model, None) == profile
+    assert profile_known(model, own) is own
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 2.5), (17, 9.0), (STEPS, 1.0)])
+def test_one_profile_serves_every_setting(steps: int, guidance: float, model: Model, embedded: Any, memorized: dict[str, Any]) -> None:
+    setting = Setting(memorized["text"], steps=steps, guidance=guidance, mode="observe")
+    events = emitted(lambda emit: compare(model, setting, None, emit))
+    assert {type(event) for event in events} == {Comparison}  # nothing was calibrated
+    generator = torch.Generator().manual_seed(0)
+    output = guard(embedded, GuardConfig("observe"))(setting.prompt, generator=generator, **setting.call)
+    assert events[-1].reports == output.guard
+    assert (output.guard[0].verdict, output.guard[0].error) == ("flagged", None)
+    assert events[-1].unguarded.evaluations == [steps * (2 if guidance > 1 else 1)]
+    assert events[-1].guarded.evaluations == [events[-1].unguarded.evaluations[0] + output.guard[0].extra_evaluations]
+
+
+def test_a_model_without_a_profile_is_calibrated_with_progress_and_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdguard.demo.profiles.QUICK_CALIBRATION", 12)
+    other = Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0})
+    *progress, made = emitted(lambda emit: find_or_make_profile(other, 0.2, None, emit))
+    assert isinstance(made, Profile)
+    assert {event.doing for event in progress} == {"No profile is known for this model: calibrating, once a session"}
+    assert (progress[-1].done, progress[-1].total) == (12, 12)
+    assert emitted(lambda emit: find_or_make_profile(other, 0.2, made, emit)) == []
 
 
 def test_another_model_has_no_training_pictures(tiny: Any, profile_for: Callable[..., Profile]) -> None:
     other = Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0})
     setting = Setting("a cat", steps=3, guidance=4.0, images=2)
-    found = emitted(lambda emit: compare(other, setting, {(3, 4.0): profile_for(tiny, 1e6)}, emit))[-1]
+    found = emitted(lambda emit: compare(other, setting, profile_for(tiny, 1e6), emit))[-1]
     assert found.done
     assert [report.verdict for report in found.reports] == ["clean"] * 2
     assert found.nearest == found.ratios_before == found.ratios_after == []
@@ -253,14 +286,14 @@ def test_another_model_has_no_training_pictures(tiny: Any, profile_for: Callable
 
 def test_too_few_prompts_for_a_rate_are_refused_before_anything_is_measured(model: Model) -> None:
     with pytest.raises(BadInput, match="needs 99 scored prompts; of 12 prompts 8 are scored"):
-        make_profile(model, Setting(ORDINARY), ["a cat"] * 12, print)
+        make_profile(model, ["a cat"] * 12, 0.01, print)
     with pytest.raises(BadInput, match="of 2 prompts 0 are scored"):
-        make_profile(model, Setting(ORDINARY), ["a cat"] * 2, print)
+        make_profile(model, ["a cat"] * 2, 0.01, print)
 
 
 def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any, memorized: dict[str, Any]) -> None:
     setting = Setting(memorized["text"], 1)
-    found = emitted(lambda emit: why(model, setting, {}, emit))[-1]
+    found = emitted(lambda emit: why(model, setting, None, emit))[-1]
     assert isinstance(found, Why)
     assert found.explanation == explain(embedded, memorized["text"], 1, **CALL)
     generator = torch.Generator().manual_seed(1)
@@ -271,7 +304,7 @@ def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any
 def test_a_scan_counts_what_is_done_and_ranks(model: Model, memorized: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([ORDINARY] + [f"a cat in snow {i}" for i in range(9)] + [memorized["text"]]))
-    events = emitted(lambda emit: scan_prompts(model, uploaded_prompts(str(path)), 1, 0.05, Setting("-"), {}, emit))
+    events = emitted(lambda emit: scan_prompts(model, uploaded_prompts(str(path)), 1, 0.05, 0.01, None, emit))
     done = [event.done for event in events if isinstance(event, Progress)]
     assert done == sorted(done)
     assert done[-1] == 11
@@ -386,13 +419,37 @@ def test_ticks_are_round_and_inside() -> None:
         assert max(found) <= high + 1e-9
 
 
-def test_the_threshold_at_later_calls_is_where_the_guard_flags(profile: Profile) -> None:
-    from sdguard.decision.cascade import judge_later
+def test_the_table_of_signals_has_what_was_read_against_ordinary_prompts(profile: Profile) -> None:
+    usual = statistics.median(profile.values["guidance_norm"])
+    first = profile.cascade.signals[0]
+    report = GuardReport(ORDINARY, 0, signals={first: {"value": 1.5, "z": 2.25}}, series={"guidance_norm": [usual], "denoised_norm": [1.0]})
+    table = signal_views.signals_table(report, profile)
+    rows = [re.findall("<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows[0] == [signal_views.plain(first), "1.5", "+2.2", signal_views.price(first), "decides"]
+    assert rows[1] == ["Guidance norm", f"{usual:.3g}", "+0.0", "free", "watched"]
+    assert [row[0] for row in rows[2:]] == [signal_views.plain(name) for name in profile.cascade.signals[1:]]
+    assert {row[1] for row in rows[2:]} == {"not bought"}
+    roles = {row[0]: row[4] for row in rows[2:]}
+    assert (roles["Persistence"], roles["Sharpness"]) == ("decides in doubt", "reported in doubt")
 
-    for call, bound in enumerate(signal_views.later_threshold(profile, 0.01), start=1):
-        scores = judge_later(torch.tensor([bound * 0.999, bound * 1.001]), call, profile.cascade)
-        threshold = profile.threshold(0.01)
-        assert scores[0] < threshold < scores[1]
+
+def test_a_profile_is_described_by_its_model(profile: Profile) -> None:
+    described = pytest.importorskip("sdguard.demo.calibrate_tab").described
+    shown = described(profile, 0.01, own=False)
+    for told in ("UNet2DConditionModel, 64 × 64", profile.model["weights"]["unet"]["float32"][:8], f"{profile.prompts:,} scored"):
+        assert told in shown
+    assert "the model, or your cache" in shown
+    assert "this session" in described(profile, 0.01, own=True)
+    assert "No profile is known for this model" in described(None, 0.01, own=False)
+
+
+def test_the_api_does_not_calibrate(tiny: Any) -> None:
+    gr, generate_tab = pytest.importorskip("gradio"), pytest.importorskip("sdguard.demo.generate_tab")
+    with gr.Blocks(analytics_enabled=False) as page:
+        generate_tab.endpoint(Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0}))
+    (generate,) = (event.fn for event in page.fns.values())
+    with pytest.raises(gr.Error, match="No profile is known for this model"):
+        generate("a cat")
 
 
 # the command

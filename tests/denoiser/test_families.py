@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -11,13 +12,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import DISTILLED, PIPELINES, PROMPTS, build, call, one_block, profile_for, reworded
+from diffusers import DDIMScheduler
+from families import ADDED, DISTILLED, PIPELINES, PROMPTS, build, call, one_block, profile_for, reworded, unet
+from peft import LoraConfig
 
 import sdguard
 from sdguard import GuardConfig, Profile
-from sdguard.denoiser.families import denoiser_of
+from sdguard.decision.cascade import BY_NAME, PLAN
+from sdguard.denoiser.families import default_of, denoiser_of, family_of, parameters_of
 from sdguard.denoiser.install import HOOK_NAME
-from sdguard.denoiser.probe import probe_run
+from sdguard.denoiser.probe import probe_run, read_prompts
+from sdguard.denoiser.reference_call import TOLERANCE, ReferenceCall
 from sdguard.denoiser.schedulers import clone_scheduler, scale_input
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded import run as run_module
@@ -34,12 +39,27 @@ CASES = [
 
 
 @pytest.fixture
+def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration's profile is taken as it is, whatever model it was made for."""
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
+
+
+@pytest.fixture
 def pipe(request: pytest.FixtureRequest, embedded: Any) -> Any:
     name, scheduler = request.param
     made = build(name, embedded.tokenizer)
     if scheduler:
         made.scheduler = getattr(diffusers, scheduler).from_config(made.scheduler.config)
     return made
+
+
+def reading_cost(name: str) -> int:
+    """Evaluations an image that the reading takes in `call`, whose guidance is no distilled model's own.
+
+    None where the run begins with the reference call, else its two; and one for the unconditional branch that a run has not.
+    """
+    plain = name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
+    return 0 if plain else 2 + (name in DISTILLED)
 
 
 @pytest.mark.parametrize("pipe", CASES, indirect=True, ids=str)
@@ -51,7 +71,7 @@ def test_the_guard_changes_the_flagged_row_and_nothing_else(pipe: Any, monkeypat
     before = [vars(denoiser).get(name) for name in ("forward", "_diffusers_hook")]
     clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
     assert np.array_equal(clean.images, plain)
-    cost = int(type(pipe).__name__ in DISTILLED)
+    cost = reading_cost(type(pipe).__name__)
     assert [(report.verdict, report.extra_evaluations) for report in clean.guard] == [("clean", cost)] * 3
     norms = [report.signals["guidance_norm"]["value"] for report in clean.guard]
     assert len(set(norms)) == 3
@@ -68,8 +88,8 @@ def test_the_guard_changes_the_flagged_row_and_nothing_else(pipe: Any, monkeypat
 
 
 @pytest.mark.parametrize("pipe", [(name, None) for name in PIPELINES], indirect=True, ids=str)
-def test_an_unknown_configuration_of_every_family_is_calibrated(pipe: Any) -> None:
-    """The whole way, nothing replaced: calibration on first use with the call's own picture, judging, steering, verification."""
+def test_an_unknown_model_of_every_family_is_calibrated(pipe: Any) -> None:
+    """The whole way, nothing replaced: calibration on first use, judging, steering, verification."""
     prompts = [f"a cat {i}" for i in range(5)]
     guarded = sdguard.guard(pipe, GuardConfig(false_positive_rate=0.3, calibration_prompts=prompts))
     output = call(guarded)
@@ -79,7 +99,7 @@ def test_an_unknown_configuration_of_every_family_is_calibrated(pipe: Any) -> No
 
 
 def flagged_all() -> Profile:
-    return replace(profile_for(1e-9), values={"guidance_norm": [1e-9] * 100, "agreement": [2.0] * 100, "alignment": [-1e9] * 100})
+    return replace(profile_for(1e-9), values={"guidance_norm": [1e-9] * 100, "reference_agreement": [2.0] * 100, "alignment": [-1e9] * 100})
 
 
 @pytest.mark.parametrize("method", ["embedding descent", "rewording", "SAIL", "attractive-repulsive guidance", "guidance delay"])
@@ -87,7 +107,7 @@ def flagged_all() -> Profile:
 def test_methods_steer_families_with_a_pooled_embedding(pipe: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     profile = flagged_all() if method in ("embedding descent", "guidance delay", "SAIL") else profile_for(1e-9)
-    profile = replace(profile, values={**profile.values, "guidance_norm": [1e-9] * 99 + [1e9], "agreement": [2.0] * 100})
+    profile = replace(profile, values={**profile.values, "guidance_norm": [1e-9] * 99 + [1e9], "reference_agreement": [2.0] * 100})
     if method in ("rewording", "attractive-repulsive guidance"):
         profile = replace(profile, values={**profile.values, "guidance_norm": [1e9] * 100})
     plain = call(pipe).images
@@ -139,32 +159,232 @@ def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     assert [np.array_equal(steered.images[i], plain[i]) for i in range(3)] == [i != row for i in range(3)]
 
 
-def test_another_negative_prompt_is_another_configuration(embedded: Any, tmp_path: Any) -> None:
+def readings_of(pipe: Any, **extra: Any) -> list[Observation]:
+    """What the guard reads at the first call of `call`."""
+    found: list[Observation] = []
+    config = GuardConfig(profile=profile_for(1e6), on_call=lambda seen, reports: found.append(seen.at_reference) if not seen.step else None)
+    call(sdguard.guard(pipe, config), **extra)
+    return found
+
+
+def same_reading(one: Observation, other: Observation) -> None:
+    """Both readings are the same, but for the noise level, in which a run's own first call may be a little off."""
+    assert abs(one.level.log_snr - other.level.log_snr) <= TOLERANCE
+    torch.testing.assert_close(one.guidance_norm, other.at(one.x, one.timestep).guidance_norm, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("pipe", [(name, None) for name in PIPELINES], indirect=True, ids=str)
+def test_a_run_reads_what_calibration_reads_of_the_same_noise(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every family, whatever the pipeline is given beside prompts."""
+    (seen,) = readings_of(pipe)
+    inputs = PIPELINES[type(pipe).__name__][1]()
+    condition, null = Encoder(pipe, inputs).both(PROMPTS)
+    with torch.no_grad():
+        alone = ReferenceCall.of(pipe, condition).observation(seen.x, condition, null, torch.zeros(3, dtype=torch.long))
+    same_reading(seen, alone)
+    assert seen.x.std().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+def test_a_run_from_noise_reads_what_calibration_reads_of_its_seeds(name: str, embedded: Any) -> None:
+    pipe = build(name, embedded.tokenizer)
+    unlimited = {"max_sequence_length": default_of(pipe, "max_sequence_length")} if "max_sequence_length" in parameters_of(pipe) else {}
+    (seen,) = readings_of(pipe, **unlimited)
+    read = read_prompts(pipe, PROMPTS, [7, 8, 9])
+    torch.testing.assert_close(seen.x, read.x)
+    same_reading(seen, read)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("name", [name for name in PIPELINES if {"image", "control_image"} & {*PIPELINES[name][1]()}])
+def test_no_picture_reaches_the_reading(name: str, embedded: Any) -> None:
+    pipe = build(name, embedded.tokenizer)
+    inputs = PIPELINES[name][1]()
+    others = {given: 1 - value for given, value in inputs.items() if given in ("image", "control_image")}
+    (one,), (other,) = readings_of(pipe), readings_of(pipe, **others)
+    torch.testing.assert_close(one.x, other.x, rtol=1e-3, atol=1e-3)
+    same_reading(one, other)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "negative prompt": {"negative_prompt": ["dark forest"] * 3},
+    "the prompts as negative prompts": {"negative_prompt": PROMPTS},
+    "guidance": {"guidance_scale": 9.0},
+    "no guidance": {"guidance_scale": 1.0},
+    "steps": {"num_inference_steps": 7},
+    "size": {"height": 24, "width": 32},
+    "guidance rescale": {"guidance_rescale": 0.7},
+    "eta": {"eta": 1.0},
+    "size ids": {"original_size": (64, 64), "crops_coords_top_left": (2, 1)},
+    "true guidance": {"negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0},
+    "parts of runs": {"denoising_end": 0.5},
+}
+
+
+def setting_cases() -> list[Any]:
+    names = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "LatentConsistencyModelPipeline"]
+    return [
+        pytest.param(name, extra, id=f"{name}, {what}")
+        for name in [*names, "FluxPipeline"]
+        for what, extra in SETTINGS.items()
+        if extra.keys() <= {*inspect.signature(getattr(diffusers, name).__call__).parameters}
+    ]
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize(("name", "extra"), setting_cases())
+def test_an_argument_of_the_call_moves_nothing_of_the_reading(name: str, extra: dict[str, Any], embedded: Any) -> None:
+    pipe = build(name, embedded.tokenizer)
+    (one,), (other,) = readings_of(pipe), readings_of(pipe, **extra)
+    same_reading(one, other)
+    torch.testing.assert_close(one.null_condition, other.null_condition, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("scheduler", UNET_SCHEDULERS)
+def test_no_sampler_moves_the_reading(scheduler: str, embedded: Any) -> None:
     pipe = build("StableDiffusionPipeline", embedded.tokenizer)
-    guarded = sdguard.guard(pipe, GuardConfig(false_positive_rate=0.3, calibration_prompts=[f"a cat {i}" for i in range(5)]))
-    given = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 16, "width": 16}
-    profiles = [guarded.profile({**given, "negative_prompt": negative}) for negative in (None, "", "a cow", ["a cow"] * 3)]
-    assert profiles[0] == profiles[1]
-    assert profiles[2] == profiles[3]
-    assert profiles[0].scores != profiles[2].scores
-    with pytest.raises(sdguard.ProfileError, match="negative_prompt is None, the profile's is 'a cow'"):
-        profiles[2].check(profiles[0].fingerprint)
-    with pytest.raises(ValueError, match="one negative prompt"):
-        guarded.profile({**given, "negative_prompt": ["a cow", "a dog"]})
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    (one,) = readings_of(pipe)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    (other,) = readings_of(pipe)
+    same_reading(one, other)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_no_guidance_of_the_caller_reaches_a_signal_of_the_cascade(embedded: Any) -> None:
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    (one,), (other,) = readings_of(pipe), readings_of(pipe, guidance_scale=9.0)
+    for name in (name for stage in PLAN for name in stage.signals):
+        torch.testing.assert_close(BY_NAME[name].read(one), BY_NAME[name].read(other), rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize(
+    ("name", "extra", "cost"),
+    [
+        ("StableDiffusionPipeline", {}, 0),
+        ("StableDiffusionPipeline", {"negative_prompt": ""}, 0),
+        ("StableDiffusionPipeline", {"negative_prompt": "a cow"}, 1),
+        ("StableDiffusionPipeline", {"guidance_scale": 1.0}, 1),
+        ("StableDiffusionPipeline", {"height": 24, "width": 24}, 2),
+        ("StableDiffusionXLPipeline", {"negative_prompt": ["a cow"] * 3}, 1),
+        ("StableDiffusion3Pipeline", {"negative_prompt": ["a cow"] * 3}, 1),
+        ("FluxPipeline", {"guidance_scale": 3.5}, 1),
+        ("FluxPipeline", {"guidance_scale": 3.5, "negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0}, 1),
+        ("FluxPipeline", {"guidance_scale": 3.5, "negative_prompt": [""] * 3, "true_cfg_scale": 3.0}, 0),
+        ("LatentConsistencyModelPipeline", {"guidance_scale": 8.5}, 1),
+    ],
+    ids=str,
+)
+def test_the_reading_costs_what_of_it_the_run_has_not(name: str, extra: dict[str, Any], cost: int, embedded: Any) -> None:
+    pipe = build(name, embedded.tokenizer)
+    if isinstance(extra.get("negative_prompt"), str):
+        extra = {**extra, "negative_prompt": [extra["negative_prompt"]] * 3}
+    output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **extra)
+    assert [report.extra_evaluations for report in output.guard] == [cost] * 3
+
+
+@pytest.mark.parametrize("names", [[name for name in PIPELINES if name.startswith(prefix)] for prefix in ("Flux", "LatentConsistency")])
+def test_pipelines_of_one_model_tell_it_one_guidance(names: list[str], embedded: Any) -> None:
+    """Their calls' own defaults differ, and the model's profile is the same."""
+    x, found = torch.zeros(1, 4, 8, 8), []
+    for name in names:
+        pipe = build(name, embedded.tokenizer)
+        plain = family_of(pipe).plain(pipe, x)
+        found.append(next(plain[argument] for argument in ("guidance", "timestep_cond") if argument in plain))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("aesthetics", [False, True])
+def test_a_refiner_judges_by_the_text_and_steers_nothing(aesthetics: bool, embedded: Any) -> None:
+    """What it is handed over is half made by a run of the same prompt."""
+    base = build("StableDiffusionXLPipeline", embedded.tokenizer)
+    half_made = call(base, denoising_end=0.5, output_type="latent").images
+    widths = {"projection_class_embeddings_input_dim": 16 + (5 if aesthetics else 6) * 8}
+    refiner = diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer_2=base.tokenizer_2,
+        unet=unet(cross_attention_dim=16, **{**ADDED, **widths}),
+        scheduler=base.scheduler,
+        requires_aesthetics_score=aesthetics,
+    )
+    refiner.set_progress_bar_config(disable=True)
+
+    def refine(pipe: Any, image: Any = half_made) -> Any:
+        return call(pipe, image=image, denoising_start=0.5)
+
+    plain = refine(refiner)
+    clean = refine(sdguard.guard(refiner, GuardConfig(profile=profile_for(1e6))))
+    assert np.array_equal(clean.images, plain.images)
+    assert [(report.verdict, report.extra_evaluations) for report in clean.guard] == [("clean", 2)] * 3
+    norms = [report.signals["guidance_norm"]["value"] for report in clean.guard]
+    row, bound = norms.index(max(norms)), sum(sorted(norms)[-2:]) / 2
+    output = refine(sdguard.guard(refiner, GuardConfig(profile=profile_for(bound))))
+    assert [report.verdict for report in output.guard] == ["withheld" if i == row else "clean" for i in range(3)]
+    assert output.guard[row].steering is None
+    assert all(np.array_equal(output.images[i], plain.images[i]) for i in range(3) if i != row)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_latents_of_a_later_level_are_judged_and_not_steered(embedded: Any) -> None:
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    given: dict[str, Any] = {"latents": torch.randn(3, 4, 8, 8), "generator": None, "sigmas": [2.0, 1.0, 0.5]}
+    output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e-9))), **given)
+    assert [(report.verdict, report.steering, report.error) for report in output.guard] == [("withheld", None, None)] * 3
+
+
+def adapt_encoder(pipe: Any) -> None:
+    """A LoRA on the text encoder alone."""
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("extra", [{}, {"negative_prompt": ["a cow"] * 3}])
+def test_another_state_of_the_text_encoder_has_another_empty_prompt(extra: dict[str, Any], embedded: Any) -> None:
+    """Read anew, as calibration reads it; and found again, where the encoders are gone."""
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    readings_of(pipe, **extra)
+    adapt_encoder(pipe)
+    (seen,) = readings_of(pipe, **extra)
+    torch.testing.assert_close(seen.null_condition[:1], Encoder(pipe).both([""])[1], rtol=1e-3, atol=1e-5)
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(PROMPTS, "cpu", 1, True), strict=True))
+    pipe.text_encoder = None
+    (gone,) = readings_of(pipe, prompt=None, **embeds)
+    same_reading(seen, gone)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_without_text_encoders_from_the_start_no_image_passes(embedded: Any) -> None:
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(PROMPTS, "cpu", 1, True), strict=True))
+    pipe.text_encoder = None
+    output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), prompt=None, **embeds)
+    assert [report.verdict for report in output.guard] == ["withheld"] * 3
+    assert all("no text encoder left" in str(report.error) for report in output.guard)
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "FluxImg2ImgPipeline"])
 def test_branches_that_are_two_calls_are_recognised(name: str, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flux under true guidance: nothing is paid, rows that are left alone keep their bits, a steered one goes the way of its new prompt."""
+    """Flux under true guidance: rows that are left alone keep their bits, a steered one goes the way of its new prompt."""
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build(name, embedded.tokenizer)
     true: dict[str, Any] = {"negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0}
+    cost = 1 if name == "FluxPipeline" else 2
+    true["guidance_scale"] = 3.5  # the one that it is told in plain text-to-image
     plain = call(pipe, **true).images
-    assert not np.array_equal(plain, call(pipe).images)
+    assert not np.array_equal(plain, call(pipe, guidance_scale=3.5).images)
     clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **true)
     assert np.array_equal(clean.images, plain)
-    assert [report.extra_evaluations for report in clean.guard] == [0] * 3
+    assert [report.extra_evaluations for report in clean.guard] == [cost] * 3
     assert len(clean.guard[0].series["guidance_norm"]) == pipe.num_timesteps
     norms = [report.signals["guidance_norm"]["value"] for report in clean.guard]
     row, bound = norms.index(max(norms)), sum(sorted(norms)[-2:]) / 2

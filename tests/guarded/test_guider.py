@@ -41,7 +41,7 @@ def pipe(request: pytest.FixtureRequest, embedded: Any) -> Any:
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles that are given are taken for any run."""
-    monkeypatch.setattr(guider_module, "profile_of", lambda pipe, config, **setting: config.profile)
+    monkeypatch.setattr(guider_module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
 
 
 def call(pipe: Any, prompts: list[str] = PROMPTS, output_type: str = "np", **extra: Any) -> Any:
@@ -281,7 +281,7 @@ def test_on_failure_raise(pipe: Any, given: None) -> None:
 @pytest.mark.parametrize("method", ["embedding descent", "rewording", "SAIL", "attractive-repulsive guidance", "attention attenuation"])
 def test_methods_steer_with_and_without_prompts(pipe: Any, method: str, given: None) -> None:
     """Without prompts what needs none still steers, and rewording does not apply."""
-    values = {"guidance_norm": [1e9] * 100, "agreement": [2.0] * 100, "alignment": [-1e9] * 100}
+    values = {"guidance_norm": [1e9] * 100, "reference_agreement": [2.0] * 100, "alignment": [-1e9] * 100}
     config = GuardConfig(profile=replace(profile_for(1e-9), values=values), steering=[method], on_failure="pass")
     for prompts in (PROMPTS, None):
         guider = guarded(pipe, config)

@@ -19,7 +19,7 @@ import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
 from sdguard.correction import Correction
 from sdguard.decision import store as store_module
-from sdguard.decision.cascade import Scale
+from sdguard.denoiser.probe import read_prompts
 from sdguard.guarded import run as run_module
 from sdguard.observation import denoised
 from sdguard.steering import SteeringInput
@@ -30,8 +30,8 @@ SETTING: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 4.0, "out
 MakeProfile = Callable[..., Profile]
 
 
-def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
-    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts))]
+def call(pipe: Any, prompts: list[str] | None = PROMPTS, **extra: Any) -> Any:
+    generators = [torch.Generator().manual_seed(7 + i) for i in range(len(prompts or PROMPTS))]
     return pipe(prompts, generator=generators, **{**SETTING, **extra})
 
 
@@ -81,26 +81,23 @@ def always_passes(flagged: SteeringInput, methods: Any) -> list[Outcome]:
     return [Outcome(Correction({}, condition=c), [{"method": "rewording", "paraphrase": text}]) for c, text in conditions]
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
-def test_an_image_flagged_late_is_started_again_and_its_neighbours_are_not_disturbed(
-    scheduler: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only the second call's norm gives it away; the picture is the one that steering from the first call on gives."""
-    tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
-    monkeypatch.setattr(run_module, "try_in_order", always_passes)
-    plain = call(tiny).images
-    watching = profile_for(tiny, 1e6)
-    series = [report.series["guidance_norm"][1] for report in call(sdguard.guard(tiny, GuardConfig("observe", profile=watching))).guard]
-    row = series.index(max(series))
-    bound = (sorted(series)[-1] + sorted(series)[-2]) / 2
-    late = profile_for(tiny, 1e6, later=(Scale(False, 0.0, bound / 1e6),))
-    output = call(sdguard.guard(tiny, GuardConfig(profile=late)))
+@pytest.mark.parametrize("mode", ["steer", "observe"])
+def test_a_prompt_that_a_callback_brings_is_read_as_at_the_first_call(mode: Any, tiny: Any, profile_for: MakeProfile) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+    condition, null = tiny.encode_prompt(PROMPTS, "cpu", 1, True)
+    weak = condition[[min(i for i in range(3) if i != row)]].expand(3, -1, -1)
+
+    def bring(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "prompt_embeds": torch.cat([null, condition])} if step == 0 else values
+
+    given = {"prompt_embeds": weak, "negative_prompt_embeds": null}
+    extra = {"callback_on_step_end": bring, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    guarded = sdguard.guard(tiny, GuardConfig(mode, profile=profile))
+    plain, output = (call(pipe, None, **given, **extra) for pipe in (tiny, guarded))
     assert [report.flagged_at for report in output.guard] == [1 if i == row else None for i in range(3)]
-    assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != row)
-    assert output.guard[row].verdict == "steered"
-    if scheduler is not EulerAncestralDiscreteScheduler:  # its noise is the row's own, not the generator's
-        asked = call(tiny, [prompt.split()[0] if i == row else prompt for i, prompt in enumerate(PROMPTS)]).images
-        np.testing.assert_allclose(output.images[row], asked[row], atol=1e-4)
+    assert output.guard[row].verdict == ("withheld" if mode == "steer" else "flagged")
+    assert all(np.array_equal(output.images[i], plain.images[i]) for i in range(3) if i != row)
+    assert [report.extra_evaluations for report in output.guard] == [2] * 3
 
 
 def test_nothing_is_called_steered_without_verification(tiny: Any, profile_for: MakeProfile) -> None:
@@ -223,9 +220,10 @@ def test_an_unsupported_pipeline_is_refused_by_name(tiny: Any) -> None:
         sdguard.guard(DDIMPipeline(tiny.unet, tiny.scheduler))
 
 
-def test_a_profile_for_another_setting_is_refused_by_name(tiny: Any, profile_for: MakeProfile) -> None:
-    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1.0, steps=50)))
-    with pytest.raises(ProfileError, match="steps is 3, the profile's is 50"):
+def test_a_profile_of_another_model_is_refused_by_name(tiny: Any, profile_for: MakeProfile) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1.0)))
+    next(tiny.unet.parameters()).data.mul_(1.1)
+    with pytest.raises(ProfileError, match="another model's: weights of unet"):
         call(guarded)
 
 
@@ -244,8 +242,18 @@ def test_an_unknown_configuration_is_calibrated_once_and_cached(tiny: Any, monke
 
 
 def test_calibration_can_be_forbidden(tiny: Any) -> None:
-    with pytest.raises(ProfileError, match="forbids"):
-        call(sdguard.guard(tiny, GuardConfig(calibrate=False)))
+    with pytest.raises(ProfileError, match="No profile is known"):
+        call(sdguard.guard(tiny, GuardConfig(on_unknown="raise")))
+
+
+def test_a_run_that_begins_far_from_the_reference_level_is_read_apart(tiny: Any, profile_for: MakeProfile) -> None:
+    """Three steps of leading spacing begin at two thirds of the noise: the guard reads its own call, from the same noise."""
+    tiny.scheduler = DDIMScheduler.from_config(tiny.scheduler.config, timestep_spacing="leading")
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6))))
+    assert np.array_equal(output.images, call(tiny).images)
+    assert [report.extra_evaluations for report in output.guard] == [2] * 3
+    alone = read_prompts(tiny, PROMPTS, range(7, 10)).guidance_norm.tolist()
+    assert [report.signals["guidance_norm"]["value"] for report in output.guard] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("field", [{"mode": "watch"}, {"on_failure": "shrug"}, {"false_positive_rate": 0}, {"steering": ["prayer"]}])

@@ -1,5 +1,6 @@
 """Scanning: the guard's own scores without pictures, whatever the order and the batches, resumed and shared; the command."""
 
+import copy
 import json
 import math
 import os
@@ -15,7 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from scipy.stats import false_discovery_control
+from torch.nn.modules.module import register_module_forward_hook
 from typer.testing import CliRunner, Result
 
 import sdguard
@@ -24,8 +27,9 @@ from sdguard.cli.main import app
 from sdguard.decision.profile import ProfileError
 from sdguard.files.prompt_files import read_table, write_table
 from sdguard.files.resumable import parts_folder
+from sdguard.guarded.run import profile_of
 from sdguard.scan import scan as scanning
-from sdguard.scan.scan import combine_p_values, guarded_profile, power_note, rank_prompts, scan, scan_batch, seed_of
+from sdguard.scan.scan import combine_p_values, power_note, rank_prompts, scan, scan_batch, seed_of
 
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 MEMORIZED, ORDINARY = 2, 4
@@ -53,7 +57,7 @@ def table(embedded: Any, profile: Profile, prompts: dict[int, str]) -> pd.DataFr
 
 
 def scanned(pipe: Any, profile: Profile, prompts: dict[int, str], **options: Any) -> pd.DataFrame:
-    batches = scan(pipe, profile, prompts, **{"seeds": 2, "batch_size": 4, **options}, **SETTING)
+    batches = scan(pipe, profile, prompts, **{"seeds": 2, "batch_size": 4, **options})
     return rank_prompts([row for rows in batches for row in rows], prompts, 0.05)
 
 
@@ -74,15 +78,26 @@ def test_memorized_captions_rank_over_ordinary_ones(table: pd.DataFrame, profile
 
 @pytest.mark.parametrize("k", [0, 1])
 def test_scores_are_those_of_a_guarded_run(k: int, table: pd.DataFrame, embedded: Any, profile: Profile) -> None:
-    guarded = sdguard.guard(embedded, GuardConfig(mode="observe", profile=profile))
-    generators = [torch.Generator().manual_seed(seed) for seed in table[f"seed_{k}"]]
-    reports = guarded(table.prompt.tolist(), generator=generators, output_type="latent", **SETTING).guard
+    """Of one that is read at the very timestep, and to a difference that decides nothing of one whose own first call is taken for it."""
+    own = sdguard.guard(embedded, GuardConfig(mode="observe", profile=profile))
+    twin = copy.copy(embedded)
+    twin.scheduler = DDIMScheduler.from_config(embedded.scheduler.config, timestep_spacing="leading")
+    read = sdguard.guard(twin, GuardConfig(mode="observe", profile=profile))
+    reports, others = (
+        guarded(
+            table.prompt.tolist(),
+            generator=[torch.Generator().manual_seed(seed) for seed in table[f"seed_{k}"]],
+            output_type="latent",
+            **SETTING,
+        ).guard
+        for guarded in (read, own)
+    )
     assert {report.verdict for report in reports} == {"clean", "flagged"}
-    assert table[f"score_{k}"].tolist() == pytest.approx([report.score for report in reports], abs=1e-4)
-    assert table[f"p_value_{k}"].tolist() == [report.p_value for report in reports]
+    assert [report.verdict for report in others] == [report.verdict for report in reports]
+    assert table[f"score_{k}"].tolist() == pytest.approx([report.score for report in reports], abs=1e-3)
     for name in profile.cascade.signals:
         values = [report.signals.get(name, {"value": math.nan})["value"] for report in reports]
-        assert table[f"{name}_{k}"].tolist() == pytest.approx(values, rel=1e-3, nan_ok=True)
+        assert table[f"{name}_{k}"].tolist() == pytest.approx(values, rel=1e-2, abs=1e-2, nan_ok=True)
 
 
 def test_evaluations_are_those_that_were_made(embedded: Any, profile: Profile, prompts: dict[int, str]) -> None:
@@ -90,21 +105,13 @@ def test_evaluations_are_those_that_were_made(embedded: Any, profile: Profile, p
 
     def count(module: Any, arguments: Any, output: Any) -> None:
         nonlocal images
-        images += len(output)
+        images += len(output) * (module is embedded.unet.conv_in)
 
-    handle = embedded.unet.conv_in.register_forward_hook(count)  # extra evaluations do not go through the denoiser's own hooks
+    handle = register_module_forward_hook(count)  # one on the denoiser itself would be a patch of it
     table = scanned(embedded, profile, prompts)
     handle.remove()
     assert table.evaluations.sum() == images
-    assert table.evaluations.min() == 2 * 2 * (1 + len(profile.cascade.later))
-
-
-def test_a_run_without_guidance_counts_what_it_pays(tiny: Any, profile_for: Callable[..., Profile]) -> None:
-    setting: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1.0}
-    profile = profile_for(tiny, 1.0, guidance_scale=1.0)
-    ((row,),) = scan(tiny, profile, {0: "a cat"}, **setting)
-    assert row["evaluations"] == 2
-    assert math.isfinite(row["score"])
+    assert table.evaluations.min() == 2 * 2
 
 
 def test_neither_batches_nor_order_matter(table: pd.DataFrame, embedded: Any, profile: Profile, prompts: dict[int, str]) -> None:
@@ -176,17 +183,14 @@ def test_an_interrupted_scan_goes_on(
     assert len(done) == 13
 
 
-def test_an_unknown_configuration_is_calibrated_once(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.5}
-    config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a lion number {i}" for i in range(9)])
-    made = guarded_profile(embedded, config, setting)
+def test_the_profile_of_another_model_and_one_that_is_too_small_are_refused(tiny: Any, embedded: Any) -> None:
+    made = profile_of(tiny, GuardConfig(calibration_prompts=[f"a lion number {i}" for i in range(9)]))
+    assert made is not None
     assert made.prompts == 6
-    monkeypatch.setattr("sdguard.decision.store.calibrate", None)
-    assert guarded_profile(embedded, config, setting) == made
-    with pytest.raises(ProfileError, match="steps is 3, the profile's is 2"):
-        next(scan(embedded, made, {0: "a cat"}, num_inference_steps=3, guidance_scale=2.5))
+    with pytest.raises(ProfileError, match="another model's"):
+        next(scan(embedded, made, {0: "a cat"}))
     with pytest.raises(ProfileError, match="needs at least 99 scored ordinary prompts; this profile has 6"):
-        next(scan(embedded, made, {0: "a cat"}, **setting))
+        next(scan(tiny, made, {0: "a cat"}))
 
 
 def command(*arguments: str | Path) -> Result:
@@ -234,12 +238,15 @@ def test_a_text_file_is_ranked_by_line(prompts: dict[int, str], tmp_path: Path) 
         (["{prompts}", "--fpr", "0.0001"], "needs at least 9999 scored ordinary prompts; this profile has 958."),
         (["{prompts}", "--engine", "spark"], "--engine is 'spark'; it must be 'local' or 'ray'."),
         (["{prompts}", "--model", "/no/such/model"], "There is no model at /no/such/model"),
-        (["{prompts}", "--profile", "{shipped}", "--steps", "3"], "steps is 3, the profile's is 10"),
+        (["{prompts}", "--profile", "{other}"], "another model's: weights of unet"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], says: str, listed: Path, tmp_path: Path) -> None:
-    out, shipped = tmp_path / "out", testbed.path() / "sdguard" / "profile.json"
-    filled = [argument.format(folder=tmp_path, prompts=listed, shipped=shipped) for argument in arguments]
+    out, other = tmp_path / "out", tmp_path / "other.json"
+    shipped = json.loads((testbed.path() / "sdguard" / "profile.json").read_text())
+    shipped["model"]["weights"]["unet"] = {"float32": "0"}
+    other.write_text(json.dumps(shipped))
+    filled = [argument.format(folder=tmp_path, prompts=listed, other=other) for argument in arguments]
     result = command("--out", out / "scan.csv", *filled)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)

@@ -17,8 +17,6 @@ from sdguard.scan.scan import rank_prompts, scan
 # not imported here: the engine sets what Ray reads when it is
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'ray' is not installed")
 
-SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
-
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
@@ -32,7 +30,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedded: Any, tmp_path: Path) -> None:
     profile = Profile.load(testbed.path() / "sdguard" / "profile.json")
-    captions = pd.read_parquet(testbed.path() / "prompts.parquet").text[:96].tolist()  # enough that the other worker cannot have done them all before the lost one is replaced
+    captions = (
+        pd.read_parquet(testbed.path() / "prompts.parquet").text[:96].tolist()
+    )  # enough that the other worker cannot have done them all before the lost one is replaced
     prompts = dict(enumerate(captions))
     workers = tmp_path / "workers"
     workers.mkdir()
@@ -41,7 +41,7 @@ def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedde
         (workers / str(os.getpid())).touch()
         return testbed.load()
 
-    options: dict[str, Any] = {"batch_size": 1, "work": tmp_path / "work", **SETTING}
+    options: dict[str, Any] = {"batch_size": 1, "work": tmp_path / "work"}
     rows = []
     for batch in scan_with_ray(load, profile, prompts, **options):
         rows += batch
@@ -52,7 +52,7 @@ def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedde
     assert len(list(workers.iterdir())) > len(first)  # one was started in the place of the lost one
     assert sorted(row["row"] for row in rows) == list(prompts)
 
-    here = [row for batch in scan(embedded, profile, prompts, batch_size=8, **SETTING) for row in batch]
+    here = [row for batch in scan(embedded, profile, prompts, batch_size=8) for row in batch]
     tables = [rank_prompts(some, prompts, 0.05) for some in (rows, here)]
     pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
 

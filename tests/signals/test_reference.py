@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdguard.denoiser.probe import probe_run
-from sdguard.geometry.reference import estimate_ahead, estimate_at_start, log_snr, timestep_at
+from sdguard.geometry.reference import estimate_ahead, estimate_at_start, timestep_at
 from sdguard.observation import NoiseLevel, Observation
 from sdguard.signals.bottleneck_shift import bottleneck_shift
 from sdguard.signals.estimate_agreement import estimate_agreement, estimate_agreement_ahead
@@ -48,7 +48,7 @@ def test_the_timestep_of_a_signal_to_noise_ratio_is_the_nearest_whole_one(observ
     observation = observed(observe, gaussian(torch.zeros(SHAPE[1:]), 1.0))
     timestep = timestep_at(observation, 0.0)
     assert timestep == int(timestep)
-    around = [abs(log_snr(observation.level_at(timestep + step))) for step in (-2, 0, 2)]
+    around = [abs(observation.level_at(timestep + step).log_snr) for step in (-2, 0, 2)]
     assert around[1] == min(around)
 
 

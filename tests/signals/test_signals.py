@@ -11,8 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdguard.denoiser.probe import probe_run
-from sdguard.geometry.rollout import grid, independent_noise, short_rollout
+from sdguard.geometry.rollout import grid, short_rollout
 from sdguard.geometry.volume import RESOLUTION
+from sdguard.noise import independent_noise
 from sdguard.observation import CLEAN, NoiseLevel, Observation
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.agreement import agreement, correlation

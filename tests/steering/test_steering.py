@@ -57,7 +57,7 @@ ENCODER = BagOfWords()
 
 def ordinary(words: dict[str, int] | None = None, norm: float = 1e-3, **fields: Any) -> Profile:
     """Ordinary prompts hardly pull, their short rollouts agree to .4, and any alignment is ordinary."""
-    values = {"guidance_norm": [norm] * 3, "agreement": [0.4] * 100, "alignment": [-1e9] * 100}
+    values = {"guidance_norm": [norm] * 3, "reference_agreement": [0.4] * 100, "alignment": [-1e9] * 100}
     return Profile({}, Cascade((), {}), [0.0] * 997, values, words=words or {}, **fields)
 
 

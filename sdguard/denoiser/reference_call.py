@@ -1,0 +1,252 @@
+"""The guard's own call of a denoiser: plain text-to-image at the model's own size, beside the model's own empty prompt.
+
+What a caller may turn (negative prompt, guidance, steps, sampler, size, pictures) is no part of it. So ordinary prompts read alike in every
+run, and one profile serves all settings of a model. Where a run's own first call is this call already, it is taken, and costs nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdguard.denoiser.families import TEXT, default_size, denoiser_of, family_of
+from sdguard.denoiser.latents import pack_latents, unpack_latents
+from sdguard.denoiser.text_encoding import Encoder
+from sdguard.noise import independent_noise
+from sdguard.observation import NoiseLevel, Observation, is_flow, noise_level, prediction_type, to_noise
+
+#: where training's noise levels are counted from 0 to 1: the first of 50 steps with Stable Diffusion's own scheduler.
+FIRST = 0.975
+#: how far, in log-SNR, a run's first noise level may be from that and still be taken for it: of 50 steps or of 10, of any sampler.
+TOLERANCE = 0.3
+
+#: how far an embedding may be from the one it should be, token by token: batches of another size round differently.
+SAME = 0.1
+#: the pipelines' attributes that hold text encoders.
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+#: by denoiser and number of tokens: what the text encoders were like, and what they made of the empty prompt then.
+_null_conditions: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[tuple[Any, ...], Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def reference_timestep(scheduler: Any) -> float:
+    """The timestep of the reference call; in flow matching noise alone, as every run begins there."""
+    steps = int(scheduler.config.num_train_timesteps)
+    return float(steps) if is_flow(scheduler) else float(round(FIRST * steps) + 1)
+
+
+def latent_shape(pipe: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the latents that make a picture of the model's own size."""
+    side, family = default_size(pipe), family_of(pipe)
+    # masks, masked pictures and depth maps stand behind the latents' own channels
+    channels = int(pipe.vae.config.latent_channels)
+    side //= int(pipe.vae_scale_factor)
+    side -= side % (2 if family.packed_latents else 1)
+    return channels, side, side
+
+
+def state_of(encoder: Encoder) -> tuple[Any, ...]:
+    """What tells one state of a pipeline's text encoders from another; empty where they are gone.
+
+    How the call has them encode, what their adapters are set to, and shape and middle value of each of their weights. Cost: milliseconds.
+    """
+    parts = [part for name in ENCODERS if (part := getattr(encoder.pipe, name, None)) is not None]
+    if not parts:
+        return ()
+    modules = [module for part in parts for module in part.modules()]
+    weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+    middles: dict[Any, list[Tensor]] = {}
+    for weight in weights:
+        if not weight.is_meta and type(weight) is nn.Parameter:  # neither offloaded nor quantised
+            middles.setdefault((weight.device, weight.dtype), []).append(weight.detach()[tuple(side // 2 for side in weight.shape)])
+    adapters = [str((of.scaling, of.disable_adapters, of.active_adapters)) for of in modules if "base_layer" in of._modules]
+    values = [torch.stack(found).tolist() for found in middles.values()]
+    return str(encoder.options), adapters, [weight.shape for weight in weights], values
+
+
+def null_condition(encoder: Encoder, length: int) -> Tensor:
+    """The model's own empty prompt, ``[1, T (+ 1), E]``, for token embeddings of ``length`` T.
+
+    It is kept for as long as the text encoders are what they were, and when they are gone. Where the prompt has several windows (weighted
+    or long prompts of other libraries) it is repeated: cross-attention gives the same for keys and values that come twice.
+    Cost: that of `state_of`, and an encoding where the state is new.
+
+    Raises:
+        ValueError: the text encoders are gone and it was not encoded before, or joint attention is given another length than it has.
+    """
+    pipe = encoder.pipe
+    known, state = _null_conditions.setdefault(denoiser_of(pipe), {}), state_of(encoder)
+    if not state and length not in known:
+        raise ValueError(f"{type(pipe).__name__} has no text encoder left, so that its empty prompt is not known.")
+    if length not in known or (state and known[length][0] != state):
+        known[length] = state, encoder.both([""])[1]
+    found = known[length][1]
+    pooled = int(bool(family_of(pipe).pooled))
+    has = found.shape[1] - pooled
+    if has == length:
+        return found
+    if family_of(pipe).denoiser != "unet":
+        raise ValueError(f"The prompt's embedding has {length} tokens and the empty prompt's {has}: they cannot be compared.")
+    tokens = found[:, :has].repeat(1, -(-length // has), 1)[:, :length]
+    return torch.cat([tokens, found[:, has:]], dim=1)
+
+
+def same_texts(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two text conditions, ``[n, T, E]`` and ``[n or 1, T, E]``, are those of the same texts, within `SAME`."""
+    if found.shape[1:] != wanted.shape[1:]:
+        return False
+    found, wanted = found.float(), wanted.float()
+    return bool(((found - wanted).norm(dim=-1) <= SAME * wanted.norm(dim=-1)).all())
+
+
+@dataclass(frozen=True)
+class ReferenceCall:
+    """Evaluates a denoiser as plain text-to-image does, whatever else the run under way gives it.
+
+    Attributes:
+        pipe: the pipeline.
+        forward: the denoiser's forward pass.
+        adapters: what goes to the attention layers: the scale of LoRA, where the call has one.
+        dtype: of latents and conditions.
+        level_at: the noise level of any timestep.
+    """
+
+    pipe: Any
+    forward: Callable[..., Any]
+    adapters: dict[str, Any]
+    dtype: torch.dtype
+    level_at: Callable[[float], NoiseLevel]
+
+    @classmethod
+    def of(cls, pipe: Any, condition: Tensor, adapters: dict[str, Any] | None = None) -> ReferenceCall:
+        """The reference call of a pipeline outside any run, in the precision of ``condition``."""
+        return cls(pipe, denoiser_of(pipe), adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep))
+
+    def arguments(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
+        """All arguments of the denoiser but its timestep, for latents ``[B, C, H, W]`` and a packed text condition ``[B, T (+ 1), E]``."""
+        family = family_of(self.pipe)
+        x, condition = x.to(self.dtype), condition.to(self.dtype)
+        width, pooled_width = family.widths(self.pipe)
+        tokens, pooled = (condition[:, :-1, :width], condition[:, -1, :pooled_width]) if family.pooled else (condition, None)
+        found = {
+            **family.plain(self.pipe, x),
+            family.sample: pack_latents(x, x.shape[2] // 2 if family.packed_latents else 0),
+            TEXT: tokens,
+        }
+        match family.pooled:
+            case (name,):
+                found[name] = pooled
+            case (name, entry):
+                found[name] = {**found[name], entry: pooled}
+        if family.packed_latents:
+            found["txt_ids"] = tokens.new_zeros(tokens.shape[1], 3)
+        unet_channels = getattr(denoiser_of(self.pipe).config, "in_channels", x.shape[1])
+        if not family.packed_latents and unet_channels > x.shape[1]:  # an inpainting model: everything is masked, behind it is nothing
+            rest = x.new_zeros(len(x), unet_channels - x.shape[1], *x.shape[2:])
+            rest[:, :1] = 1
+            found[family.sample] = torch.cat([x, rest], dim=1)
+        return {**found, family.scale: self.adapters} if self.adapters else found
+
+    def denoise(self, x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
+        """The noise prediction, ``[B, C, H, W]``, fp32; rows do not hang on their ``places`` here."""
+        family = family_of(self.pipe)
+        arguments = self.arguments(x, condition)
+        steps = torch.full((len(x),), timestep / family.timestep_scale, device=x.device, dtype=torch.float32)
+        output = self.forward(**arguments, timestep=steps, return_dict=False)[0]
+        if family.packed_latents:
+            output = unpack_latents(output, x.shape[2] // 2)
+        return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))
+
+    def observation(self, x: Tensor, condition: Tensor, null: Tensor, evaluations: Tensor, guidance_scale: float = 1.0) -> Observation:
+        """The call from noise ``x`` ``[B, C, H, W]`` of conditions ``[B, T (+ 1), E]``. Cost: 2 evaluations an image, counted."""
+        rows, timestep = torch.arange(len(x)), reference_timestep(self.pipe.scheduler)
+        null = null.to(condition).expand_as(condition)
+        both = self.denoise(torch.cat([x, x]), timestep, torch.cat([null, condition]), torch.cat([rows, rows]))
+        eps_u, eps_c = both.chunk(2)
+        evaluations += 2
+        return Observation(
+            step=0,
+            timestep=timestep,
+            level=self.level_at(timestep),
+            x=x,
+            eps_c=eps_c,
+            eps_u=eps_u,
+            condition=condition,
+            null_condition=null,
+            guidance_scale=guidance_scale,
+            level_at=self.level_at,
+            denoise=self.denoise,
+            evaluations=evaluations,
+            rows=rows,
+            denoiser=denoiser_of(self.pipe),
+            memo={},
+        )
+
+    def is_plain(self, kwargs: dict[str, Any], seen: Observation, patch_rows: int) -> bool:
+        """Whether a run's call with these arguments, seen as ``seen``, is what the reference call would be, null branch aside."""
+        family = family_of(self.pipe)
+        if seen.step or seen.origin is not None or seen.x.shape[1:] != latent_shape(self.pipe):
+            return False
+        if not is_level(seen.level, seen.level_at(reference_timestep(self.pipe.scheduler))):
+            return False
+        if unpack_latents(kwargs[family.sample], patch_rows).shape[1] != seen.x.shape[1]:  # a mask behind the latents
+            return False
+        count = len(kwargs[family.sample])
+        plain = self.arguments(seen.x[:1].expand(count, -1, -1, -1), seen.condition[:1].expand(count, -1, -1))
+        pooled, *entry = family.pooled or ("",)
+        apart = {family.sample, TEXT, "timestep", "return_dict", pooled}
+
+        def rest(arguments: dict[str, Any]) -> dict[str, Any]:
+            beside = {k: v for k, v in (arguments.get(pooled) or {}).items() if k not in entry} if entry else None
+            return {**{k: v for k, v in arguments.items() if k not in apart}, pooled: beside}
+
+        return same_value(rest(kwargs), rest(plain))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two arguments of a denoiser are the same; nothing at all, None and an empty collection are."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one.to(other), other)
+    if isinstance(one, dict) or isinstance(other, dict):
+        one, other = one or {}, other or {}
+        return all(same_value(one.get(name), other.get(name)) for name in {*one, *other})
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return one is None and other is None if one is None or other is None else bool(one == other)
+
+
+def is_level(one: NoiseLevel, other: NoiseLevel) -> bool:
+    """Whether a first noise level may be taken for another, within `TOLERANCE`."""
+    return abs(one.log_snr - other.log_snr) <= TOLERANCE
+
+
+def fitted_noise(noise: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Noise ``[B, C, h, w]`` as noise of another size: its middle, with independent noise around it where it is too small."""
+    if noise.shape[1:] == shape:
+        return noise
+    _, height, width = shape
+    found = independent_noise(noise, 3, shape)
+    h, w = min(height, noise.shape[2]), min(width, noise.shape[3])
+    to_y, to_x, from_y, from_x = (height - h) // 2, (width - w) // 2, (noise.shape[2] - h) // 2, (noise.shape[3] - w) // 2
+    found[:, :, to_y : to_y + h, to_x : to_x + w] = noise[:, :, from_y : from_y + h, from_x : from_x + w]
+    return found
+
+
+def first_noise(seen: Observation, pipe: Any, given: dict[str, Any]) -> tuple[Tensor, bool]:
+    """The noise of a run, ``[B, C, H, W]``, as the reference call takes it, from the run's first call; and whether that is half made.
+
+    Where a picture was noised it is that noise. Where latents were handed over that are no noise any more, it is independent of the run's.
+    """
+    reference = seen.level_at(reference_timestep(pipe.scheduler))
+    handed_over = any(given.get(name) is not None for name in ("latents", "denoising_start"))
+    half_made = seen.origin is None and handed_over and not is_level(seen.level, reference)
+    if seen.origin is not None:
+        noise = (seen.x - seen.level.a * seen.origin) / seen.level.s
+    else:
+        noise = independent_noise(seen.x) if half_made else seen.x
+    return fitted_noise(noise, latent_shape(pipe)), half_made
