@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sdguard import testbed
-from sdguard.decision.store import PROFILE_FILE
+from sdguard.decision.model_folder import PROFILE_FILE
 
 PACKAGES = ("sdguard", "torch", "diffusers", "transformers", "accelerate")
 

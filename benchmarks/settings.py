@@ -25,8 +25,8 @@ from benchmarks.readme import README, markdown, put
 from benchmarks.running import profile_digest, versions
 from sdguard import testbed
 from sdguard.decision.identity import identity
+from sdguard.decision.known_profiles import known_profile
 from sdguard.decision.profile import Profile
-from sdguard.decision.store import known_profile
 from sdguard.denoiser.probe import probe_run
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.atomic import write_text

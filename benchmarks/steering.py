@@ -30,7 +30,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from benchmarks.running import as_png, from_png, profile_digest, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.correction import Correction, corrected, movement
-from sdguard.decision.store import PROFILE_FILE
+from sdguard.decision.model_folder import PROFILE_FILE
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.atomic import write_text

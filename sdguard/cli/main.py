@@ -195,28 +195,36 @@ def calibrate_command(
     device: Annotated[str | None, typer.Option(help="What it runs on, as torch names it. [default: the GPU if there is one]")] = None,
     lora: Annotated[str | None, typer.Option(help="A LoRA that the runs use: a file, a directory or a hub id.")] = None,
     lora_scale: Annotated[float, typer.Option(help="What they scale it by.")] = 1.0,
+    from_log: Annotated[
+        Path | None, typer.Option(help="Rest the threshold on the scores of real traffic, a log of GuardConfig(score_log=...).")
+    ] = None,
+    memorized_share: Annotated[float, typer.Option(help="Of the logged pictures that may be memorized, at most.")] = 0.01,
 ) -> None:
     """Read ordinary prompts on a model and keep the profile, which serves all its runs.
 
     Under 'accelerate launch', processes share the work.
     """
-    from sdguard.guarded.calibrate_model import calibrate_model
+    from sdguard.guarded.calibrate_model import Calibrated, calibrate_from_log, calibrate_model
 
     with one_sentence(), progress_bars() as show:
-        made = calibrate_model(
-            model,
-            prompts=prompts,
-            memorized=memorized,
-            count=n,
-            false_positive_rate=fpr,
-            seed=seed,
-            out=out,
-            progress=show,
-            dtype=dtype,
-            device=device,
-            lora=lora,
-            lora_scale=lora_scale,
-        )
+        made: Calibrated | None
+        if from_log:
+            made = calibrate_from_log(model, from_log, memorized_share=memorized_share, false_positive_rate=fpr, out=out)
+        else:
+            made = calibrate_model(
+                model,
+                prompts=prompts,
+                memorized=memorized,
+                count=n,
+                false_positive_rate=fpr,
+                seed=seed,
+                out=out,
+                progress=show,
+                dtype=dtype,
+                device=device,
+                lora=lora,
+                lora_scale=lora_scale,
+            )
     if made is None:
         return
     profile = made.profile

@@ -36,7 +36,8 @@ def main(context: typer.Context) -> None:
 @app.command("list")
 def list_command(model: Model = None) -> None:
     """List profiles, the newest first."""
-    from sdguard.decision.store import cache_folder, cached_profiles, profiles_in
+    from sdguard.decision.cache import cache_folder, cached_profiles
+    from sdguard.decision.model_folder import profiles_in
 
     with one_sentence():
         came_along = profiles_in(folder_of(model)) if model else []
@@ -50,8 +51,9 @@ def list_command(model: Model = None) -> None:
 
 def described(path: Path) -> tuple[str, str]:
     """A profile file's name, for a cached one the one it can be shown and removed by, and a line about it."""
+    from sdguard.decision.cache import cache_folder, changed, name_of
+    from sdguard.decision.known_profiles import read_profile
     from sdguard.decision.profile import ProfileError
-    from sdguard.decision.store import cache_folder, changed, name_of, read_profile
 
     in_cache = path.parent == cache_folder()
     where = "in the cache" if in_cache else str(path)
@@ -69,7 +71,7 @@ def folder_of(model: str) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
     from sdguard import testbed
-    from sdguard.decision.store import is_hub_id
+    from sdguard.decision.model_folder import is_hub_id
 
     folder = testbed.path() if model == "embedded" else Path(model)
     if folder.is_dir():
@@ -82,7 +84,7 @@ def folder_of(model: str) -> Path:
 
 def cached(name: str) -> Path:
     """The file of a cached profile; raises `BadInput` if no profile has this name."""
-    from sdguard.decision.store import cache_folder, cached_profiles
+    from sdguard.decision.cache import cache_folder, cached_profiles
 
     found = {path.stem: path for path in cached_profiles()}
     if name.removesuffix(".json") not in found:
@@ -95,7 +97,7 @@ def show_command(
     name: Annotated[str, typer.Argument(help="A name that 'sdguard profiles list' gives, or a file.", metavar="NAME")],
 ) -> None:
     """Show what a profile is of, and what it decides."""
-    from sdguard.decision.store import read_profile
+    from sdguard.decision.known_profiles import read_profile
 
     with one_sentence():
         path = Path(name) if Path(name).is_file() else cached(name)
@@ -108,7 +110,8 @@ def show_command(
 
 def facts(path: Path, profile: Profile) -> dict[str, str]:
     """What there is to say of a profile, by what it is."""
-    from sdguard.decision.store import is_shipped, last_used, name_of, prompts_in
+    from sdguard.decision.cache import last_used, name_of, prompts_in
+    from sdguard.decision.ordinary_prompts import is_shipped
 
     model = profile.model
     whose = "of sdguard's list" if is_shipped(profile.prompts_digest, prompts_in(profile)) else "of another list"
@@ -158,7 +161,7 @@ def threshold(profile: Profile, rate: float) -> str:
 @app.command("rm")
 def rm_command(names: Annotated[list[str], typer.Argument(help="Names that 'sdguard profiles list' gives.", metavar="NAME...")]) -> None:
     """Remove profiles from your cache; where any of the names is unknown, none."""
-    from sdguard.decision.store import remove_cached
+    from sdguard.decision.cache import remove_cached
 
     with one_sentence():
         paths = [cached(name) for name in names]
@@ -170,7 +173,7 @@ def rm_command(names: Annotated[list[str], typer.Argument(help="Names that 'sdgu
 @app.command("export")
 def export_command(name: Name, file: Annotated[Path, typer.Argument(help="Where it goes.", metavar="FILE")]) -> None:
     """Write a cached profile into a file, which goes into a model's folder under sdguard/, or to 'sdguard profiles import' elsewhere."""
-    from sdguard.decision.store import read_profile
+    from sdguard.decision.known_profiles import read_profile
     from sdguard.files.outputs import ensure_writable
 
     with one_sentence():
@@ -185,7 +188,8 @@ def export_command(name: Name, file: Annotated[Path, typer.Argument(help="Where 
 @app.command("import")
 def import_command(file: Annotated[Path, typer.Argument(help="A profile.", metavar="FILE")]) -> None:
     """Take a profile into your cache, where the guard finds it for its model; a damaged one is refused."""
-    from sdguard.decision.store import cache_folder, keep_in_cache, name_of, read_profile, why_unwritable
+    from sdguard.decision.cache import cache_folder, keep_in_cache, name_of, why_unwritable
+    from sdguard.decision.known_profiles import read_profile
 
     with one_sentence():
         profile = read_profile(file)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sdguard import testbed
-from sdguard.decision.store import ordinary_prompts
+from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.demo.streaming import stoppable
 from sdguard.denoiser.families import denoiser_of
 from sdguard.denoiser.loading import default_setting, load_pipeline

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from sdguard.decision.calibration import calibrate, evenly
 from sdguard.decision.identity import identity
+from sdguard.decision.known_profiles import known_profile
+from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.decision.profile import Profile, scores_needed
-from sdguard.decision.store import known_profile, ordinary_prompts
 from sdguard.demo.model import Model
 from sdguard.demo.streaming import Emit, Progress
 from sdguard.files.inputs import BadInput

@@ -105,7 +105,7 @@ def default_of(pipe: Any, name: str) -> Any:
 
 
 def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
-    """Nothing, but for latent consistency models the guidance scale that they are told, and for IP-Adapters pictures of nothing."""
+    """Nothing, but for latent consistency models the guidance scale that they are told, and for IP-Adapters pictures that act nowhere."""
     config, found = pipe.unet.config, {}
     if width := config.time_cond_proj_dim:
         scale = torch.full((len(x),), TOLD_CONSISTENCY - 1)
@@ -116,6 +116,8 @@ def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
         # one that resamples takes a sequence of them for each picture
         shapes = [(len(x), 1, *[1] * hasattr(layer, "latents"), width) for layer, width in zip(layers, widths, strict=True)]
         found["added_cond_kwargs"] = {"image_embeds": [x.new_zeros(shape) for shape in shapes]}
+        # even a picture of nothing acts, by the scale of its adapter, where it is not masked
+        found["cross_attention_kwargs"] = {"ip_adapter_masks": [x.new_zeros(1, 1, *x.shape[2:]) for _ in shapes]}
     return found
 
 
@@ -128,11 +130,13 @@ def plain_sdxl(pipe: Any, x: Tensor) -> dict[str, Any]:
 
 
 def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
-    """The places of the patches, and for distilled models the guidance scale that they are told."""
+    """The places of the patches, no picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
     rows, columns = (side // 2 for side in x.shape[2:])
     places = torch.zeros(rows, columns, 3)
     places[..., 1], places[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)[None]
-    found = {"img_ids": places.flatten(0, 1).to(x)}
+    found: dict[str, Any] = {"img_ids": places.flatten(0, 1).to(x)}
+    if getattr(pipe.transformer, "encoder_hid_proj", None) is not None:
+        found["joint_attention_kwargs"] = {"ip_hidden_states": []}
     if pipe.transformer.config.guidance_embeds:
         found["guidance"] = torch.full((len(x),), TOLD_FLUX, device=x.device)
     return found

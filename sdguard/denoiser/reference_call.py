@@ -150,7 +150,7 @@ class ReferenceCall:
             rest = x.new_zeros(len(x), unet_channels - x.shape[1], *x.shape[2:])
             rest[:, :1] = 1
             found[family.sample] = torch.cat([x, rest], dim=1)
-        return {**found, family.scale: self.adapters} if self.adapters else found
+        return {**found, family.scale: {**found.get(family.scale, {}), **self.adapters}}
 
     def denoise(self, x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
         """The noise prediction, ``[B, C, H, W]``, fp32; rows do not hang on their ``places`` here."""

@@ -10,10 +10,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from sdguard.decision.cache import alone, cache_folder, cache_path, keep_in_cache, name_of, why_unwritable
 from sdguard.decision.calibration import calibrate, evenly, split
 from sdguard.decision.identity import identity
+from sdguard.decision.known_profiles import known_profile
+from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.decision.profile import Profile, scores_needed
-from sdguard.decision.store import alone, cache_folder, cache_path, keep_in_cache, known_profile, ordinary_prompts, why_unwritable
+from sdguard.decision.traffic import logged_scores, profile_of_traffic
 from sdguard.denoiser.loading import load_pipeline
 from sdguard.files.inputs import BadInput
 from sdguard.files.outputs import ensure_writable
@@ -138,3 +141,30 @@ def calibrate_model(
         else:
             keep_in_cache(profile, path)
     return Calibrated(path, profile, known_profile(pipe, own) == profile)
+
+
+def calibrate_from_log(model: str, log: Path, *, memorized_share: float, false_positive_rate: float, out: Path | None) -> Calibrated:
+    """The known profile of a model with its threshold resting on a log of real traffic (`GuardConfig.score_log`); nothing is evaluated.
+
+    Args:
+        memorized_share: of the logged pictures that may be memorized, at most (`profile_of_traffic`).
+        false_positive_rate: what the profile has to support.
+        out: where the profile goes; None for the user's cache.
+
+    Raises:
+        ValueError: no profile of the model is known, or the log is none, or too short for the rate; one sentence.
+    """
+    GuardConfig(false_positive_rate=false_positive_rate)
+    pipe = load_pipeline(model)
+    known = known_profile(pipe, identity(pipe))
+    if known is None:
+        raise BadInput(f"No profile of {model} is known, so that nothing can have been scored by it: 'sdguard calibrate' makes one.")
+    profile = profile_of_traffic(known, logged_scores(log, known), memorized_share)
+    profile.allowed(false_positive_rate)
+    path = out or cache_folder() / f"{name_of(profile)}.json"
+    ensure_writable(path.parent)
+    if out:
+        profile.save(path)
+    else:
+        keep_in_cache(profile, path)
+    return Calibrated(path, profile, found=False)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sdguard.observation import Observation
 
 Mode = Literal["steer", "observe", "block"]
+RatePer = Literal["image", "prompt"]
 OnFailure = Literal["withhold", "pass", "raise"]
 
 
@@ -37,11 +38,16 @@ class GuardConfig:
             ``"background"`` makes it in a thread beside the runs; ``"first_call_only"`` makes none; ``"raise"`` raises `ProfileError`.
             An image is judged without a profile meanwhile: flagged if two noises give one picture, which the first call alone
             is read for, and never steered. The report says so.
+        rate_per: what the false-positive rate is of: ``"image"``, so that of several pictures of one ordinary prompt each may be flagged
+            at it; or ``"prompt"``: the chance that any is, by Bonferroni's correction for the pictures that a call makes of a prompt.
         steering: names of the methods to be tried, in order (`sdguard.steering.METHODS`). By default the order the profile has
             learnt, else rewording, then descent on the responsible tokens, then on the whole embedding.
         rewriter: gives paraphrases of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts that the profile has to be made of, which then goes before one that came with the
             model. By default any; where one is made, those that come with the model or with sdguard.
+        score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what `sdguard calibrate
+            --from-log` makes a profile of. What cannot be written is logged and stops nothing.
+        log_prompts: whether its prompt stands there too.
         on_call: shown each denoiser call once the guard has acted on it, with the reports as they stand: what was judged, at the first
             call or a later one, and from then on a steered row under its steering. It moves nothing of the run and its evaluations
             are not counted; what it raises ends the run.
@@ -55,9 +61,12 @@ class GuardConfig:
     on_failure: OnFailure = "withhold"
     profile: Profile | Path | str | None = None
     on_unknown: OnUnknown = "calibrate"
+    rate_per: RatePer = "image"
     steering: Sequence[str] | None = None
     rewriter: Rewriter | None = None
     calibration_prompts: Sequence[str] | None = None
+    score_log: Path | str | None = None
+    log_prompts: bool = False
     on_call: Callable[[Observation, list[GuardReport]], None] | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +76,8 @@ class GuardConfig:
             raise ValueError(f"on_failure is {self.on_failure!r}; it must be 'withhold', 'pass' or 'raise'.")
         if self.on_unknown not in get_args(OnUnknown):
             raise ValueError(f"on_unknown is {self.on_unknown!r}; it must be 'calibrate', 'background', 'first_call_only' or 'raise'.")
+        if self.rate_per not in ("image", "prompt"):
+            raise ValueError(f"rate_per is {self.rate_per!r}; it must be 'image' or 'prompt'.")
         if not 0 < self.false_positive_rate < 1:
             raise ValueError(f"false_positive_rate is {self.false_positive_rate}; it must lie between 0 and 1.")
         if isinstance(self.calibration_prompts, str) or (self.calibration_prompts is not None and len(self.calibration_prompts) == 0):

@@ -13,12 +13,13 @@ from typing import Any
 import wrapt
 from diffusers import DiffusionPipeline
 
+from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
-from sdguard.decision.store import profile_for, save_profiles
+from sdguard.decision.store import profile_for
 from sdguard.denoiser.families import family_of, is_modular
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.guarded.arguments import check, lora_scale
+from sdguard.guarded.arguments import check, limits, lora_scale
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, blank, profile_of
@@ -113,10 +114,11 @@ class GuardedPipeline(wrapt.ObjectProxy):
         given = call.arguments
         check(pipe, given)
         encoder = Encoder(pipe, given)
-        run = GuardedRun(config, self.profile(given), prompts_of(given), encoder)
+        run = GuardedRun(config, self.profile(given), prompts_of(given), encoder, limits(given))
         try:
             with watched(encoder, run):
                 output = pipe(*args, **kwargs)
+            run.finish()
         finally:
             self._self_reports = run.reports
         withheld = [report.row for report in run.reports if report.verdict == "withheld"]
@@ -126,8 +128,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
         output.guard = run.reports
         return output
 
-    def profile(self, given: dict[str, Any]) -> Profile:
-        """The profile of a run with these arguments: given, known, or made now."""
+    def profile(self, given: dict[str, Any]) -> Profile | None:
+        """The profile of a run with these arguments: given, known, or made now; None where it goes on without."""
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 

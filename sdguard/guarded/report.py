@@ -25,11 +25,14 @@ class GuardReport:
         signals: ``value`` and ``z`` score against ordinary prompts of each signal that was read.
         series: each free signal at every denoising step.
         extra_evaluations: denoiser evaluations spent on this image beyond the pipeline's own; a gradient counts as one more.
-        flagged_at: index of the denoiser call at which it was flagged; above 0 it was started again from its own noise under steering.
+        flagged_at: index of the denoiser call at which it was flagged; above 0 for a text condition that came later, or for steering that
+            was withdrawn on the run.
         steering: what was tried: ``attempts``, each with its ``method``, what it did and what verification found, and
-            ``passed``, the one that passed or None.
+            ``passed``, the one that passed or None; ``resemblance_on_the_run``, the highest correlation of the picture being made with the
+            one that was steered away from, once there is as much signal as noise.
         error: why the image could not be judged, if so.
         judged_by: ``"profile NAME"``; or, where no profile of the model was known, that, and by what it was judged then.
+        limits: what the call was given that moves the picture and is not judged, by name: pictures, masks, latents, callbacks.
     """
 
     prompt: str | None
@@ -45,6 +48,7 @@ class GuardReport:
     steering: dict[str, Any] | None = None
     error: str | None = None
     judged_by: str | None = None
+    limits: list[str] = field(default_factory=list)
 
     @property
     def reason(self) -> str:
@@ -61,7 +65,8 @@ class GuardReport:
             case "clean":
                 return f"Nothing memorized: {pull}."
             case "flagged":
-                return f"Predicted to be memorized: {pull}; nothing was changed."
+                came_back = "resemblance_on_the_run" in (self.steering or {})
+                return f"Predicted to be memorized: {pull}; {'steering came back to it' if came_back else 'nothing was changed'}."
             case "steered":
                 how = (self.steering or {})["passed"]
                 way = f"reworded to “{how['paraphrase']}”" if how["method"] == "rewording" else f"steered by {how['method']}"

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
+from sdguard.decision.cache import name_of
 from sdguard.decision.calibration import SAME_PICTURE, same_picture
 from sdguard.decision.cascade import BY_NAME, judge
 from sdguard.decision.profile import SERIES, Profile
-from sdguard.decision.store import name_of, profile_now
+from sdguard.decision.store import profile_now
+from sdguard.decision.traffic import append_scores
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.geometry.reference import LOG_SNR, reference_end
 from sdguard.guarded.config import GuardConfig
@@ -50,14 +55,26 @@ class GuardedRun:
     Without a profile an image is flagged where two noises give one picture, and not steered.
     """
 
-    def __init__(self, config: GuardConfig, profile: Profile | None, prompts: list[str | None], encoder: Encoder) -> None:
+    def __init__(
+        self, config: GuardConfig, profile: Profile | None, prompts: list[str | None], encoder: Encoder, limits: Sequence[str] = ()
+    ) -> None:
         self.config, self.profile, self.encoder = config, profile, encoder
         self.corrections: dict[int, Correction] = {}
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
-        threshold = profile.threshold(config.false_positive_rate) if profile else SAME_PICTURE
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
-        self.reports = [GuardReport(prompt, row, threshold=threshold, judged_by=judged_by) for row, prompt in enumerate(prompts)]
+        self.rates = [self.rate_of(prompt, prompts) for prompt in prompts]
+        thresholds = [profile.threshold(rate) if profile else SAME_PICTURE for rate in self.rates]
+        self.reports = [
+            GuardReport(prompt, row, threshold=threshold, judged_by=judged_by, limits=list(limits))
+            for row, (prompt, threshold) in enumerate(zip(prompts, thresholds, strict=True))
+        ]
+
+    def rate_of(self, prompt: str | None, prompts: list[str | None]) -> float:
+        """The false-positive rate of one of a prompt's images; of embeddings all that is known is how many images each makes."""
+        each = int(self.encoder.given.get("num_images_per_prompt") or 1)
+        count = each if prompt is None else prompts.count(prompt)
+        return self.config.false_positive_rate / (count if self.config.rate_per == "prompt" else 1)
 
     def reads(self, step: int) -> bool:
         """The call that is judged whatever happens; one with another text condition is shown as well."""
@@ -68,6 +85,7 @@ class GuardedRun:
         self.watch(observation)
         if observation.step == 0:
             self.judge(observation, self.reports)
+            self.log_scores()
         elif observation.new_condition:
             self.judge(observation, [report for report in self.reports if report.verdict == "clean"])
         self.watch_steered(observation)
@@ -76,6 +94,14 @@ class GuardedRun:
             report.extra_evaluations = evaluations
         if self.config.on_call:
             self.config.on_call(self.shown(observation), self.reports)
+
+    def finish(self) -> None:
+        """Settle the images of a run whose first call was never seen, wherever it was made: what was not read is not clean."""
+        unseen = [report for report in self.reports if report.score is None and not report.error]
+        if unseen:
+            self.fail(unseen, RuntimeError("the guard saw no call of the denoiser"))
+            for report in unseen:
+                self.settle(report)
 
     def shown(self, observation: Observation) -> Observation:
         """The observation for ``on_call``: under the rules that its rows follow, and with a memo and a count of evaluations of its own."""
@@ -118,13 +144,28 @@ class GuardedRun:
                     report.signals[name] = {"value": found, "z": z}
             self.score(report, score)
 
+    def log_scores(self) -> None:
+        """Append what the first call gave each image to the user's log; what cannot be written is logged and stops nothing."""
+        if not self.config.score_log or not self.profile:
+            return
+        rows = []
+        for report in self.reports:
+            if report.score is not None:
+                prompt = {"prompt": report.prompt} if self.config.log_prompts else {}
+                values = {name: entry["value"] for name, entry in report.signals.items()}
+                rows.append({"time": time.time(), "profile": name_of(self.profile), "score": report.score, "signals": values, **prompt})
+        try:
+            append_scores(Path(self.config.score_log), rows)
+        except OSError as error:
+            logger.warning("sdguard: the log of scores %s cannot be written to: %s", self.config.score_log, error.strerror)
+
     def score(self, report: GuardReport, score: float) -> None:
         """Score, p-value and flag of one image."""
         if not math.isfinite(score):
             self.fail([report], ArithmeticError(f"the score is {score}"))
             return
         report.score, report.p_value = score, self.profile.p_value(score) if self.profile else None
-        if score > SAME_PICTURE if report.p_value is None else report.p_value <= self.config.false_positive_rate:
+        if score > SAME_PICTURE if report.p_value is None else report.p_value <= self.rates[report.row]:
             report.verdict = "flagged"
 
     def fail(self, reports: list[GuardReport], error: Exception) -> None:

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import typer
 
 from sdguard import GuardedPipeline, testbed
+from sdguard.decision.model_folder import PROFILE_FILE
 from sdguard.decision.profile import Profile
-from sdguard.decision.store import PROFILE_FILE
 from sdguard.denoiser.loading import load_pipeline
 from sdguard.files.outputs import ensure_writable, save_pictures
 from sdguard.guarded.generate import generate_guarded, verdict_table

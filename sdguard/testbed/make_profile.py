@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from sdguard import testbed
 from sdguard.decision.calibration import calibrate
-from sdguard.decision.store import PROFILE_FILE, PROMPTS_FILE
+from sdguard.decision.model_folder import PROFILE_FILE, PROMPTS_FILE
 from sdguard.files.atomic import write_text
 from sdguard.steering.learning import learn_methods
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from sdguard import testbed
 from sdguard.cli.main import app
-from sdguard.decision import store
+from sdguard.decision import cache, known_profiles, model_folder
 from sdguard.decision.identity import identity
 from sdguard.decision.profile import Profile
 from sdguard.files.prompt_files import prompts_by_row
@@ -25,7 +25,7 @@ from sdguard.guarded import calibrate_model as calibrate_module
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 
-SHIPPED = Profile.load(testbed.path() / store.PROFILE_FILE)
+SHIPPED = Profile.load(testbed.path() / model_folder.PROFILE_FILE)
 
 
 def generate(*arguments: str) -> Result:
@@ -164,7 +164,7 @@ def test_prompts_that_were_set_aside_do_not_count_towards_a_rate(tmp_path: Path,
     result = CliRunner().invoke(app, ["calibrate", "--prompts", str(ordinary(tmp_path, 9)), "--fpr", "0.2"])
     assert result.exit_code == 1
     assert "needs 4 scored prompts, and 3 of 9 are left: 3 are memorized themselves" in " ".join(result.stderr.split())
-    assert store.cached_profiles() == []
+    assert cache.cached_profiles() == []
 
 
 @pytest.mark.parametrize(
@@ -195,12 +195,12 @@ def test_a_lora_and_its_scale_are_in_the_profile_that_a_call_with_them_finds(tmp
     assert result.exit_code == 0, result.output
     fresh = testbed.load()
     fresh.load_lora_weights(tmp_path / "lora")
-    assert store.known_profile(fresh, identity(fresh, 0.5)) is not None
-    assert store.known_profile(fresh, identity(fresh)) is None
+    assert known_profiles.known_profile(fresh, identity(fresh, 0.5)) is not None
+    assert known_profiles.known_profile(fresh, identity(fresh)) is None
 
 
 def test_profiles_are_listed_shown_carried_elsewhere_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, name = tmp_path / "mine.json", store.name_of(SHIPPED)
+    file, name = tmp_path / "mine.json", cache.name_of(SHIPPED)
     SHIPPED.save(file)
     assert name in profiles("import", str(file)).stdout
     for listed in (profiles(), profiles("list")):
@@ -210,29 +210,29 @@ def test_profiles_are_listed_shown_carried_elsewhere_and_removed(tmp_path: Path,
     assert f"{SHIPPED.threshold(0.01):.3f}" in shown
     assert profiles("export", name, str(tmp_path / "out" / "exported.json")).exit_code == 0
     assert profiles("rm", name).exit_code == 0
-    assert store.cached_profiles() == []
+    assert cache.cached_profiles() == []
     monkeypatch.setenv("SDGUARD_CACHE", str(tmp_path / "elsewhere"))
     assert profiles("import", str(tmp_path / "out" / "exported.json")).exit_code == 0
-    assert store.load_profile(store.cached_profiles()[0]) == SHIPPED
+    assert known_profiles.load_profile(cache.cached_profiles()[0]) == SHIPPED
 
 
 def test_profiles_that_came_with_a_model_are_listed_with_it() -> None:
     listed = profiles("list", "--model", "embedded").stdout
     assert str(testbed.path() / "sdguard" / "profile.json") in listed
-    assert store.name_of(SHIPPED) in listed
+    assert cache.name_of(SHIPPED) in listed
     assert "There is no model at /no/such" in profiles("list", "--model", "/no/such").stderr
 
 
 @pytest.mark.parametrize("content", ["{", '{"format": 5}'])
 def test_what_is_damaged_or_old_is_listed_as_such_and_can_be_removed(content: str) -> None:
-    store.cache_folder().mkdir(parents=True)
-    (store.cache_folder() / "broken.json").write_text(content)
+    cache.cache_folder().mkdir(parents=True)
+    (cache.cache_folder() / "broken.json").write_text(content)
     listed = profiles("list").stdout
     assert "broken" in listed
     assert ("damaged" if content == "{" else "another version of sdguard") in listed
     assert profiles("show", "broken").exit_code == 1
     assert profiles("rm", "broken").exit_code == 0
-    assert store.cached_profiles() == []
+    assert cache.cached_profiles() == []
 
 
 @pytest.mark.parametrize(
@@ -249,12 +249,12 @@ def test_what_is_damaged_or_old_is_listed_as_such_and_can_be_removed(content: st
 )
 def test_profiles_refuses_in_one_sentence_and_does_nothing(arguments: list[str], says: str, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.json"
-    damaged.write_text(json.dumps({**json.loads((testbed.path() / store.PROFILE_FILE).read_text()), "model": []}))
-    kept = store.cache_folder() / f"{store.name_of(SHIPPED)}.json"
+    damaged.write_text(json.dumps({**json.loads((testbed.path() / model_folder.PROFILE_FILE).read_text()), "model": []}))
+    kept = cache.cache_folder() / f"{cache.name_of(SHIPPED)}.json"
     SHIPPED.save(kept)
     result = profiles(*(argument.format(kept=kept.stem, folder=tmp_path, damaged=damaged) for argument in arguments))
     assert says in refused(result, tmp_path / "out")
-    assert store.cached_profiles() == [kept]
+    assert cache.cached_profiles() == [kept]
     assert not (tmp_path / "out.json").exists()
 
 

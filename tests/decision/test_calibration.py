@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from sdguard.decision import calibration
 from sdguard.decision import cascade as decision
+from sdguard.decision.cache import cache_path
 from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.identity import identity
+from sdguard.decision.known_profiles import load_profile
 from sdguard.decision.profile import FORMAT, MethodStatistics, Profile, ProfileError
-from sdguard.decision.store import cache_path, load_profile, profile_for
+from sdguard.decision.store import profile_for
 from sdguard.denoiser.probe import read_prompts
 from sdguard.observation import Observation
 from sdguard.steering.learning import learn_methods

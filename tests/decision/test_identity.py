@@ -21,8 +21,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from families import build, call, modular
 from torch import Tensor, nn
 
-from sdguard.decision import identity as identity_module
-from sdguard.decision.identity import differences, digests_of, identity, same_model
+from sdguard.decision import digests as digests_module
+from sdguard.decision import module_state
+from sdguard.decision.digests import digests_of
+from sdguard.decision.identity import differences, identity, same_model
 from sdguard.denoiser.install import attached
 
 SD, SDXL, SD3, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
@@ -538,7 +540,7 @@ def test_a_digest_is_of_all_values_in_order_however_they_are_laid_out_and_howeve
 ) -> None:
     values = drawn(6, 5, 4, 3)
     known = digests_of(values)
-    monkeypatch.setattr(identity_module, "CHUNK", 70)
+    monkeypatch.setattr(digests_module, "CHUNK", 70)
     laid_out = values.contiguous(memory_format=torch.channels_last)
     # the shape is hashed first, then the bytes: the same in whatever slices they come
     assert digests_of(values) == digests_of(laid_out) == known
@@ -580,7 +582,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(tensor)
         return digests_of(tensor)
 
-    monkeypatch.setattr(identity_module, "digests_of", digest)
+    monkeypatch.setattr(module_state, "digests_of", digest)
     return seen
 
 

@@ -18,24 +18,14 @@ from families import build
 
 import sdguard
 from sdguard import GuardConfig, testbed
-from sdguard.decision import background, store
+from sdguard.decision import background, cache, model_folder, store
+from sdguard.decision.cache import alone, cache_folder, cache_path, cached_profiles, keep_in_cache, name_of, remove_cached
+from sdguard.decision.calibration import evenly
 from sdguard.decision.identity import identity
-from sdguard.decision.profile import Profile, ProfileError
-from sdguard.decision.store import (
-    alone,
-    cache_folder,
-    cache_path,
-    cached_profiles,
-    find_or_make,
-    keep_in_cache,
-    known_profile,
-    load_profile,
-    name_of,
-    profile_for,
-    profile_now,
-    remove_cached,
-    save_profiles,
-)
+from sdguard.decision.known_profiles import known_profile, load_profile, save_profiles
+from sdguard.decision.ordinary_prompts import ordinary_prompts
+from sdguard.decision.profile import Profile, ProfileError, digest_of
+from sdguard.decision.store import find_or_make, profile_for, profile_now
 from sdguard.guarded import run as run_module
 from sdguard.guarded.run import WITHOUT_PROFILE, MemorizationError
 
@@ -46,7 +36,7 @@ MakeProfile = Callable[..., Profile]
 @pytest.fixture(autouse=True)
 def _own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process of its own, in which nothing was made yet."""
-    monkeypatch.setattr(store, "_unsaved", {})
+    monkeypatch.setattr(cache, "_unsaved", {})
     monkeypatch.setattr(background, "_threads", {})
     yield
     for thread in background._threads.values():
@@ -64,7 +54,7 @@ def made_of(tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
             lists.append(list(prompts))
         time.sleep(0.2)
         options["progress"](len(prompts), len(prompts))
-        return replace(profile_for(pipe, 1e6), model=identity(pipe), prompts_digest=store.digest_of(prompts))
+        return replace(profile_for(pipe, 1e6), model=identity(pipe), prompts_digest=digest_of(prompts))
 
     monkeypatch.setattr(store, "calibrate", calibrate)
     return lists
@@ -102,7 +92,7 @@ def test_the_models_own_profile_goes_before_the_cached_one_unless_its_prompts_ar
 ) -> None:
     tiny.save_pretrained(tmp_path)
     pipe = type(tiny).from_pretrained(tmp_path)
-    shipped, own = profile_for(pipe, 1.0), replace(profile_for(pipe, 2.0), prompts_digest=store.digest_of(PROMPTS))
+    shipped, own = profile_for(pipe, 1.0), replace(profile_for(pipe, 2.0), prompts_digest=digest_of(PROMPTS))
     shipped.save(tmp_path / "sdguard" / "profile.json")
     keep_in_cache(own, cache_path(own.model, PROMPTS))
     assert known_profile(pipe, identity(pipe)) == shipped
@@ -149,7 +139,7 @@ def test_what_diffusers_left_on_the_hub_is_fetched_before_anything_is_calibrated
         asked.append((repository, options))
         mine.save(snapshot / "sdguard" / "anything.json")
 
-    monkeypatch.setattr(store, "snapshot_download", download)
+    monkeypatch.setattr(model_folder, "snapshot_download", download)
     for _ in range(2):
         assert profile_now(pipe) == mine
     assert asked == [("somebody/something", {"revision": "abd", "cache_dir": tmp_path, "allow_patterns": "sdguard/*"})]
@@ -171,7 +161,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_is_no_reason_not_to_calibr
         asked.append(repository)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(store, "snapshot_download", download)
+    monkeypatch.setattr(model_folder, "snapshot_download", download)
     for prompts in (PROMPTS, PROMPTS[:6]):
         profile_now(pipe, prompts=prompts)
     assert made_of == [PROMPTS, PROMPTS[:6]]
@@ -294,7 +284,7 @@ def test_the_bar_says_what_the_profile_is_made_of_and_is_the_pipelines_own(
 
 
 def test_a_profiles_name_says_what_it_is_of(tiny: Any, made_of: list[list[str]]) -> None:
-    shipped = store.evenly(store.ordinary_prompts(tiny), 5)
+    shipped = evenly(ordinary_prompts(tiny), 5)
     shipped_path, own_path = cache_path(identity(tiny), shipped), cache_path(identity(tiny), PROMPTS)
     assert shipped_path.stem.startswith("UNet2DConditionModel-")
     assert shipped_path.stem.endswith("-5")
@@ -308,7 +298,7 @@ def test_a_profile_is_named_in_the_cache_as_what_is_in_it_is(tiny: Any) -> None:
 
 
 def test_those_not_used_for_longest_go_once_the_cache_is_full(tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "KEPT_PROFILES", 4)
+    monkeypatch.setattr(cache, "KEPT_PROFILES", 4)
     oldest, second, *others = filled(4, {**identity(tiny), "size": 999}, profile_for, tiny)
     mine = profile_for(tiny, 2.0)
     mine.save(oldest)
@@ -323,15 +313,15 @@ def test_the_use_of_a_profile_is_noted_once_a_process(tiny: Any, profile_for: Ma
     path = cache_folder() / "mine.json"
     profile_for(tiny, 2.0).save(path)
     known_profile(tiny, identity(tiny))
-    os.utime(store.mark_of(path), (1.0, 1.0))
+    os.utime(cache.mark_of(path), (1.0, 1.0))
     known_profile(tiny, identity(tiny))
-    assert store.mark_of(path).stat().st_mtime == 1.0
+    assert cache.mark_of(path).stat().st_mtime == 1.0
     remove_cached(path)
     assert not [entry for entry in cache_folder().iterdir() if entry.suffix in (".json", ".used")]
 
 
 def test_work_that_was_given_up_is_bounded_too(tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "KEPT_PROFILES", 2)
+    monkeypatch.setattr(cache, "KEPT_PROFILES", 2)
     for i in range(4):
         folder = cache_folder() / f"{i}.json.parts"
         folder.mkdir(parents=True)
@@ -463,12 +453,12 @@ import sys, time
 sys.path.insert(0, "tests")
 from families import build
 from sdguard import testbed
-from sdguard.decision import store
+from sdguard.decision import cache, store
 from transformers import CLIPTokenizer
 
 pipe = build("StableDiffusionPipeline", CLIPTokenizer.from_pretrained(testbed.path() / "tokenizer"))
 store.profile_now(pipe, on_unknown="background", prompts=[f"a cat number {i}" for i in range(1200)])
-while not list(store.cache_folder().glob("*.parts/*/*")):
+while not list(cache.cache_folder().glob("*.parts/*/*")):
     time.sleep(0.01)
 print("ends")
 """
@@ -513,7 +503,7 @@ def test_a_pipeline_is_calibrated_ahead_of_its_calls(tiny: Any, made_of: list[li
 def test_own_prompts_go_before_a_profile_that_came_with_the_model(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = known_profile(embedded, identity(embedded))
     assert shipped is not None
-    own = replace(shipped, prompts_digest=store.digest_of(PROMPTS))
+    own = replace(shipped, prompts_digest=digest_of(PROMPTS))
     monkeypatch.setattr(store, "calibrate", lambda *arguments, **options: own)
     guarded = sdguard.guard(embedded)
     assert guarded.calibrate() == shipped
@@ -527,7 +517,7 @@ def test_the_embedded_models_profile_is_called_by_its_content() -> None:
 
 def test_whoever_waits_is_told_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "made.json"
-    lock = str(store.lock_file(path))
+    lock = str(cache.lock_file(path))
     program = f"import filelock; lock = filelock.FileLock({lock!r}); lock.acquire(); print(flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from sdguard import GuardConfig, Profile, guard, testbed
 from sdguard.cli.main import app
 from sdguard.decision.calibration import evenly
-from sdguard.decision.store import PROFILE_FILE
+from sdguard.decision.model_folder import PROFILE_FILE
 from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.comparison import Comparison, compare
 from sdguard.demo.landscape import REACH, Landscape, landscape, potential, slice_of
@@ -52,7 +52,7 @@ def profile() -> Profile:
     return Profile.load(testbed.path() / PROFILE_FILE)
 
 
-def emitted(work: Callable[[Emit], None]) -> list[Any]:
+def emitted(work: Callable[[Emit], object]) -> list[Any]:
     events: list[Any] = []
     work(events.append)
     return events

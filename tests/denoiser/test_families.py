@@ -170,7 +170,8 @@ def readings_of(pipe: Any, **extra: Any) -> list[Observation]:
 def same_reading(one: Observation, other: Observation) -> None:
     """Both readings are the same, but for the noise level, in which a run's own first call may be a little off."""
     assert abs(one.level.log_snr - other.level.log_snr) <= TOLERANCE
-    torch.testing.assert_close(one.guidance_norm, other.at(one.x, one.timestep).guidance_norm, rtol=1e-3, atol=1e-6)
+    for seen, there in ((one, other), (other, other)):
+        torch.testing.assert_close(seen.guidance_norm, there.at(seen.x, seen.timestep).guidance_norm, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.usefixtures("given_profile")
@@ -296,6 +297,20 @@ def test_pipelines_of_one_model_tell_it_one_guidance(names: list[str], embedded:
         plain = family_of(pipe).plain(pipe, x)
         found.append(next(plain[argument] for argument in ("guidance", "timestep_cond") if argument in plain))
     assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_no_ip_adapter_of_flux_reaches_the_reading(embedded: Any) -> None:
+    pipe = build("FluxPipeline", embedded.tokenizer)
+    (plain,) = readings_of(pipe)
+    width = 32
+    projection = {"proj.weight": torch.randn(4 * width, 12), "proj.bias": torch.randn(4 * width)}
+    projection |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    keys = {f"0.to_{kind}_ip.{part}": torch.randn(width, *[width] * (part == "weight")) for kind in "kv" for part in ("weight", "bias")}
+    pipe.transformer._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}])
+    pictures = [torch.randn(1, 1, 12)]
+    (seen,) = readings_of(pipe, ip_adapter_image_embeds=pictures, negative_ip_adapter_image_embeds=pictures)
+    same_reading(plain, seen)
 
 
 @pytest.mark.usefixtures("given_profile")

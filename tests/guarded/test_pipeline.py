@@ -19,6 +19,7 @@ import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
 from sdguard.correction import Correction
 from sdguard.decision import store as store_module
+from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.probe import read_prompts
 from sdguard.guarded import run as run_module
 from sdguard.observation import denoised
@@ -107,6 +108,22 @@ def test_nothing_is_called_steered_without_verification(tiny: Any, profile_for: 
     assert output.guard[row].verdict == "withheld"
     assert output.images[row].max() == 0
     assert not output.guard[row].steering["passed"]
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [(-1.0, "withheld"), (1.0, "steered")])
+def test_steering_is_withdrawn_where_the_run_comes_back(
+    limit: float, verdict: str, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verified ahead or not: what the run itself makes is held against what the text draws by itself."""
+    profile, row = flag_strongest(tiny, profile_for, agreement=limit)
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile)))
+    report = output.guard[row]
+    assert report.verdict == verdict
+    assert -1 <= report.steering["resemblance_on_the_run"] <= 1
+    assert (output.images[row].max() == 0) == (verdict == "withheld")
+    assert report.flagged_at == (0 if verdict == "steered" else 2)  # at the third of three steps there is more signal than noise
+    assert bool(report.steering["passed"]) == (verdict == "steered")
 
 
 def test_on_failure_pass_lets_the_unsteered_image_through(tiny: Any, profile_for: MakeProfile) -> None:
@@ -256,7 +273,35 @@ def test_a_run_that_begins_far_from_the_reference_level_is_read_apart(tiny: Any,
     assert [report.signals["guidance_norm"]["value"] for report in output.guard] == pytest.approx(alone, rel=1e-5)
 
 
-@pytest.mark.parametrize("field", [{"mode": "watch"}, {"on_failure": "shrug"}, {"false_positive_rate": 0}, {"steering": ["prayer"]}])
+def test_a_run_whose_denoiser_is_never_seen_is_not_clean(tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
+    monkeypatch.setattr(DenoiserHook, "is_foreign_call", lambda self, kwargs: True)
+    output = call(guarded)
+    assert {(report.verdict, report.error) for report in output.guard} == {
+        ("withheld", "RuntimeError: the guard saw no call of the denoiser")
+    }
+    assert output.images.max() == 0
+
+
+def test_a_report_names_what_was_given_and_not_judged(tiny: Any, profile_for: MakeProfile) -> None:
+    latents = torch.randn(3, 4, 8, 8)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6))), latents=latents)
+    assert [report.limits for report in output.guard] == [["latents"]] * 3
+
+
+def test_a_rate_per_prompt_is_shared_by_its_pictures(tiny: Any, profile_for: MakeProfile) -> None:
+    """At 2% of a prompt, each of its four pictures is judged at half a percent; the picture of another prompt at 2%."""
+    profile = profile_for(tiny, 1e6)
+    guarded = sdguard.guard(tiny, GuardConfig("observe", 0.02, profile=profile, rate_per="prompt"))
+    reports = call(guarded, ["a cat"] * 4 + ["a dog"]).guard
+    assert [report.threshold for report in reports] == [profile.threshold(0.005)] * 4 + [profile.threshold(0.02)]
+    with pytest.raises(ProfileError, match="needs at least 399 scored"):
+        call(sdguard.guard(tiny, GuardConfig("observe", 0.01, profile=profile, rate_per="prompt")), ["a cat"] * 4)
+
+
+@pytest.mark.parametrize(
+    "field", [{"mode": "watch"}, {"rate_per": "day"}, {"on_failure": "shrug"}, {"false_positive_rate": 0}, {"steering": ["prayer"]}]
+)
 def test_a_config_that_cannot_be_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
         GuardConfig(**field)

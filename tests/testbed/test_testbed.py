@@ -13,8 +13,8 @@ from torch import nn
 
 from sdguard import testbed
 from sdguard.decision.identity import identity
+from sdguard.decision.model_folder import PROFILE_FILE, PROMPTS_FILE
 from sdguard.decision.profile import Profile
-from sdguard.decision.store import PROFILE_FILE, PROMPTS_FILE
 from sdguard.testbed import label, training
 from sdguard.testbed.build_data import DataError, licence_of, run_command
 from sdguard.testbed.copies import Targets

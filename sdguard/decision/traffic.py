@@ -1,0 +1,71 @@
+"""A profile of real traffic: the scores that the guard gave to what people really asked for, in place of those of a list."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdguard.decision.cache import name_of
+from sdguard.decision.profile import Profile, ProfileError
+
+#: scores that a profile of traffic is made of at least.
+LEAST_SCORES = 100
+
+
+def append_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON line a row to a log, in one piece, so that processes may share it; raises `OSError`."""
+    text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def logged_scores(path: Path, profile: Profile) -> list[float]:
+    """The scores in a log that were given by ``profile``, in their order.
+
+    Raises:
+        ProfileError: the file cannot be read, holds a line that is none of the guard's, or too few scores by this profile.
+    """
+    name, scores, others = name_of(profile), [], 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("score"), float) or not math.isfinite(row["score"]):
+                    raise ProfileError(f"{path}: line {number} is no line of a log of scores.")
+                if row.get("profile") == name:
+                    scores.append(row["score"])
+                else:
+                    others += 1
+    except OSError as error:
+        raise ProfileError(f"The log {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise ProfileError(f"{path}: line {number} is no line of a log of scores.") from None
+    if len(scores) < LEAST_SCORES:
+        beside = f", and {others} that another profile gave" if others else ""
+        raise ProfileError(f"{path} holds {len(scores)} scores that profile {name} gave{beside}; {LEAST_SCORES} are needed at least.")
+    return scores
+
+
+def profile_of_traffic(profile: Profile, scores: list[float], memorized_share: float) -> Profile:
+    """``profile`` with the threshold and the p-values resting on ``scores`` that it gave to real pictures.
+
+    The highest ``memorized_share`` of them are left out: where no more than that share of the pictures were memorized, an ordinary one is
+    flagged with at most the promised rate plus that share, and with no more than the promise where the memorized ones scored highest and
+    were that many. A prompt counts as often as it was asked for, which is what a server's rate is about.
+
+    Raises:
+        ValueError: the share is none.
+    """
+    if not 0 <= memorized_share < 1:
+        raise ValueError(f"The share of memorized pictures is {memorized_share}; it must be at least 0 and under 1.")
+    kept = sorted(scores)[: len(scores) - math.ceil(memorized_share * len(scores))]
+    digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
+    note = f"of {len(scores):,} scores of real traffic, the highest {memorized_share:.1%} left out"
+    return replace(profile, scores=kept, prompts_digest=digest, set_aside=[], note=note)
