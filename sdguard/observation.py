@@ -230,6 +230,12 @@ class Observation:
         picked["origin"] = None if self.origin is None else self.origin[rows]
         return replace(self, **picked, rules=tuple(self.rules[i] for i in rows.tolist()) if self.rules else ())
 
+    def differentiable(self) -> Observation:
+        """The same where gradients can be taken, also of a run inside ``torch.inference_mode``; made outside of that mode."""
+        names = ("x", "eps_c", "eps_u", "condition", "null_condition", "past_norms")
+        held = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value.clone() for name, value in held.items() if value.is_inference()})
+
     def conditional(self, x: Tensor, timestep: float, condition: Tensor | None = None) -> Tensor:
         """The conditional noise prediction of the rows elsewhere, not counted; under their own text condition or another."""
         return self.denoise(x, timestep, self.condition if condition is None else condition, self.run_rows + self.rows)

@@ -65,7 +65,8 @@ class RunRecord:
         """Note what the first call says of the run: its scheduler, how many images it makes, and how its latents travel."""
         self.scheduler, self.initial_scheduler = scheduler, clone_scheduler(scheduler)
         self.dtype, self.patch_rows = dtype, patch_rows
-        self.evaluations = torch.zeros(images, dtype=torch.long)
+        with torch.inference_mode(False):  # it is counted in that mode and outside of it
+            self.evaluations = torch.zeros(images, dtype=torch.long)
         # all at once: one by one, between calls of the network, each would take several times as long
         self._levels = {t: noise_level(scheduler, t) for t in scheduler.timesteps.tolist()}
 

@@ -190,11 +190,11 @@ class GuardedRun:
     def steer(self, observation: Observation, reports: list[GuardReport], profile: Profile) -> None:
         """Try steering methods in order on images, from their own beginning; verified ones are corrected."""
         rows = torch.tensor([report.row for report in reports])
+        prompts = [report.prompt for report in reports]
         try:
-            flagged = SteeringInput.of(
-                observation.select(rows), [report.prompt for report in reports], self.encoder, profile, self.config.rewriter
-            )
-            outcomes = try_in_order(flagged, methods_of(profile, self.config.steering))
+            with torch.inference_mode(False), torch.no_grad():  # descents take gradients, whatever mode the caller is in
+                flagged = SteeringInput.of(observation.select(rows), prompts, self.encoder, profile, self.config.rewriter)
+                outcomes = try_in_order(flagged, methods_of(profile, self.config.steering))
         except Exception as error:  # as in judge
             self.fail(reports, error)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from sdguard.decision.profile import Profile
 from sdguard.steering import METHODS
 from sdguard.steering.method import Method, SteeringInput
 from sdguard.steering.verification import Verification, verify
+
+logger = logging.getLogger(__name__)
 
 #: tried where a profile has learnt no order: what keeps the prompt in words first, then what moves its embedding.
 DEFAULT = ("rewording", "token descent", "embedding descent")
@@ -42,15 +45,31 @@ def attempt(flagged: SteeringInput, method: Method) -> list[tuple[Correction, Ve
     return [(correction, next(found)) if correction else None for correction in corrections]
 
 
+def attempt_each(flagged: SteeringInput, method: Method) -> list[tuple[Correction, Verification] | Exception | None]:
+    """As `attempt`; where it fails each image is tried alone, so that an error is that image's, and takes its place here."""
+    try:
+        return list(attempt(flagged, method))
+    except Exception as error:  # of whatever kind: it has to reach the report
+        logger.exception("sdguard: %s failed", method.name)
+        if len(flagged.prompts) == 1:
+            return [error]
+    return [attempt_each(flagged.select([row]), method)[0] for row in range(len(flagged.prompts))]
+
+
 def try_in_order(flagged: SteeringInput, methods: Sequence[Method]) -> list[Outcome]:
-    """Try ``methods`` on every image until one passes verification. Cost: what is tried takes, and its verification."""
+    """Try ``methods`` on every image until one passes verification. Cost: what is tried takes, and its verification.
+
+    A method that fails on an image stands among its attempts with its ``error``, and the next one is tried.
+    """
     outcomes = [Outcome() for _ in flagged.prompts]
     for method in methods:
         left = [row for row, outcome in enumerate(outcomes) if outcome.correction is None]
         if not left:
             break
-        for row, tried in zip(left, attempt(flagged.select(left), method), strict=True):
-            if tried:
+        for row, tried in zip(left, attempt_each(flagged.select(left), method), strict=True):
+            if isinstance(tried, Exception):
+                outcomes[row].attempts.append({"method": method.name, "error": f"{type(tried).__name__}: {tried}"})
+            elif tried:
                 correction, verification = tried
                 outcomes[row].attempts.append({"method": method.name, **correction.how, **verification.entry()})
                 outcomes[row].correction = correction if verification.passed else None

@@ -42,7 +42,7 @@ class SteeringInput:
         cls, observation: Observation, prompts: list[str | None], encoder: Encoder, profile: Profile, rewriter: Rewriter | None = None
     ) -> SteeringInput:
         """Flagged images at their run's first call, their paraphrases looked for. Cost: that of `candidates` and `first_ordinary`."""
-        here, observation = observation, observation.at_reference
+        here, observation = observation, observation.at_reference.differentiable()
         own_noise = here.x.shape == observation.x.shape and torch.equal(here.x, observation.x) and here.timestep == observation.timestep
         target = quantile(profile.values["guidance_norm"], TARGET)
         frequency = profile.frequency

@@ -126,6 +126,17 @@ def test_steering_is_withdrawn_where_the_run_comes_back(
     assert bool(report.steering["passed"]) == (verdict == "steered")
 
 
+@pytest.mark.parametrize("method", ["embedding descent", "LID ascent", "SAIL"])
+def test_descents_work_in_inference_mode(method: str, tiny: Any, profile_for: MakeProfile) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile, steering=[method], on_failure="pass"))
+    outside = call(guarded)
+    with torch.inference_mode():
+        inside = call(guarded)
+    assert [attempt.get("error") for attempt in inside.guard[row].steering["attempts"]] == [None]
+    assert np.array_equal(inside.images, outside.images)
+
+
 def test_on_failure_pass_lets_the_unsteered_image_through(tiny: Any, profile_for: MakeProfile) -> None:
     profile, row = flag_strongest(tiny, profile_for, agreement=-1.0)
     output = call(sdguard.guard(tiny, GuardConfig(profile=profile, on_failure="pass")))

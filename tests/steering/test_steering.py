@@ -409,6 +409,28 @@ def test_rows_that_have_passed_pay_no_more(observe: Observe) -> None:
     assert observation.evaluations[0] < observation.evaluations[1]
 
 
+def test_a_method_that_fails_on_one_image_takes_neither_the_others_nor_the_next_method_with_it(observe: Observe) -> None:
+    """Two of three rows are cured by a method that breaks on the third; that one is cured by the next."""
+    picture = torch.randn(X[1:]) * 2
+    text = keyed(1.0).expand(3, 5, 4).clone()
+    text[1, 3, 0] = 7.0  # the row on which it breaks
+    observation = observe(memorizing({1.0: picture}), torch.randn(X), text)
+
+    def fragile(flagged: SteeringInput) -> list[Correction | None]:
+        if (flagged.observation.condition[:, 3, 0] == 7.0).any():
+            raise RuntimeError("no luck")
+        return [Correction({}, condition=keyed(3.0)) for _ in flagged.prompts]
+
+    outcomes = try_in_order(flag(observation, ordinary(norm=0.0)), [Method("fragile", fragile, cost=0), to(3.0)])
+    assert all(outcome.correction is not None for outcome in outcomes)
+    assert [[attempt["method"] for attempt in outcome.attempts] for outcome in outcomes] == [
+        ["fragile"],
+        ["fragile", "to 3.0"],
+        ["fragile"],
+    ]
+    assert outcomes[1].attempts[0] == {"method": "fragile", "error": "RuntimeError: no luck"}
+
+
 def test_a_method_that_does_not_apply_leaves_no_attempt(observe: Observe) -> None:
     observation = observe(key_token, torch.randn(X), torch.ones(3, 5, 4))
     outcomes = try_in_order(flag(observation), [METHODS["attention attenuation"], METHODS["padding damping"]])
