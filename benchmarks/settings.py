@@ -1,8 +1,8 @@
 """One profile, any setting: the embedded model's profile under samplers, steps, guidance, negative prompts, sizes and precisions.
 
 ``python -m benchmarks settings`` reads, in each setting, the first denoiser call of runs of held-out ordinary captions and of the test
-split's verbatim copies, as the guard does, all by the profile that ships. It writes ``results/settings.json`` and the README's table, and
-fails where a setting would have been calibrated.
+split's verbatim copies, as the guard does, all by the profile that ships: of all copies in the setting the model is meant for, else of two
+seeds a copied caption. It writes ``results/settings.json`` and the README's table, and fails where a setting would have been calibrated.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from benchmarks.detection import held_out
 from benchmarks.readme import README, markdown, put
 from benchmarks.running import profile_digest, versions
 from sdguard import testbed
+from sdguard.decision.calibration import calibrate, evenly
 from sdguard.decision.identity import identity
 from sdguard.decision.known_profiles import known_profile
+from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.decision.profile import Profile
+from sdguard.decision.store import FIRST_USE_PROMPTS
 from sdguard.denoiser.probe import probe_run
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.atomic import write_text
@@ -36,6 +39,8 @@ from sdguard.guarded.run import GuardedRun
 
 NAME, RESULTS = "settings", Path(__file__).parent / "results"
 RATE, BATCH, ORDINARY = 0.01, 25, 400
+#: seeds a copied caption, where not all that are copied are read.
+SEEDS = 2
 #: samplers by name: diffusers' class, and what of its configuration is changed.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {"timestep_spacing": "leading"}),
@@ -72,9 +77,14 @@ class Case:
     embedded: bool = False
 
 
+#: the setting that the model is meant for, in which all copies of the split are read.
+DEFAULT = Case("guidance 2.5")
+
+
 def cases() -> list[Case]:
     """Every setting that is measured."""
     made = [Case(f"{sampler}, {steps} steps", sampler, call={"num_inference_steps": steps}) for sampler in SAMPLERS for steps in STEPS]
+    made.append(DEFAULT)
     made += [Case(f"guidance {scale:g}", call={"guidance_scale": scale}) for scale in GUIDANCE]
     made += [Case(f"negative prompt: {text}", negatives=(text,)) for text in NEGATIVES]
     made += [Case(f"negative embeddings: {text}", negatives=(text,), embedded=True) for text in NEGATIVES]
@@ -116,11 +126,11 @@ def read(pipe: Any, profile: Profile, case: Case, part: pd.DataFrame) -> pd.Data
     )
 
 
-def copies() -> pd.DataFrame:
-    """The test split's verbatim captions with the seeds whose pictures are copies, ``text`` and ``seed``."""
+def copies(seeds: int | None) -> pd.DataFrame:
+    """The test split's verbatim captions with the seeds whose pictures are copies, so many of them or all; ``text`` and ``seed``."""
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
     table = table[(table.split == "test") & (table.kind == "verbatim")]
-    return pd.DataFrame([{"text": row.text, "seed": int(seed)} for row in table.itertuples() for seed in row.copied_seeds[:2]])
+    return pd.DataFrame([{"text": row.text, "seed": int(seed)} for row in table.itertuples() for seed in row.copied_seeds[:seeds]])
 
 
 def row(case: Case, profile: Profile, ordinary: pd.DataFrame, copied: pd.DataFrame) -> dict[str, Any]:
@@ -138,6 +148,22 @@ def row(case: Case, profile: Profile, ordinary: pd.DataFrame, copied: pd.DataFra
         "pays none": float((ordinary.evaluations == 0).mean()),
         "errors": int((ordinary.error != "").sum() + (copied.error != "").sum()),
     }
+
+
+def first_use() -> dict[str, int]:
+    """What a calibration on first use costs: prompts, denoiser evaluations, and pictures of 50 steps that cost as much."""
+    pipe, evaluations = testbed.load(), 0
+    forward = pipe.unet.forward
+
+    def counted(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal evaluations
+        evaluations += len(sample)
+        return forward(sample, *args, **kwargs)
+
+    pipe.unet.forward = counted
+    prompts = evenly(ordinary_prompts(pipe), FIRST_USE_PROMPTS)
+    made = calibrate(pipe, prompts)
+    return {"prompts": len(prompts), "scored": made.prompts, "evaluations": evaluations, "pictures": round(evaluations / 100)}
 
 
 def readme_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -182,18 +208,16 @@ def main(
         profile = known_profile(pipe, identity(pipe))
         if profile is None:
             raise SystemExit(f"{case.name}: the profile of the model does not serve this setting.")
-        about = {"profile": profile_digest(), "case": repr(case), **versions()}
+        key = {"profile": profile_digest(), "case": repr(case), **versions()}
         measure = partial(read, pipe, profile, case)
-        found = [
-            measured(f"settings-{number:03d}-{what}", table, measure, work, about, BATCH)
-            for what, table in (("ordinary", ordinary), ("copies", copies()))
-        ]
+        tables = {"ordinary": ordinary, "copies": copies(None if case == DEFAULT else SEEDS)}
+        found = [measured(f"{NAME}-{number:03d}-{what}", table, measure, work, key, BATCH) for what, table in tables.items()]
         rows.append(row(case, profile, *found))
         typer.echo(json.dumps(rows[-1]))
     out.mkdir(parents=True, exist_ok=True)
-    write_text(
-        out / f"{NAME}.json", json.dumps({"about": {"profile": profile_digest(), "rate": RATE, **versions()}, "rows": rows}, indent=1)
-    )
+    about: dict[str, Any] = {"profile": profile_digest(), "rate": RATE, "first use": first_use(), **versions()}
+    typer.echo(about["first use"])
+    write_text(out / f"{NAME}.json", json.dumps({"about": about, "rows": rows}, indent=1))
     shown = readme_table(rows)
     typer.echo(shown)
     put(NAME, shown, readme)

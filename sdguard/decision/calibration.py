@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +20,12 @@ from sdguard.decision.cascade import BY_NAME, PLAN, Cascade, judge
 from sdguard.decision.identity import identity
 from sdguard.decision.profile import FORMAT, SERIES, Profile, digest_of
 from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
+from sdguard.denoiser.reference_call import reference_timestep
 from sdguard.files.resumable import Parts, run_pieces
 from sdguard.geometry.alignment import alignment
 from sdguard.geometry.reference import reference_end
 from sdguard.geometry.rollout import observations
-from sdguard.observation import Observation
+from sdguard.observation import Observation, is_flow, noise_level
 from sdguard.signals.agreement import correlation
 from sdguard.signals.signal import UnsupportedModel
 from sdguard.words import document_frequency
@@ -31,7 +33,9 @@ from sdguard.words import document_frequency
 #: ordinary prompts that fit the cascade, at most.
 FITTING_PROMPTS = 200
 #: of those, on how many is read what decides nothing by itself: what is reported only, and what verification is held to.
-REPORTED_PROMPTS = 30
+REPORTED_PROMPTS = 27
+#: on how many is read how the free signals move with the noise level that a run begins at, and that other level, as a share of training's.
+TILT_PROMPTS, OTHER_LEVEL = 28, 0.95
 #: runs whose free signals are followed, and in how many steps.
 SERIES_PROMPTS, SERIES_STEPS = 8, 8
 #: correlation of what the text draws from two noises from which the two are one picture.
@@ -87,7 +91,7 @@ def calibrate(
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
     model = identity(pipe, adapter_scale)
-    parts = Parts(work, "calibration", [FORMAT, model, list(prompts), seed, PLAN, BATCH_SIZE, SAME_PICTURE, REPORTED_PROMPTS])
+    parts = Parts(work, "calibration", [FORMAT, model, list(prompts), seed, PLAN, BATCH_SIZE, SAME_PICTURE, REPORTED_PROMPTS, TILT_PROMPTS])
     measurement = Measurement(pipe, prompts, seed, adapter_scale, parts, state, progress)
     fitting, scoring = split(len(prompts))
     cascade, values, unfit = fit(measurement, fitting)
@@ -119,23 +123,34 @@ class Measurement:
         self.parts, self.state, self.progress = parts, state, progress
         self.done = 0
 
-    def read(self, what: str, positions: Sequence[int], look: Callable[[Observation], Values], first_time: bool = False) -> Values:
-        """What ``look`` makes of the prompts at ``positions``, in their order; ``first_time``: they count as progress."""
+    def read(
+        self,
+        what: str,
+        positions: Sequence[int],
+        look: Callable[[Observation], Values],
+        first_time: bool = False,
+        timestep: float | None = None,
+    ) -> Values:
+        """What ``look`` makes of the prompts at ``positions``, in their order; ``first_time``: they count as progress.
+
+        ``timestep`` is another than the reference call's, where one is given.
+        """
         batches = [positions[start : start + BATCH_SIZE] for start in range(0, len(positions), BATCH_SIZE)]
         pieces = {f"{what}-{number:06d}": batch for number, batch in enumerate(batches)}
-        return joined(run_pieces(self.parts, pieces, partial(self.read_batch, look), self.state, partial(self.advance, first_time)))
+        read = partial(self.read_batch, look, timestep)
+        return joined(run_pieces(self.parts, pieces, read, self.state, partial(self.advance, first_time)))
 
     @torch.no_grad()
-    def read_batch(self, look: Callable[[Observation], Values], batch: Sequence[int]) -> Values:
+    def read_batch(self, look: Callable[[Observation], Values], timestep: float | None, batch: Sequence[int]) -> Values:
         """What ``look`` makes of one batch; of its halves, where it does not fit into memory."""
         try:
             prompts, seeds = [self.prompts[i] for i in batch], [self.seed + i for i in batch]
-            return look(read_prompts(self.pipe, prompts, seeds, self.adapter_scale))
+            return look(read_prompts(self.pipe, prompts, seeds, self.adapter_scale, timestep))
         except Exception as error:
             if len(batch) == 1 or not should_reduce_batch_size(error):
                 raise
         half = len(batch) // 2
-        return joined([self.read_batch(look, batch[:half]), self.read_batch(look, batch[half:])])
+        return joined([self.read_batch(look, timestep, batch[:half]), self.read_batch(look, timestep, batch[half:])])
 
     def advance(self, first_time: bool, batch: Sequence[int]) -> None:
         """Report the progress after a batch, whose prompts count the first time that they are read."""
@@ -161,7 +176,26 @@ def fit(measurement: Measurement, positions: Sequence[int]) -> tuple[Cascade, di
     reported = measurement.read("reported", evenly([positions[i] for i in kept], REPORTED_PROMPTS), reported_values)
     values |= {name: found for name, found in reported.items() if name not in values}
     check_finite(values, positions, measurement.prompts)
-    return Cascade.fit(values), {name: sorted(found) for name, found in values.items()}, aside
+    chosen = evenly(range(len(kept)), TILT_PROMPTS)
+    here = {name: [values[name][i] for i in chosen] for name in PLAN[0].fused}
+    cascade = tilted(measurement, [positions[kept[i]] for i in chosen], here, Cascade.fit(values))
+    return cascade, {name: sorted(found) for name, found in values.items()}, aside
+
+
+def tilted(measurement: Measurement, positions: Sequence[int], here: Values, cascade: Cascade) -> Cascade:
+    """The cascade whose first stage, read at whatever level near the reference call's a run begins at, allows for that level.
+
+    ``here`` has the stage's signals at the reference call of the prompts at ``positions``. Nothing to allow for in flow matching, where
+    runs begin with noise alone. Cost: 2 evaluations a prompt.
+    """
+    scheduler = measurement.pipe.scheduler
+    if is_flow(scheduler):
+        return cascade
+    timestep = float(round(OTHER_LEVEL * scheduler.config.num_train_timesteps) + 1)
+    at, other = (noise_level(scheduler, t).log_snr for t in (reference_timestep(scheduler), timestep))
+    there = measurement.read("other level", positions, free_values, timestep=timestep)
+    scales = {name: cascade.scales[name].tilted(here[name], there[name], at, other) for name in here if name in cascade.scales}
+    return replace(cascade, scales={**cascade.scales, **scales})
 
 
 def check_finite(values: Mapping[str, Sequence[float]], positions: Sequence[int], prompts: Sequence[str]) -> None:
@@ -217,6 +251,11 @@ def read_signals(observation: Observation, names: Iterable[str]) -> Values:
 def deciding_values(observation: Observation) -> Values:
     """Every signal of the plan that decides, and the guidance norm, which steering aims by."""
     return read_signals(observation, dict.fromkeys([*(name for stage in PLAN for name in stage.fused), "guidance_norm"]))
+
+
+def free_values(observation: Observation) -> Values:
+    """The signals of the first stage, which cost nothing."""
+    return read_signals(observation, PLAN[0].fused)
 
 
 def reported_values(observation: Observation) -> Values:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +27,15 @@ BY_NAME = {signal.name: signal for signal in SIGNALS}
 class Scale:
     """How one signal spreads over ordinary prompts; ``log`` where all its values there are positive.
 
-    Median and quantiles, so that a few memorized prompts among the ordinary ones move nothing.
+    Median and quantiles, so that a few memorized prompts among the ordinary ones move nothing. The median is that at the noise level
+    ``log_snr``; at others near by it moves by ``slope`` a unit of log-SNR.
     """
 
     log: bool
     median: float
     deviation: float
+    slope: float = 0.0
+    log_snr: float = 0.0
 
     @classmethod
     def fit(cls, values: Sequence[float]) -> Scale:
@@ -42,9 +45,19 @@ class Scale:
         low, median, high = np.quantile(taken, [0.16, 0.5, 0.84])
         return cls(log, float(median), max(float(high - low) / 2, 1e-12))
 
-    def z(self, values: Tensor) -> Tensor:
-        """Values in standard deviations of ordinary prompts, same shape."""
-        return ((values.clamp_min(1e-30).log() if self.log else values) - self.median) / self.deviation
+    def taken(self, values: Tensor) -> Tensor:
+        """Values, or their logarithms."""
+        return values.clamp_min(1e-30).log() if self.log else values
+
+    def z(self, values: Tensor, log_snr: float | None = None) -> Tensor:
+        """Values in standard deviations of ordinary prompts, same shape; read at the noise level ``log_snr``, if not at the scale's own."""
+        moved = 0.0 if log_snr is None else self.slope * (log_snr - self.log_snr)
+        return (self.taken(values) - self.median - moved) / self.deviation
+
+    def tilted(self, here: Sequence[float], there: Sequence[float], at: float, other: float) -> Scale:
+        """The same with its slope, from the values of some prompts at the log-SNR ``at`` of this scale and at an ``other`` one."""
+        moved = self.taken(torch.tensor(there)) - self.taken(torch.tensor(here))
+        return replace(self, slope=float(moved.median()) / (other - at), log_snr=at)
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ def judge(observation: Observation, cascade: Cascade) -> tuple[Tensor, dict[str,
         here = observation.select(rows)
         for name in stage.signals:
             values[name][rows] = BY_NAME[name].read(here).float().cpu()
-        fused = fuse([cascade.scales[name].z(values[name][rows]) for name in stage.fused])
+        fused = fuse([cascade.scales[name].z(values[name][rows], here.level.log_snr) for name in stage.fused])
         score[rows] = above(floor, fused)
         if stage.bound is None or not (going := fused >= stage.bound).any():
             break

@@ -18,7 +18,7 @@ from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.identity import differences, same_model
 from sdguard.files.atomic import write_text
 
-FORMAT = 7
+FORMAT = 8
 #: free signals whose course over a run is followed.
 SERIES = ("guidance_norm", "denoised_norm")
 

@@ -126,10 +126,13 @@ def probe_run(
 
 
 @torch.no_grad()
-def read_prompts(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], adapter_scale: float | None = None) -> Observation:
+def read_prompts(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], adapter_scale: float | None = None, timestep: float | None = None
+) -> Observation:
     """The guard's own reference call of prompts, one seed each, outside any run: its noise is what a run from that seed starts with.
 
-    Neither the pipeline's call nor anybody's random generator takes part. Cost: 2 denoiser evaluations a prompt.
+    ``timestep`` is another than the reference call's, where one is given. Neither the pipeline's call nor anybody's random generator takes
+    part. Cost: 2 denoiser evaluations a prompt.
     """
     adapters = {} if adapter_scale is None else {"scale": adapter_scale}
     encoder = Encoder(pipe, {family_of(pipe).scale: adapters})
@@ -138,5 +141,5 @@ def read_prompts(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], adapte
         noise = [torch.randn(latent_shape(pipe), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         evaluations, scale = torch.zeros(len(prompts), dtype=torch.long), float(default_of(pipe, "guidance_scale") or 1.0)
         return ReferenceCall.of(pipe, condition, adapters).observation(
-            torch.stack(noise).to(condition.device), condition, null, evaluations, scale
+            torch.stack(noise).to(condition.device), condition, null, evaluations, scale, timestep
         )

@@ -162,9 +162,14 @@ class ReferenceCall:
             output = unpack_latents(output, x.shape[2] // 2)
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))
 
-    def observation(self, x: Tensor, condition: Tensor, null: Tensor, evaluations: Tensor, guidance_scale: float = 1.0) -> Observation:
-        """The call from noise ``x`` ``[B, C, H, W]`` of conditions ``[B, T (+ 1), E]``. Cost: 2 evaluations an image, counted."""
-        rows, timestep = torch.arange(len(x)), reference_timestep(self.pipe.scheduler)
+    def observation(
+        self, x: Tensor, condition: Tensor, null: Tensor, evaluations: Tensor, guidance_scale: float = 1.0, timestep: float | None = None
+    ) -> Observation:
+        """The call from noise ``x`` ``[B, C, H, W]`` of conditions ``[B, T (+ 1), E]``, at the reference timestep or another.
+
+        Cost: 2 evaluations an image, counted.
+        """
+        rows, timestep = torch.arange(len(x)), reference_timestep(self.pipe.scheduler) if timestep is None else timestep
         null = null.to(condition).expand_as(condition)
         both = self.denoise(torch.cat([x, x]), timestep, torch.cat([null, condition]), torch.cat([rows, rows]))
         eps_u, eps_c = both.chunk(2)

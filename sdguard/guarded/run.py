@@ -140,7 +140,7 @@ class GuardedRun:
                 continue
             for name, value in values.items():
                 if self.profile and not math.isnan(found := value[place].item()):
-                    z = self.profile.cascade.scales[name].z(torch.tensor(found)).item()
+                    z = self.profile.cascade.scales[name].z(torch.tensor(found), seen.level.log_snr).item()
                     report.signals[name] = {"value": found, "z": z}
             self.score(report, score)
 

@@ -206,10 +206,10 @@ def test_a_prompt_that_gives_one_picture_from_any_noise_is_no_ordinary_one(tiny:
     known = {"a cat number 3", "a cat number 5"}
     read = calibration.Measurement.read
 
-    def with_known(self: Any, what: str, positions: Sequence[int], look: Any, first_time: bool = False) -> Any:
+    def with_known(self: Any, what: str, positions: Sequence[int], look: Any, first_time: bool = False, **options: Any) -> Any:
         if what.startswith("collapsed"):
             return {"reference_agreement": [1.0 if self.prompts[position] in known else 0.0 for position in positions]}
-        return read(self, what, positions, look, first_time)
+        return read(self, what, positions, look, first_time, **options)
 
     monkeypatch.setattr(calibration.Measurement, "read", with_known)
     monkeypatch.setattr(calibration, "BATCH_SIZE", 30)
@@ -246,3 +246,20 @@ def test_a_file_of_another_format_that_nobody_named_is_passed_over(tiny: Any, tm
     cache_path(made.model, prompts).parent.mkdir(parents=True, exist_ok=True)
     cache_path(made.model, prompts).write_text('{"format": 5}')
     assert profile_for(tiny, prompts=prompts) == made
+
+
+def test_the_free_signal_is_held_against_ordinary_prompts_at_the_level_it_was_read_at(tiny: Any) -> None:
+    """At 951 in place of 976 the median of other prompts is where the tilted scale expects it, and not where the reference call has it."""
+    made = calibrate(tiny, [f"a cat number {i}" for i in range(90)])
+    scale = made.cascade.scales["guidance_detail"]
+    assert scale.slope != 0
+    with torch.no_grad():
+        read = read_prompts(tiny, [f"a dog number {i}" for i in range(40)], range(500, 540), timestep=951.0)
+    values = decision.BY_NAME["guidance_detail"].read(read)
+    tilted, level = scale.z(values, read.level.log_snr).median(), scale.z(values).median()
+    assert abs(tilted - scale.z(decision.BY_NAME["guidance_detail"].read(at_reference(tiny))).median()) < abs(level) / 2
+
+
+def at_reference(pipe: Any) -> Observation:
+    with torch.no_grad():
+        return read_prompts(pipe, [f"a dog number {i}" for i in range(40)], range(500, 540))

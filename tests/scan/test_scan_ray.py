@@ -54,7 +54,9 @@ def test_a_lost_worker_costs_no_row_and_no_row_comes_twice(cluster: Any, embedde
 
     here = [row for batch in scan(embedded, profile, prompts, batch_size=8) for row in batch]
     tables = [rank_prompts(some, prompts, 0.05) for some in (rows, here)]
-    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-4)
+    coarse = [name for name in tables[0] if name.startswith("lid_noisy")]  # a difference of two finite differences
+    pd.testing.assert_frame_equal(*(table.drop(columns=coarse) for table in tables), rtol=1e-3, atol=1e-4)
+    pd.testing.assert_frame_equal(*(table[coarse] for table in tables), rtol=1e-3, atol=1e-2)
 
     known = next(scan(embedded, profile, prompts, **options))  # what is kept serves the other engine
     assert sorted(row["row"] for row in known) == list(prompts)
