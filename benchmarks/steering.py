@@ -75,6 +75,9 @@ class Always:
     def reads(self, step: int) -> bool:
         return step == 0
 
+    def made(self, latents: torch.Tensor) -> None:
+        """Nothing is asked of the picture here."""
+
     def observe(self, observation: Observation) -> None:
         if observation.step == 0:
             found = self.correct(observation)

@@ -34,8 +34,8 @@ from sdguard.words import document_frequency
 FITTING_PROMPTS = 200
 #: of those, on how many is read what decides nothing by itself: what is reported only, and what verification is held to.
 REPORTED_PROMPTS = 27
-#: on how many is read how the free signals move with the noise level that a run begins at, and that other level, as a share of training's.
-TILT_PROMPTS, OTHER_LEVEL = 28, 0.95
+#: on how many is read how the free signals move with the noise level that a run begins at, and those levels, as shares of training's.
+TILT_PROMPTS, OTHER_LEVELS = 14, (0.95, 0.998)
 #: runs whose free signals are followed, and in how many steps.
 SERIES_PROMPTS, SERIES_STEPS = 8, 8
 #: correlation of what the text draws from two noises from which the two are one picture.
@@ -186,15 +186,19 @@ def tilted(measurement: Measurement, positions: Sequence[int], here: Values, cas
     """The cascade whose first stage, read at whatever level near the reference call's a run begins at, allows for that level.
 
     ``here`` has the stage's signals at the reference call of the prompts at ``positions``. Nothing to allow for in flow matching, where
-    runs begin with noise alone. Cost: 2 evaluations a prompt.
+    runs begin with noise alone. Cost: 2 evaluations a prompt and level.
     """
     scheduler = measurement.pipe.scheduler
     if is_flow(scheduler):
         return cascade
-    timestep = float(round(OTHER_LEVEL * scheduler.config.num_train_timesteps) + 1)
-    at, other = (noise_level(scheduler, t).log_snr for t in (reference_timestep(scheduler), timestep))
-    there = measurement.read("other level", positions, free_values, timestep=timestep)
-    scales = {name: cascade.scales[name].tilted(here[name], there[name], at, other) for name in here if name in cascade.scales}
+    timesteps = [float(round(level * scheduler.config.num_train_timesteps) + 1) for level in OTHER_LEVELS]
+    at, *levels = (noise_level(scheduler, t).log_snr for t in (reference_timestep(scheduler), *timesteps))
+    there = [measurement.read(f"level {t:g}", positions, free_values, timestep=t) for t in timesteps]
+    scales = {
+        name: cascade.scales[name].tilted(at, here[name], [(level, values[name]) for level, values in zip(levels, there, strict=True)])
+        for name in here
+        if name in cascade.scales
+    }
     return replace(cascade, scales={**cascade.scales, **scales})
 
 

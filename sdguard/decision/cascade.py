@@ -28,13 +28,13 @@ class Scale:
     """How one signal spreads over ordinary prompts; ``log`` where all its values there are positive.
 
     Median and quantiles, so that a few memorized prompts among the ordinary ones move nothing. The median is that at the noise level
-    ``log_snr``; at others near by it moves by ``slope`` a unit of log-SNR.
+    ``log_snr``; near by it moves by ``slopes`` a unit of log-SNR, the first towards more noise, the second towards less.
     """
 
     log: bool
     median: float
     deviation: float
-    slope: float = 0.0
+    slopes: tuple[float, float] = (0.0, 0.0)
     log_snr: float = 0.0
 
     @classmethod
@@ -51,13 +51,14 @@ class Scale:
 
     def z(self, values: Tensor, log_snr: float | None = None) -> Tensor:
         """Values in standard deviations of ordinary prompts, same shape; read at the noise level ``log_snr``, if not at the scale's own."""
-        moved = 0.0 if log_snr is None else self.slope * (log_snr - self.log_snr)
-        return (self.taken(values) - self.median - moved) / self.deviation
+        away = 0.0 if log_snr is None else log_snr - self.log_snr
+        return (self.taken(values) - self.median - self.slopes[away > 0] * away) / self.deviation
 
-    def tilted(self, here: Sequence[float], there: Sequence[float], at: float, other: float) -> Scale:
-        """The same with its slope, from the values of some prompts at the log-SNR ``at`` of this scale and at an ``other`` one."""
-        moved = self.taken(torch.tensor(there)) - self.taken(torch.tensor(here))
-        return replace(self, slope=float(moved.median()) / (other - at), log_snr=at)
+    def tilted(self, at: float, here: Sequence[float], others: Sequence[tuple[float, Sequence[float]]]) -> Scale:
+        """The same with its slopes, from the values of some prompts at the log-SNR ``at`` of this scale, and at one below and one above."""
+        moves = [(self.taken(torch.tensor(there)) - self.taken(torch.tensor(here)), level - at) for level, there in others]
+        noisier, clearer = (float(move.median()) / away for move, away in sorted(moves, key=lambda move: move[1]))
+        return replace(self, slopes=(noisier, clearer), log_snr=at)
 
 
 @dataclass(frozen=True)

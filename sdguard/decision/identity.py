@@ -7,6 +7,7 @@ is not: its sampler, steps, size and guidance do not reach the reference call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from sdguard.decision.digests import hexed
 from sdguard.decision.module_state import tree_of
 from sdguard.denoiser.families import default_size, denoiser_of, family_of
+from sdguard.denoiser.reference_call import setup_of
 from sdguard.observation import is_flow, prediction_type
 
 
@@ -28,19 +30,25 @@ def identity(pipe: Any, scale: float | None = None) -> dict[str, Any]:
     layout or version, or other values at `module_state.SAMPLED` places, whether a module came, went or changed its class, and what is set
     on modules: some milliseconds for SDXL, between which no memory of the weights is held. Moving a model to another device is no change.
 
-    *Limit*: an edit through ``.data``, which leaves the version as it is, that touches none of those places is not seen, nor are one
-    attribute of a module added and one removed at once.
+    *Limits*: an edit through ``.data``, which leaves the version as it is, that touches none of those places is not seen, nor are one
+    attribute of a module added and one removed at once. Of a module its class, its tensors and what adapters and FreeU set on it are
+    looked at: another plain attribute, such as an epsilon or a factor, moves what it computes and nothing here; so does what is put in
+    the place of torch's own functions.
 
     Raises:
-        TypeError: sdguard does not support the pipeline's class, or cannot read its weights, as sparse ones.
+        TypeError: sdguard does not support the pipeline's class, or cannot see or read its weights, as sparse ones.
     """
-    read = {name: tree_of(module) for name, module in readers_of(pipe).items()}
+    readers = readers_of(pipe)
+    if not any(True for _ in chain(readers[family_of(pipe).denoiser].parameters(), readers[family_of(pipe).denoiser].buffers())):
+        raise TypeError("The denoiser's weights cannot be seen, so that nothing tells which model it is: it is not guarded.")
+    read = {name: tree_of(module) for name, module in readers.items()}
     adapters = {name: found for name, tree in read.items() if (found := tree.adapters(1.0 if scale is None else float(scale)))}
     return {
         "denoiser": type(uncompiled(denoiser_of(pipe))).__name__,
         "prediction": prediction_type(pipe.scheduler),
         "noise_levels": noise_levels(pipe.scheduler),
         "size": default_size(pipe),
+        "encoding": setup_of(pipe),
         "weights": {name: dict(tree.weights) for name, tree in read.items()},
         "adapters": adapters,
         "patches": sorted(f"{name}: {patch}" for name, tree in read.items() for patch in tree.patches),
@@ -91,6 +99,8 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         elif name == "patches":
             here, there = ([patch for patch in of.get(name, []) if patch.partition(":")[0] in both] for of in (mine, theirs))
             pairs = [(name, here, there, equal)]
+        elif name == "encoding" and None in (mine.get(name), theirs.get(name)):  # the tokenizers may be gone too
+            continue
         else:
             pairs = [(name, mine.get(name), theirs.get(name), equal)]
         found += [f"{what} is {short(a)}, the profile's is {short(b)}" for what, a, b, agree in pairs if not agree(a, b)]

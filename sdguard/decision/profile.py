@@ -182,7 +182,7 @@ class Profile:
             )
         try:
             stages = tuple(Stage(tuple(stage["signals"]), tuple(stage["fused"]), stage["bound"]) for stage in fields["cascade"]["stages"])
-            scales = {name: Scale(**scale) for name, scale in fields["cascade"]["scales"].items()}
+            scales = {n: Scale(**{**scale, "slopes": tuple(scale["slopes"])}) for n, scale in fields["cascade"]["scales"].items()}
             series = {name: [(float(mean), float(std)) for mean, std in pairs] for name, pairs in fields["series"].items()}
             methods = [MethodStatistics(**method) for method in fields["methods"]]
             profile = cls(**{**fields, "cascade": Cascade(stages, scales), "series": series, "methods": methods})

@@ -89,17 +89,18 @@ def profile_now(
     Raises:
         ProfileError: as `profile_for`, or none is known with ``"raise"``.
     """
-    model = identity(pipe, adapter_scale)
+    with lock_of(denoiser_of(pipe)):  # a run of another thread scales LoRA in place
+        model = identity(pipe, adapter_scale)
     if given is not None:
         profile = given if isinstance(given, Profile) else load_profile(profile_path(given))
-        if carried := carried_over(pipe, model, [profile], adapter_scale):
+        if carried := carried_over(pipe, model, [profile], prompts, adapter_scale):
             return carried
         profile.check(model)
         return profile
     if known := known_profile(pipe, model, prompts):
         return known
     base = [profile for _, profile in known_profiles(pipe, without_extras(model), prompts, without_extras)]
-    if carried := carried_over(pipe, model, base, adapter_scale):
+    if carried := carried_over(pipe, model, base, prompts, adapter_scale):
         return carried
     if on_unknown == "background":
         key = (cache_folder(), profile_name(model, digest_of(prompts or ()), len(prompts or ())))
@@ -114,7 +115,9 @@ def profile_now(
     return known
 
 
-def carried_over(pipe: Any, model: dict[str, Any], profiles: Iterable[Profile], adapter_scale: float | None) -> Profile | None:
+def carried_over(
+    pipe: Any, model: dict[str, Any], profiles: Iterable[Profile], prompts: Sequence[str] | None, adapter_scale: float | None
+) -> Profile | None:
     """The first of some profiles of this very model with other adapters or patches that still holds with these, with a note that it does.
 
     Cost: that of `still_holds` for each, once a process.
@@ -124,7 +127,7 @@ def carried_over(pipe: Any, model: dict[str, Any], profiles: Iterable[Profile], 
             continue
         key = (name_of(profile), json.dumps([profile.model, model], sort_keys=True))
         if key not in _carried:
-            _carried[key] = still_holds(pipe, profile, ordinary_prompts(pipe), adapter_scale)
+            _carried[key] = still_holds(pipe, profile, prompts or ordinary_prompts(pipe), adapter_scale)
             held = "still holds" if _carried[key] else "does not hold any more"
             logger.warning("sdguard: adapters or patches have changed; by %d ordinary prompts profile %s %s", CHECKED_PROMPTS, key[0], held)
         if _carried[key]:

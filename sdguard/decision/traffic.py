@@ -66,6 +66,8 @@ def profile_of_traffic(profile: Profile, scores: list[float], memorized_share: f
     if not 0 <= memorized_share < 1:
         raise ValueError(f"The share of memorized pictures is {memorized_share}; it must be at least 0 and under 1.")
     kept = sorted(scores)[: len(scores) - math.ceil(memorized_share * len(scores))]
+    if len(kept) < 2:
+        raise ProfileError(f"Of {len(scores)} scores a share of {memorized_share:g} leaves {len(kept)}: give more, or a smaller share.")
     digest = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
     note = f"of {len(scores):,} scores of real traffic, the highest {memorized_share:.1%} left out"
     return replace(profile, scores=kept, prompts_digest=digest, set_aside=[], note=note)

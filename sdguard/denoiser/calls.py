@@ -42,7 +42,13 @@ def concat_kwargs(first: Any, second: Any) -> Any:
 def concat_calls(first: DenoiserCall, second: DenoiserCall, sample: str) -> DenoiserCall:
     """Two calls as one with the rows of both; ``sample`` is the name of the denoiser's first argument."""
     names = [name for name in (sample, TEXT, *PER_ROW) if name in first.kwargs]
-    rows = {name: concat_kwargs(first.kwargs[name], second.kwargs[name]) for name in names}
+    count = len(first.prediction)
+
+    def for_each(entry: Tensor) -> Tensor:  # one text for the whole batch, which the denoiser spreads itself
+        return entry.expand(count, *entry.shape[1:]) if len(entry) == 1 else entry
+
+    whole = [recursively_apply(for_each, {name: call.kwargs[name] for name in names}) for call in (first, second)]
+    rows = {name: concat_kwargs(whole[0][name], whole[1][name]) for name in names}
     return DenoiserCall(first.kwargs | rows, torch.cat([first.prediction, second.prediction]))
 
 

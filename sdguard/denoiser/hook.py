@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -41,6 +42,9 @@ class Watcher(Protocol):
 
     def observe(self, observation: Observation) -> None:
         """Look at one call; what it puts into ``corrections`` holds for the whole run of that row, its past calls included."""
+
+    def made(self, latents: Tensor) -> None:
+        """Look at what the last step of the scheduler's list has made, ``[B, C, H, W]``."""
 
 
 class DenoiserHook(ModelHook):
@@ -164,9 +168,12 @@ class DenoiserHook(ModelHook):
             eps_u, eps_c = self.to_noise(prediction, x, timestep).chunk(2)
             x = x[:images]
         else:
-            null = self.own_null(condition).expand_as(condition)
-            eps_c, eps_u = self.to_noise(prediction, x, timestep), denoise(x, timestep, null, rows)
-            record.evaluations += 1
+            eps_c = self.to_noise(prediction, x, timestep)
+            null, eps_u = condition, eps_c
+            with suppress(Exception):  # the reading asks for it again, where an error reaches the report
+                null = self.own_null(condition).expand_as(condition)
+                eps_u = denoise(x, timestep, null, rows)
+                record.evaluations += 1
         seen = Observation(
             step=record.step,
             timestep=timestep,
@@ -205,7 +212,7 @@ class DenoiserHook(ModelHook):
         reference = ReferenceCall(
             self.pipe, self.fn_ref.original_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
         )
-        if not reference.is_plain(kwargs, seen, record.patch_rows):
+        if record.half_made or not reference.is_plain(kwargs, seen, record.patch_rows):
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
             return replace(found, denoiser=module)
         plain = replace(seen, denoise=reference.denoise, memo={})
@@ -263,7 +270,10 @@ class DenoiserHook(ModelHook):
                     sample[row] = latents[0]
                     insert_row(self.pipe.scheduler, scheduler, row, sample.shape)
                 self.arriving.clear()
-            return original(model_output, timestep, sample, *args, **kwargs)
+            output = original(model_output, timestep, sample, *args, **kwargs)
+            if float(timestep) == self.record.last_timestep:
+                self.watcher.made(unpack_latents(output[0], self.record.patch_rows).float())
+            return output
 
         return step
 

@@ -53,10 +53,10 @@ def embeddings_of(kwargs: dict[str, Any], family: Family) -> tuple[Tensor, Tenso
 def with_condition(kwargs: dict[str, Any], condition: Tensor, family: Family) -> dict[str, Any]:
     """A call's arguments with another text condition in them, unpacked."""
     _, length, width = kwargs[TEXT].shape
-    changed = {**kwargs, TEXT: condition[:, :length, :width]}
+    changed = {**kwargs, TEXT: condition[:, :length, :width].contiguous()}  # half precision rounds slices otherwise
     match family.pooled:
         case (name,):
-            changed[name] = condition[:, length, : kwargs[name].shape[-1]]
+            changed[name] = condition[:, length, : kwargs[name].shape[-1]].contiguous()
         case (name, entry):
-            changed[name] = {**kwargs[name], entry: condition[:, length, : kwargs[name][entry].shape[-1]]}
+            changed[name] = {**kwargs[name], entry: condition[:, length, : kwargs[name][entry].shape[-1]].contiguous()}
     return changed

@@ -39,6 +39,9 @@ class _FirstCalls:
     def reads(self, step: int) -> bool:
         return True
 
+    def made(self, latents: Tensor) -> None:
+        """Nothing is corrected, and so nothing looked at."""
+
     def observe(self, observation: Observation) -> None:
         self.look(observation)
         if observation.step + 1 == self.calls:

@@ -13,15 +13,9 @@ from sdguard.observation import NoiseLevel, Observation, noise_level
 
 
 def same_embedding(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two embeddings are the same.
-
-    As a rule they are the same memory, not written to in between: then nothing is compared and no GPU has to be waited for.
-    """
+    """Whether two embeddings are the same."""
     if one is None or other is None:
         return one is other
-    told = not (one.is_inference() or other.is_inference())  # which do not count their versions
-    if told and one.data_ptr() == other.data_ptr() and one.shape == other.shape and one._version == other._version:
-        return True
     return one.shape == other.shape and torch.equal(one, other)
 
 
@@ -40,6 +34,7 @@ class RunRecord:
         guidance_scales: of each call; a callback may change it in mid-run.
         norms: of each call, the guidance norm of every image, ``[B]``.
         first: the observation of the first call that was observed.
+        last_timestep: of the scheduler's list.
         noise: what the images are made from, at the guard's own reference call, ``[B, C, H, W]``.
         half_made: whether the run was handed over latents that are no noise any more.
         new_condition: whether the text condition of the call under way is another than that of the call before.
@@ -56,6 +51,7 @@ class RunRecord:
     norms: list[Tensor] = field(default_factory=list)
     first: Observation | None = None
     noise: Tensor = field(default_factory=lambda: torch.zeros(0))
+    last_timestep: float | None = None
     half_made: bool = False
     new_condition: bool = False
     _embeddings: tuple[Tensor | None, ...] = ()
@@ -69,6 +65,7 @@ class RunRecord:
             self.evaluations = torch.zeros(images, dtype=torch.long)
         # all at once: one by one, between calls of the network, each would take several times as long
         self._levels = {t: noise_level(scheduler, t) for t in scheduler.timesteps.tolist()}
+        self.last_timestep = next(reversed(self._levels), None)
 
     @property
     def images(self) -> int:
@@ -92,9 +89,14 @@ class RunRecord:
         return self._levels[timestep]
 
     def note_embeddings(self, embeddings: tuple[Tensor | None, ...], unconditional: int) -> None:
-        """Note the text embeddings of the call under way, ``[B, ...]`` each, whose first ``unconditional`` rows are not the prompts'."""
-        before, self._embeddings = self._embeddings, tuple(None if e is None else e[unconditional:] for e in embeddings)
-        self.new_condition = bool(before) and not all(map(same_embedding, before, self._embeddings))
+        """Note the text embeddings of the call under way, ``[B, ...]`` each, whose first ``unconditional`` rows are not the prompts'.
+
+        By value: a callback may write into the very tensors of the call before.
+        """
+        now = tuple(None if e is None else e[unconditional:] for e in embeddings)
+        self.new_condition = bool(self._embeddings) and not all(map(same_embedding, self._embeddings, now))
+        if self.new_condition or not self._embeddings:
+            self._embeddings = tuple(None if e is None else e.clone() for e in now)
 
     def note(self, observation: Observation) -> None:
         """Note the observation of the call under way."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdguard.denoiser.families import TEXT, default_size, denoiser_of, family_of
+from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import pack_latents, unpack_latents
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.noise import independent_noise
@@ -50,10 +50,18 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
     return channels, side, side
 
 
+def setup_of(pipe: Any) -> str | None:
+    """What moves the encoding of a text beside the encoders: tokenizers, and whether the empty prompt is all zeros; None without any."""
+    tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in ENCODERS]
+    told = [(len(t), t.pad_token_id, int(t.model_max_length)) for t in tokenizers if t is not None]
+    return str((told, pipe.config.get("force_zeros_for_empty_prompt"))) if told else None
+
+
 def state_of(encoder: Encoder) -> tuple[Any, ...]:
     """What tells one state of a pipeline's text encoders from another; empty where they are gone.
 
-    How the call has them encode, what their adapters are set to, and shape and middle value of each of their weights. Cost: milliseconds.
+    How the call has them encode, the tokenizers, what their adapters are set to, and shape, version and middle value of each of their
+    weights. Cost: milliseconds.
     """
     parts = [part for name in ENCODERS if (part := getattr(encoder.pipe, name, None)) is not None]
     if not parts:
@@ -66,7 +74,8 @@ def state_of(encoder: Encoder) -> tuple[Any, ...]:
             middles.setdefault((weight.device, weight.dtype), []).append(weight.detach()[tuple(side // 2 for side in weight.shape)])
     adapters = [str((of.scaling, of.disable_adapters, of.active_adapters)) for of in modules if "base_layer" in of._modules]
     values = [torch.stack(found).tolist() for found in middles.values()]
-    return str(encoder.options), adapters, [weight.shape for weight in weights], values
+    versions = [(weight.shape, None if weight.is_inference() else weight._version) for weight in weights]
+    return str(encoder.options), setup_of(encoder.pipe), adapters, versions, values
 
 
 def null_condition(encoder: Encoder, length: int) -> Tensor:
@@ -91,6 +100,10 @@ def null_condition(encoder: Encoder, length: int) -> Tensor:
     if has == length:
         return found
     if family_of(pipe).denoiser != "unet":
+        # embeddings need not be as long as the call would have made them
+        longest = int(encoder.given.get("max_sequence_length") or default_of(pipe, "max_sequence_length") or 0) + length - has
+        if state and longest > 0 and encoder.given.get("max_sequence_length") != longest:
+            return null_condition(replace(encoder, given={**encoder.given, "max_sequence_length": longest}), length)
         raise ValueError(f"The prompt's embedding has {length} tokens and the empty prompt's {has}: they cannot be compared.")
     tokens = found[:, :has].repeat(1, -(-length // has), 1)[:, :length]
     return torch.cat([tokens, found[:, has:]], dim=1)
@@ -132,7 +145,9 @@ class ReferenceCall:
         family = family_of(self.pipe)
         x, condition = x.to(self.dtype), condition.to(self.dtype)
         width, pooled_width = family.widths(self.pipe)
-        tokens, pooled = (condition[:, :-1, :width], condition[:, -1, :pooled_width]) if family.pooled else (condition, None)
+        tokens, pooled = (
+            (condition[:, :-1, :width].contiguous(), condition[:, -1, :pooled_width].contiguous()) if family.pooled else (condition, None)
+        )
         found = {
             **family.plain(self.pipe, x),
             family.sample: pack_latents(x, x.shape[2] // 2 if family.packed_latents else 0),
@@ -242,6 +257,12 @@ def fitted_noise(noise: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return found
 
 
+def is_noise(x: Tensor) -> bool:
+    """Whether latents ``[B, C, H, W]`` all spread as Gaussian noise does: within a tenth, and five deviations of so many values."""
+    spread = x.float().flatten(1).std(dim=1)
+    return bool(((spread - 1).abs() <= max(0.1, 5 / (2 * x[0].numel()) ** 0.5)).all())
+
+
 def first_noise(seen: Observation, pipe: Any, given: dict[str, Any]) -> tuple[Tensor, bool]:
     """The noise of a run, ``[B, C, H, W]``, as the reference call takes it, from the run's first call; and whether that is half made.
 
@@ -249,7 +270,7 @@ def first_noise(seen: Observation, pipe: Any, given: dict[str, Any]) -> tuple[Te
     """
     reference = seen.level_at(reference_timestep(pipe.scheduler))
     handed_over = any(given.get(name) is not None for name in ("latents", "denoising_start"))
-    half_made = seen.origin is None and handed_over and not is_level(seen.level, reference)
+    half_made = seen.origin is None and handed_over and not (is_level(seen.level, reference) and is_noise(seen.x))
     if seen.origin is not None:
         noise = (seen.x - seen.level.a * seen.origin) / seen.level.s
     else:

@@ -30,7 +30,9 @@ class Encoder:
     def options(self) -> dict[str, Any]:
         """How the call has its prompts encoded."""
         scale = (self.given.get(family_of(self.pipe).scale) or {}).get("scale")
-        return {"lora_scale": scale, **{name: self.given[name] for name in ENCODING if name in self.given}}
+        ready = self.given.get("prompt_embeds") is not None  # which no layer of the encoder was skipped for here
+        names = [name for name in ENCODING if name in self.given and not (ready and name == "clip_skip")]
+        return {"lora_scale": scale, **{name: self.given[name] for name in names}}
 
     def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""

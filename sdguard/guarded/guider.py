@@ -107,7 +107,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
         for branch, prediction in zip(data, self.hook.judged(), strict=True):
             branch.noise_pred = prediction
         guided = super().__call__(data)
-        self.hook.await_step([report.row for report in self.reports if report.verdict == "withheld"])
+        self.hook.await_step()
         return guided
 
     def begin(self, first: Observation) -> GuardedRun:
@@ -142,6 +142,10 @@ class RunOpener:
 
     def reads(self, step: int) -> bool:
         return self.run.reads(step) if self.run else True
+
+    def made(self, latents: Tensor) -> None:
+        if self.run:
+            self.run.made(latents)
 
     def observe(self, observation: Observation) -> None:
         if self.run is None:
@@ -214,7 +218,7 @@ class GuiderHook(DenoiserHook):
     def rescale(self) -> float:
         return float(self.guider.guidance_rescale)
 
-    def await_step(self, withheld: list[int]) -> None:
+    def await_step(self) -> None:
         """Stand around ``scheduler.step`` until it is called, for the rows that arrive and those that are withheld."""
 
         def once(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,7 +226,7 @@ class GuiderHook(DenoiserHook):
             def step(*args: Any, **kwargs: Any) -> Any:
                 self.detach()
                 output = self.wrap_step(original)(*args, **kwargs)
-                output[0][withheld] = 0
+                output[0][[report.row for report in self.guider.reports if report.verdict == "withheld"]] = 0
                 return output
 
             return step

@@ -114,11 +114,15 @@ class GuardedPipeline(wrapt.ObjectProxy):
         given = call.arguments
         check(pipe, given)
         encoder = Encoder(pipe, given)
-        run = GuardedRun(config, self.profile(given), prompts_of(given), encoder, limits(given))
+        prompts = prompts_of(given)
+        run = GuardedRun(config, self.profile(given), prompts, encoder, limits(given))
         try:
             with watched(encoder, run):
                 output = pipe(*args, **kwargs)
             run.finish()
+        except BaseException as error:
+            run.abandon(error)
+            raise
         finally:
             self._self_reports = run.reports
         withheld = [report.row for report in run.reports if report.verdict == "withheld"]
@@ -134,8 +138,16 @@ class GuardedPipeline(wrapt.ObjectProxy):
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:
-    """The prompt of each image of a call; None where the call was given embeddings."""
+    """The prompt of each image of a call; None where the call was given embeddings.
+
+    Raises:
+        ValueError: there is neither, or the prompt is no text.
+    """
     prompt = given["prompt"]
+    if prompt is None and given.get("prompt_embeds") is None:
+        raise ValueError("Provide either `prompt` or `prompt_embeds`: there is nothing to generate from.")
+    if not isinstance(prompt, (str, list, tuple, type(None))):
+        raise ValueError(f"`prompt` has to be a text or a list of texts, not {type(prompt).__name__}.")
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:

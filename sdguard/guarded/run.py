@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdguard.correction import Correction
@@ -87,6 +88,9 @@ class GuardedRun:
             self.judge(observation, self.reports)
             self.log_scores()
         elif observation.new_condition:
+            for report in self.reports:  # what was steered by something else than its text has another text now
+                if report.verdict == "steered" and self.corrections[report.row].condition is None:
+                    report.verdict, report.score, report.flagged_at = "clean", None, None
             self.judge(observation, [report for report in self.reports if report.verdict == "clean"])
         self.watch_steered(observation)
         self.act(observation, [report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None])
@@ -102,6 +106,12 @@ class GuardedRun:
             self.fail(unseen, RuntimeError("the guard saw no call of the denoiser"))
             for report in unseen:
                 self.settle(report)
+
+    def abandon(self, error: BaseException) -> None:
+        """Note in the reports of a run that an error has ended what was not judged by then; nothing of it was delivered."""
+        for report in self.reports:
+            if report.score is None and not report.error:
+                report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
 
     def shown(self, observation: Observation) -> Observation:
         """The observation for ``on_call``: under the rules that its rows follow, and with a memo and a count of evaluations of its own."""
@@ -206,25 +216,35 @@ class GuardedRun:
                 report.verdict = "steered"
 
     def watch_steered(self, observation: Observation) -> None:
-        """Withdraw steering where the picture that is being made comes to be the one that was steered away from.
+        """Withdraw steering where the denoised estimates, once there is as much signal as noise, come back. Cost: none, but a rule's."""
+        rows = [report.row for report in self.reports if report.verdict == "steered"]
+        if rows and observation.step and observation.level.log_snr >= LOG_SNR:
+            here = replace(observation.select(torch.tensor(rows)), rules=tuple(self.corrections[row].rule for row in rows))
+            self.withdraw(rows, denoised(here.x, here.prediction, here.level))
 
-        The denoised estimate of each steered row, once there is as much signal as noise, is held against what the uncorrected text draws
-        from another noise, by the limit of verification: what was verified ahead is verified on the run itself. Cost: none, but a rule's.
+    def made(self, latents: Tensor) -> None:
+        """Withdraw steering where the run's own picture ``[B, C, H, W]`` is the one that was steered away from. Cost: none."""
+        rows = [report.row for report in self.reports if report.verdict == "steered"]
+        if rows:
+            self.withdraw(rows, latents[rows])
+            for report in self.reports:
+                if report.verdict == "flagged" and report.flagged_at is None:
+                    report.flagged_at = max(map(len, report.series.values()), default=1) - 1
+                    self.settle(report)
+
+    def withdraw(self, rows: list[int], pictures: Tensor) -> None:
+        """Flag those steered rows again whose pictures, ``[n, C, H, W]``, are what their own text draws from another noise.
+
+        What was verified ahead is verified on the run itself, by the limit of verification; a picture of another size is brought to the
+        reference call's.
         """
-        rows = [r.row for r in self.reports if r.verdict == "steered" and r.row in self.avoided]
-        if not rows or not observation.step or observation.level.log_snr < LOG_SNR or not self.profile:
-            return
-        rules = tuple(self.corrections[row].rule for row in rows)
-        here = replace(observation.select(torch.tensor(rows)), rules=rules)
-        estimates = denoised(here.x, here.prediction, here.level)
-        if estimates.shape[1:] != self.avoided[rows[0]].shape:  # the reference call is of another size
-            return
-        found = correlation(estimates, torch.stack([self.avoided[row] for row in rows]).to(estimates)).tolist()
-        for row, value in zip(rows, found, strict=True):
-            report = self.reports[row]
-            steering = report.steering or {}
-            seen = max(value, steering.get("resemblance_on_the_run", -1.0))
-            report.steering = {**steering, "resemblance_on_the_run": seen}
+        assert self.profile is not None
+        avoided = torch.stack([self.avoided[row] for row in rows]).to(pictures)
+        if pictures.shape != avoided.shape:
+            pictures = F.interpolate(pictures, size=avoided.shape[-2:], mode="area")
+        for row, value in zip(rows, correlation(pictures, avoided).tolist(), strict=True):
+            report, steering = self.reports[row], self.reports[row].steering or {}
+            report.steering = {**steering, "resemblance_on_the_run": max(value, steering.get("resemblance_on_the_run", -1.0))}
             if value > self.profile.agreement_limit():
                 report.verdict, report.flagged_at = "flagged", None
                 report.steering["passed"] = None

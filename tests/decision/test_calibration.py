@@ -252,7 +252,7 @@ def test_the_free_signal_is_held_against_ordinary_prompts_at_the_level_it_was_re
     """At 951 in place of 976 the median of other prompts is where the tilted scale expects it, and not where the reference call has it."""
     made = calibrate(tiny, [f"a cat number {i}" for i in range(90)])
     scale = made.cascade.scales["guidance_detail"]
-    assert scale.slope != 0
+    assert all(scale.slopes)
     with torch.no_grad():
         read = read_prompts(tiny, [f"a dog number {i}" for i in range(40)], range(500, 540), timestep=951.0)
     values = decision.BY_NAME["guidance_detail"].read(read)

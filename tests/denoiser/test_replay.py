@@ -39,6 +39,9 @@ class At:
     def reads(self, step: int) -> bool:
         return step == self.step
 
+    def made(self, latents: Tensor) -> None:
+        """Nothing."""
+
     def observe(self, observation: Observation) -> None:
         if observation.step == self.step:
             self.corrections = {ROW: self.correct(observation)}

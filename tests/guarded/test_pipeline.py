@@ -14,6 +14,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from families import build
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
@@ -124,6 +125,69 @@ def test_steering_is_withdrawn_where_the_run_comes_back(
     assert (output.images[row].max() == 0) == (verdict == "withheld")
     assert report.flagged_at == (0 if verdict == "steered" else 2)  # at the third of three steps there is more signal than noise
     assert bool(report.steering["passed"]) == (verdict == "steered")
+
+
+@pytest.mark.parametrize("extra", [{"guidance_scale": 1.0}, {"num_inference_steps": 1}, {"height": 24, "width": 16}], ids=str)
+def test_steering_is_withdrawn_in_runs_of_any_kind(
+    extra: dict[str, Any], tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without guidance no later call is seen, of one step there is none, and of another size the picture is brought to the reference's."""
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e-6, agreement=-1.0))), **extra)
+    assert {report.verdict for report in output.guard} == {"withheld"}
+    assert all("resemblance_on_the_run" in report.steering for report in output.guard)
+    assert output.images.max() == 0
+
+
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+def test_a_prompt_that_a_callback_writes_in_place_is_read(in_inference_mode: bool, tiny: Any, profile_for: MakeProfile) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+    with torch.no_grad():
+        condition, null = tiny.encode_prompt(PROMPTS, "cpu", 1, True)
+    weak = condition[[min(i for i in range(3) if i != row)]].expand(3, -1, -1).clone()
+
+    def write(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            values["prompt_embeds"][3:].copy_(condition)
+        return values
+
+    extra = {"callback_on_step_end": write, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with torch.inference_mode(in_inference_mode):
+        guarded = sdguard.guard(tiny, GuardConfig("block", profile=profile))
+        output = call(guarded, None, prompt_embeds=weak, negative_prompt_embeds=null, **extra)
+    assert [report.flagged_at for report in output.guard] == [1 if i == row else None for i in range(3)]
+    assert output.guard[row].verdict == "withheld"
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_embeddings_whose_encoders_are_gone_are_not_clean_and_raise_nothing(
+    guidance: float, embedded: Any, profile_for: MakeProfile
+) -> None:
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    with torch.no_grad():
+        condition, null = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
+    profile = profile_for(pipe, 1e6)
+    pipe.text_encoder = None
+    guarded = sdguard.guard(pipe, GuardConfig("observe", profile=profile))
+    output = call(guarded, None, prompt_embeds=condition, negative_prompt_embeds=null, guidance_scale=guidance)
+    assert {report.verdict for report in output.guard} == {"flagged"}
+    assert all("has no text encoder left" in str(report.error) for report in output.guard)
+
+
+def test_an_error_in_mid_run_leaves_no_clean_report(tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
+    monkeypatch.setattr(DenoiserHook, "begin_step", None)
+    with pytest.raises(TypeError):
+        call(guarded)
+    assert {report.verdict for report in guarded.guard_reports} == {"flagged"}
+    assert all("TypeError" in str(report.error) for report in guarded.guard_reports)
+
+
+def test_latents_that_are_no_noise_are_read_from_noise_of_the_guards_own(tiny: Any, profile_for: MakeProfile) -> None:
+    """Three times as loud they would drown what the text says; the reading is of independent noise, and what is flagged is not steered."""
+    loud = 3 * torch.randn(3, 4, 8, 8)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e-6))), latents=loud)
+    assert {(report.verdict, report.extra_evaluations, report.steering) for report in output.guard} == {("withheld", 2, None)}
 
 
 @pytest.mark.parametrize("method", ["embedding descent", "LID ascent", "SAIL"])
