@@ -263,3 +263,23 @@ def test_the_free_signal_is_held_against_ordinary_prompts_at_the_level_it_was_re
 def at_reference(pipe: Any) -> Observation:
     with torch.no_grad():
         return read_prompts(pipe, [f"a dog number {i}" for i in range(40)], range(500, 540))
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, largest = [f"a cat number {i}" for i in range(12)], 2
+    whole = calibrate(tiny, prompts)
+    sizes: list[int] = []
+
+    def small(pipe: Any, batch: list[str], *args: Any, **kwargs: Any) -> Observation:
+        if len(batch) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sizes.append(len(batch))
+        return read_prompts(pipe, batch, *args, **kwargs)
+
+    monkeypatch.setattr("sdguard.decision.calibration.read_prompts", small)
+    halved = calibrate(tiny, prompts)
+    assert halved.scores == pytest.approx(whole.scores, rel=1e-3, abs=1e-3)
+    assert max(sizes) == largest
+    largest = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        calibrate(tiny, prompts)
