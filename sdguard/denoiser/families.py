@@ -257,13 +257,6 @@ def is_modular(pipe: Any) -> bool:
     return isinstance(pipe, ModularPipeline)
 
 
-def parameters_of(pipe: Any) -> set[str]:
-    """Names of what a run of the pipeline can be told."""
-    if is_modular(pipe):
-        return {*pipe.default_call_parameters, *GUIDANCE}
-    return set(inspect.signature(type(pipe).__call__).parameters)
-
-
 def denoiser_of(pipe: Any) -> Any:
     """The pipeline's denoiser."""
     return getattr(pipe, family_of(pipe).denoiser)
@@ -273,13 +266,3 @@ def default_size(pipe: Any) -> int:
     """Height and width in pixels of what a pipeline makes when it is not told."""
     side = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
     return int(side * pipe.vae_scale_factor)
-
-
-def sized_by_picture(pipe: Any) -> bool:
-    """Whether a pipeline that is given a picture and no size makes one as large."""
-    return family_of(pipe).denoiser == "unet" and (not blends(pipe) or "ControlNet" in type(pipe).__name__)
-
-
-def blends(pipe: Any) -> bool:
-    """Whether the pipeline puts known parts of the picture back after every step, so that a row cannot be gone through again apart."""
-    return "Inpaint" in type(pipe).__name__

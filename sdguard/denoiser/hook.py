@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -169,9 +168,11 @@ class DenoiserHook(ModelHook):
             x = x[:images]
         else:
             eps_c = self.to_noise(prediction, x, timestep)
-            null, eps_u = condition, eps_c
-            with suppress(Exception):  # the reading asks for it again, where an error reaches the report
+            try:
                 null = self.own_null(condition).expand_as(condition)
+            except Exception:  # the reading asks for it again, where an error reaches the report
+                null, eps_u = condition, eps_c
+            else:
                 eps_u = denoise(x, timestep, null, rows)
                 record.evaluations += 1
         seen = Observation(
@@ -271,7 +272,8 @@ class DenoiserHook(ModelHook):
                     insert_row(self.pipe.scheduler, scheduler, row, sample.shape)
                 self.arriving.clear()
             output = original(model_output, timestep, sample, *args, **kwargs)
-            if float(timestep) == self.record.last_timestep:
+            # asked in this order: a run in which nothing is corrected does not wait for a GPU here
+            if self.watcher.corrections and float(timestep) == self.record.last_timestep:
                 self.watcher.made(unpack_latents(output[0], self.record.patch_rows).float())
             return output
 

@@ -158,12 +158,12 @@ class GuardedRun:
         """Append what the first call gave each image to the user's log; what cannot be written is logged and stops nothing."""
         if not self.config.score_log or not self.profile:
             return
-        rows = []
+        rows, name = [], name_of(self.profile)
         for report in self.reports:
             if report.score is not None:
                 prompt = {"prompt": report.prompt} if self.config.log_prompts else {}
-                values = {name: entry["value"] for name, entry in report.signals.items()}
-                rows.append({"time": time.time(), "profile": name_of(self.profile), "score": report.score, "signals": values, **prompt})
+                values = {signal: entry["value"] for signal, entry in report.signals.items()}
+                rows.append({"time": time.time(), "profile": name, "score": report.score, "signals": values, **prompt})
         try:
             append_scores(Path(self.config.score_log), rows)
         except OSError as error:

@@ -19,7 +19,7 @@ from peft import LoraConfig
 import sdguard
 from sdguard import GuardConfig, Profile
 from sdguard.decision.cascade import BY_NAME, PLAN
-from sdguard.denoiser.families import default_of, denoiser_of, family_of, parameters_of
+from sdguard.denoiser.families import default_of, denoiser_of, family_of
 from sdguard.denoiser.install import HOOK_NAME
 from sdguard.denoiser.probe import probe_run, read_prompts
 from sdguard.denoiser.reference_call import TOLERANCE, ReferenceCall
@@ -191,7 +191,8 @@ def test_a_run_reads_what_calibration_reads_of_the_same_noise(pipe: Any, monkeyp
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
 def test_a_run_from_noise_reads_what_calibration_reads_of_its_seeds(name: str, embedded: Any) -> None:
     pipe = build(name, embedded.tokenizer)
-    unlimited = {"max_sequence_length": default_of(pipe, "max_sequence_length")} if "max_sequence_length" in parameters_of(pipe) else {}
+    longest = default_of(pipe, "max_sequence_length")
+    unlimited = {} if longest is None else {"max_sequence_length": longest}
     (seen,) = readings_of(pipe, **unlimited)
     read = read_prompts(pipe, PROMPTS, [7, 8, 9])
     torch.testing.assert_close(seen.x, read.x)
