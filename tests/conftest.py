@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdguard import testbed
+from sdguard.decision import store
+from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.identity import identity
 from sdguard.decision.profile import Profile
@@ -217,6 +219,19 @@ def profile_for() -> Callable[..., Profile]:
         return Profile(identity(pipe), cascade, norms, values)
 
     return make
+
+
+@pytest.fixture
+def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[Profile]:
+    """The profiles that runs have made on first use, in their order."""
+    made: list[Profile] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Profile:
+        made.append(calibrate(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(store, "calibrate", counted)
+    return made
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import sdguard
@@ -314,3 +315,41 @@ def modular(name: str, tokenizer: Any) -> Any:
     whole = build(name.replace("Modular", ""), tokenizer)
     pipe.update_components(**{part: whole.components[part] for part in pipe.pretrained_component_names if part in whole.components})
     return pipe
+
+
+#: layers that a LoRA is put on
+ATTENTION = ("to_q", "to_v", "q_proj", "v_proj")
+#: of the embedding that an IP-Adapter is given of a picture
+IMAGE_WIDTH = 12
+
+
+def drawn(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lora(pipe: Any, seed: int = 5, layers: tuple[str, ...] = ATTENTION) -> dict[str, Tensor]:
+    """A LoRA of rank 2 on layers of denoiser and text encoder."""
+    state = {}
+    for part in ("unet", "text_encoder"):
+        for path, module in getattr(pipe, part).named_modules():
+            if path.endswith(layers):
+                state[f"{part}.{path}.lora_A.weight"] = drawn(2, module.in_features, seed=seed)
+                state[f"{part}.{path}.lora_B.weight"] = drawn(module.out_features, 2, seed=seed + 1)
+    return state
+
+
+def load_ip_adapter(pipe: Any) -> None:
+    """An IP-Adapter of four image tokens, in the layout of its published files."""
+    width = pipe.unet.config.cross_attention_dim
+    keys_and_values: dict[str, Tensor] = {}
+    for place, name in enumerate(pipe.unet.attn_processors):
+        if "attn2" in name:
+            hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            keys_and_values |= {f"{place}.to_{kind}_ip.weight": drawn(hidden, width, seed=place) for kind in "kv"}
+    projection = {
+        "proj.weight": drawn(4 * width, IMAGE_WIDTH),
+        "proj.bias": drawn(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys_and_values}])

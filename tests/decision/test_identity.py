@@ -18,7 +18,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor
-from families import build, call, modular
+from families import ATTENTION, build, call, drawn, load_ip_adapter, lora, modular
 from torch import Tensor, nn
 
 from sdguard.decision import digests as digests_module
@@ -36,36 +36,8 @@ def pipe(embedded: Any) -> Any:
     return build(SD, copy.deepcopy(embedded.tokenizer))
 
 
-def drawn(*shape: int, seed: int = 3) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def load_lora(pipe: Any, name: str = "style", seed: int = 5, layers: tuple[str, ...] = ("to_q", "to_v", "q_proj", "v_proj")) -> None:
-    """A LoRA of rank 2 on layers of denoiser and text encoder."""
-    state = {}
-    for part in ("unet", "text_encoder"):
-        for path, module in getattr(pipe, part).named_modules():
-            if path.endswith(layers):
-                state[f"{part}.{path}.lora_A.weight"] = drawn(2, module.in_features, seed=seed)
-                state[f"{part}.{path}.lora_B.weight"] = drawn(module.out_features, 2, seed=seed + 1)
-    pipe.load_lora_weights(state, adapter_name=name)
-
-
-def load_ip_adapter(pipe: Any) -> None:
-    """An IP-Adapter of four image tokens, in the layout of its published files."""
-    width = pipe.unet.config.cross_attention_dim
-    keys_and_values: dict[str, Tensor] = {}
-    for place, name in enumerate(pipe.unet.attn_processors):
-        if "attn2" in name:
-            hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-            keys_and_values |= {f"{place}.to_{kind}_ip.weight": drawn(hidden, width, seed=place) for kind in "kv"}
-    projection = {
-        "proj.weight": drawn(4 * width, 12),
-        "proj.bias": drawn(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys_and_values}])
+def load_lora(pipe: Any, name: str = "style", seed: int = 5, layers: tuple[str, ...] = ATTENTION) -> None:
+    pipe.load_lora_weights(lora(pipe, seed, layers), adapter_name=name)
 
 
 def in_place(tensor: Tensor, place: int = 0) -> None:

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
 
 from sdguard.decision.calibration import calibrate
 from sdguard.decision.identity import identity, same_model
-from sdguard.decision.transfer import still_holds, without_extras
+from sdguard.decision.transfer import CHECKED_PROMPTS, ERROR, still_holds, without_extras
 
 PROMPTS = [
     f"a {thing} in {place}" for thing in ("cat", "dog", "fox", "boat", "zebra") for place in ("snow", "fog", "forest", "sky", "canyon")
@@ -39,3 +41,13 @@ def test_one_that_changes_what_prompts_look_like_drops_it(tiny: Any, profile: An
 
     tiny.unet.forward = stronger
     assert not still_holds(tiny, profile, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("shift", "against", "seen"), [(0.0, 55, 0.01), (0.5, 55, 0.20), (0.5, 192, 0.24), (1.0, 55, 0.82), (1.0, 192, 0.91)]
+)
+def test_what_so_few_prompts_can_show(shift: float, against: int, seen: float) -> None:
+    """The figures of `still_holds`: how often a shift of a signal, in its standard deviations, is seen among five signals."""
+    rng = np.random.default_rng(0)
+    found = [ks_2samp(rng.normal(shift, 1, CHECKED_PROMPTS), rng.normal(0, 1, against)).pvalue < ERROR / 5 for _ in range(1000)]
+    assert np.mean(found) == pytest.approx(seen, abs=0.03)

@@ -19,7 +19,6 @@ from families import build
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
 from sdguard.correction import Correction
-from sdguard.decision import store as store_module
 from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.probe import read_prompts
 from sdguard.guarded import run as run_module
@@ -319,18 +318,11 @@ def test_a_profile_of_another_model_is_refused_by_name(tiny: Any, profile_for: M
         call(guarded)
 
 
-def test_an_unknown_configuration_is_calibrated_once_and_cached(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Profile] = []
-
-    def counted(*args: Any, **kwargs: Any) -> Profile:
-        made.append(sdguard.calibrate(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr(store_module, "calibrate", counted)
+def test_an_unknown_model_is_calibrated_once_and_cached(tiny: Any, calibrations: list[Profile]) -> None:
     config = GuardConfig(false_positive_rate=0.2, calibration_prompts=[f"a cat {i}" for i in range(8)])
     for _ in range(2):
         assert len(call(sdguard.guard(tiny, config)).guard) == 3
-    assert len(made) == 1
+    assert len(calibrations) == 1
 
 
 def test_calibration_can_be_forbidden(tiny: Any) -> None:

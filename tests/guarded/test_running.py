@@ -22,7 +22,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
-from families import PROMPTS, build, call, profile_for, reworded
+from families import IMAGE_WIDTH, PROMPTS, build, call, drawn, load_ip_adapter, lora, profile_for, reworded
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -37,25 +37,6 @@ from sdguard.steering.fallback import Outcome
 SD, SDXL, SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
 CPU = torch.device("cpu")
 Prepare = Callable[[Any], object]
-
-
-def drawn(*shape: int, seed: int = 3) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lora(pipe: Any, seed: int = 5) -> dict[str, Tensor]:
-    """A LoRA of rank 2 on the queries and values of denoiser and text encoder."""
-    modules = {
-        f"{part}.{name}": module
-        for part in ("unet", "text_encoder")
-        for name, module in getattr(pipe, part).named_modules()
-        if name.endswith(("to_q", "to_v", "q_proj", "v_proj"))
-    }
-    state = {}
-    for name, module in modules.items():
-        state[f"{name}.lora_A.weight"] = drawn(2, module.in_features, seed=seed)
-        state[f"{name}.lora_B.weight"] = drawn(module.out_features, 2, seed=seed + 1)
-    return state
 
 
 def load_lora(pipe: Any) -> None:
@@ -78,24 +59,9 @@ def load_inversion(pipe: Any) -> None:
     pipe.load_textual_inversion({"<thing>": drawn(2, 16)})
 
 
-IMAGE_WIDTH = 12
-
-
 def load_adapter(pipe: Any) -> None:
-    """An IP-Adapter of four image tokens, in the layout of its published files, and the image encoder that it comes with."""
-    width = pipe.unet.config.cross_attention_dim
-    keys_and_values: dict[str, Tensor] = {}
-    for place, name in enumerate(pipe.unet.attn_processors):
-        if "attn2" in name:
-            hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-            keys_and_values |= {f"{place}.to_{kind}_ip.weight": drawn(hidden, width, seed=place) for kind in "kv"}
-    projection = {
-        "proj.weight": drawn(4 * width, IMAGE_WIDTH),
-        "proj.bias": drawn(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys_and_values}])
+    """An IP-Adapter, and the image encoder that it comes with."""
+    load_ip_adapter(pipe)
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 16,

@@ -5,25 +5,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
-from families import build
-from test_running import lora
+from families import build, lora
 
 import sdguard
-from sdguard import GuardConfig
+from sdguard import GuardConfig, Profile
 from sdguard.decision import store
 
 THINGS, PLACES = ("cat", "dog", "fox", "boat", "zebra"), ("snow", "fog", "forest", "sky", "canyon")
 PROMPTS = [f"a {thing} in {place}" for thing in THINGS for place in PLACES]
 
 
-def test_eighteen_generations_cost_one_calibration(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        made.append(sdguard.calibrate(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr(store, "calibrate", counted)
+def test_eighteen_generations_cost_one_calibration(embedded: Any, calibrations: list[Profile], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "ordinary_prompts", lambda pipe: PROMPTS)
     pipe = build("StableDiffusionPipeline", embedded.tokenizer)
     guarded = sdguard.guard(pipe, GuardConfig("observe", 0.1))
@@ -58,7 +50,7 @@ def test_eighteen_generations_cost_one_calibration(embedded: Any, monkeypatch: p
     pipe.disable_lora()
     reports.append(generate())
     assert len(reports) == 18
-    assert len(made) == 1
+    assert len(calibrations) == 1
     assert all(report.error is None and report.score is not None for row in reports for report in row)
     with_lora = [row[0].judged_by for row in reports[15:17]]
     assert all("made with other adapters or patches; 24 ordinary prompts read alike with these" in found for found in with_lora)
