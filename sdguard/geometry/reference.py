@@ -9,17 +9,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from sdguard.geometry.rollout import grid, independent_start, once_a_row
+from sdguard.geometry.rowwise import correlation
+from sdguard.noise import independent_noise
 from sdguard.observation import Observation, denoised
 
 #: log signal-to-noise ratio that the step goes to: as much signal as noise, timestep 350 of Stable Diffusion's 1,000.
 LOG_SNR = 0.0
+#: log signal-to-noise ratio that a picture is noised to in `recurrence`, timestep 700 of Stable Diffusion's 1,000.
+NOISED_LOG_SNR = -2.4
 #: by which it goes up at least, for runs that begin nearer to the picture (image-to-image).
 LEAST_RISE = 2.0
 
 
-def timestep_at(observation: Observation, wanted: float) -> float:
-    """The timestep whose log-SNR is ``wanted``, to the whole number, by bisection below the observation's own."""
-    low, high = 0.0, observation.timestep
+def timestep_at(observation: Observation, wanted: float, highest: float | None = None) -> float:
+    """The timestep whose log-SNR is ``wanted``, to the whole number, by bisection below ``highest`` or the observation's own."""
+    low, high = 0.0, observation.timestep if highest is None else highest
     while high - low > 0.5:
         middle = (low + high) / 2
         low, high = (middle, high) if observation.level_at(middle).log_snr > wanted else (low, middle)
@@ -83,3 +87,16 @@ def reference_end(observation: Observation, draw: int | None = None) -> Tensor:
         return picture
 
     return once_a_row(observation, ("reference end", draw), end)
+
+
+def recurrence(observation: Observation, pictures: Tensor, timestep: float) -> Tensor:
+    """How like itself each of ``pictures`` (denoised latents ``[B, C, H, W]``) comes back from noise, ``[B]``, in [-1, 1].
+
+    Independent noise is added up to ``timestep``, one conditional evaluation takes it away again, and the two are correlated. So much
+    noise leaves the outline of a picture; what else returns the denoiser knows by heart. Whichever memorized picture it is: no other
+    picture is asked for, and no guidance. Cost: 1 evaluation.
+    """
+    level = observation.level_at(timestep)
+    noised = level.a * pictures + level.s * independent_noise(pictures, 5)
+    observation.count_nfe(1)
+    return correlation(denoised(noised, observation.conditional(noised, timestep), level), pictures)

@@ -17,3 +17,9 @@ def norm(v: Tensor) -> Tensor:
 def expand_like(value: Tensor, like: Tensor) -> Tensor:
     """One number a row, ``[B]``, shaped ``[B, 1, ...]`` to broadcast over the rows of ``like``."""
     return value.view(-1, *[1] * (like.ndim - 1))
+
+
+def correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson correlation of each pair of images, every channel centred on its own mean over space, ``[B]``."""
+    one, other = (z - z.mean(dim=(-2, -1), keepdim=True) for z in (one, other))
+    return dot(one, other) / (norm(one) * norm(other)).clamp_min(1e-12)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from sdguard.geometry.rollout import ROLLOUT_STEPS, rollout_end
-from sdguard.geometry.rowwise import dot, norm
+from sdguard.geometry.rowwise import correlation
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
 
@@ -19,9 +19,3 @@ def agreement(observation: Observation) -> Tensor:
 
 
 AGREEMENT = Signal("agreement", agreement, cost=4 * ROLLOUT_STEPS - 2)
-
-
-def correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Pearson correlation of each pair of images, every channel centred on its own mean over space, ``[B]``."""
-    one, other = (z - z.mean(dim=(-2, -1), keepdim=True) for z in (one, other))
-    return dot(one, other) / (norm(one) * norm(other)).clamp_min(1e-12)

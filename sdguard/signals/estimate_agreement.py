@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sdguard.geometry.reference import LOG_SNR, estimate_ahead, estimate_at_start
+from sdguard.geometry.rowwise import correlation
 from sdguard.observation import Observation
-from sdguard.signals.agreement import correlation
 from sdguard.signals.signal import Signal
 
 #: noises whose estimates are compared, the image's own among them.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdguard.denoiser.probe import probe_run
-from sdguard.geometry.reference import estimate_ahead, estimate_at_start, timestep_at
+from sdguard.geometry.reference import NOISED_LOG_SNR, estimate_ahead, estimate_at_start, recurrence, timestep_at
 from sdguard.observation import NoiseLevel, Observation
 from sdguard.signals.bottleneck_shift import bottleneck_shift
 from sdguard.signals.estimate_agreement import estimate_agreement, estimate_agreement_ahead
@@ -42,6 +42,42 @@ def two_pictures(one: Tensor, other: Tensor) -> Callable[[Tensor, NoiseLevel, Te
 
 def observed(observe: Observe, model: Callable[..., Tensor]) -> Observation:
     return observe(model, torch.randn(SHAPE), torch.zeros(len(SHAPE), 3, 2))
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_the_recurrence_of_white_data_is_the_correlation_that_noise_leaves(spread: float, observe: Observe) -> None:
+    """The posterior mean is a multiple of the noised picture: its correlation with it is ``a sigma / sqrt(a^2 sigma^2 + s^2)``."""
+    x = torch.randn(2, 4, 64, 64)
+    observation = observe(gaussian(torch.zeros(x.shape[1:]), spread), x, torch.zeros(2, 3, 2))
+    timestep = timestep_at(observation, NOISED_LOG_SNR)
+    a, s = observation.level_at(timestep)
+    expected = a * spread / math.hypot(a * spread, s)
+    torch.testing.assert_close(
+        recurrence(observation, spread * torch.randn_like(x), timestep), torch.full((2,), expected), atol=0.02, rtol=0
+    )
+    assert observation.evaluations.tolist() == [1, 1]
+
+
+def test_each_of_several_memorized_pictures_recurs_and_no_mixture_of_them(observe: Observe) -> None:
+    one, other = 2 * torch.randn(SHAPE[1:]), 2 * torch.randn(SHAPE[1:])
+    observation = observed(observe, two_pictures(one, other))
+    pictures = torch.stack([one, other, torch.randn_like(one), (one + other) / 2])
+    values = recurrence(observation, pictures, timestep_at(observation, NOISED_LOG_SNR))
+    assert values[:2].min() > 0.99
+    assert values[2] < 0.5
+    assert values[3] < 0.9
+
+
+def test_the_recurrence_holds_in_half_precision(observe: Observe) -> None:
+    picture = 2 * torch.randn(SHAPE[1:])
+
+    def eps(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
+        return gaussian(picture, 0.5)(x.bfloat16(), level, text).float()
+
+    observation, pictures = observed(observe, gaussian(picture, 0.5)), picture + 0.5 * torch.randn(SHAPE)
+    timestep = timestep_at(observation, NOISED_LOG_SNR)
+    halved = replace(observation, denoise=lambda y, t, text, places: eps(y, observation.level_at(t), text))
+    torch.testing.assert_close(recurrence(halved, pictures, timestep), recurrence(observation, pictures, timestep), atol=0.02, rtol=0)
 
 
 def test_the_timestep_of_a_signal_to_noise_ratio_is_the_nearest_whole_one(observe: Observe) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from sdguard.denoiser.probe import probe_run
 from sdguard.geometry.rollout import grid, short_rollout
+from sdguard.geometry.rowwise import correlation
 from sdguard.geometry.volume import RESOLUTION
 from sdguard.noise import independent_noise
 from sdguard.observation import CLEAN, NoiseLevel, Observation
 from sdguard.signals import SIGNALS, Signal
-from sdguard.signals.agreement import agreement, correlation
+from sdguard.signals.agreement import agreement
 from sdguard.signals.attention_entropy import ATTENTION_ENTROPY, attention_by_token, entropy, mean_attention
 from sdguard.signals.bottleneck_shift import BOTTLENECK_SHIFT
 from sdguard.signals.bottleneck_spread import BOTTLENECK_SPREAD
