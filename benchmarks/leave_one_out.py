@@ -65,9 +65,8 @@ from sdguard.files.processes import processes
 from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
 from sdguard.geometry.reference import estimate_ahead, estimate_at_start
-from sdguard.geometry.rowwise import norm
+from sdguard.geometry.rowwise import correlation, norm
 from sdguard.observation import Observation
-from sdguard.signals.agreement import correlation
 from sdguard.signals.persistence import detail
 from sdguard.signals.signal import UnsupportedModel
 

@@ -75,7 +75,13 @@ def profile(path: str, model: dict[str, Any]) -> Profile:
     stages = (Stage(gate.signals, gate.fused, math.inf if path == "clean" else -1e9), Stage(last.signals, last.fused, None))
     cascade = Cascade(stages, {name: Scale(False, 0.0, 1.0) for stage in PLAN for name in stage.signals})
     scores = [(-2e9 if path == "flagged" else 1e9) + i for i in range(200)]
-    values = {"guidance_norm": [0.0] * 99 + [1e9], "reference_agreement": [2.0] * 100, "alignment": [-1e9] * 100}
+    values = {
+        "guidance_norm": [0.0] * 99 + [1e9],
+        "reference_agreement": [2.0] * 100,
+        "recurrence": [2.0] * 100,
+        "guidance_detail": [1e9] * 100,
+        "alignment": [-1e9] * 100,
+    }
     return Profile(model, cascade, scores, values)
 
 

@@ -19,8 +19,8 @@ import pandas as pd
 
 from benchmarks.models import SAME_PICTURE
 from sdguard.decision.calibration import LOOKED_AT, split
-from sdguard.decision.calibration import SAME_PICTURE as PICTURES_ALIKE
 from sdguard.decision.cascade import CLIP, Cascade
+from sdguard.decision.profile import SAME_PICTURE as PICTURES_ALIKE
 from sdguard.decision.profile import Profile, ProfileError
 from sdguard.denoiser.probe import BATCH_SIZE
 

@@ -298,15 +298,24 @@ def call(pipe: Any, prompts: list[str] = PROMPTS, **extra: Any) -> Any:
     return pipe(**{**arguments, **seeds, **PIPELINES[type(sdguard.unguard(pipe)).__name__][1](), **extra})
 
 
+#: what ordinary prompts are like where verification is to let everything pass, the guidance norm aside
+LENIENT = {"reference_agreement": [2.0] * 100, "recurrence": [2.0] * 100, "guidance_detail": [1e9] * 100, "alignment": [-1e9] * 100}
+
+
 def profile_for(threshold: float) -> Profile:
     cascade = Cascade((Stage(("guidance_norm",), ("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
     norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
-    return Profile({}, cascade, norms, {"guidance_norm": norms, "reference_agreement": [0.99] * 100, "alignment": [-1e6] * 100})
+    return Profile(
+        {},
+        cascade,
+        norms,
+        {**LENIENT, "guidance_norm": norms, "reference_agreement": [0.99] * 100},
+    )
 
 
-def reworded(flagged: SteeringInput, methods: Any) -> list[Outcome]:
+def reworded(flagged: SteeringInput, methods: Any, outcomes: Any = None) -> list[Outcome]:
     conditions = flagged.encoder([str(prompt).split()[-1] for prompt in flagged.prompts])
-    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "paraphrase": "..."}]) for c in conditions]
+    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": "..."}]) for c in conditions]
 
 
 def modular(name: str, tokenizer: Any) -> Any:

@@ -18,15 +18,15 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from sdguard.decision.cascade import BY_NAME, PLAN, Cascade, judge
 from sdguard.decision.identity import identity
-from sdguard.decision.profile import FORMAT, SERIES, Profile, digest_of
+from sdguard.decision.profile import FORMAT, SAME_PICTURE, SERIES, Profile, digest_of
 from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
 from sdguard.denoiser.reference_call import reference_timestep
 from sdguard.files.resumable import Parts, run_pieces
 from sdguard.geometry.alignment import alignment
-from sdguard.geometry.reference import reference_end
+from sdguard.geometry.reference import NOISED_LOG_SNR, recurrence, reference_end, timestep_at
 from sdguard.geometry.rollout import observations
+from sdguard.geometry.rowwise import correlation
 from sdguard.observation import Observation, is_flow, noise_level
-from sdguard.signals.agreement import correlation
 from sdguard.signals.signal import UnsupportedModel
 from sdguard.words import document_frequency
 
@@ -38,8 +38,6 @@ REPORTED_PROMPTS = 27
 TILT_PROMPTS, OTHER_LEVELS = 14, (0.95, 0.998)
 #: runs whose free signals are followed, and in how many steps.
 SERIES_PROMPTS, SERIES_STEPS = 8, 8
-#: correlation of what the text draws from two noises from which the two are one picture.
-SAME_PICTURE = 0.9
 #: share of the prompts of a list that is looked at for such, the most suspicious of them, before the look may end.
 LOOKED_AT = 0.02
 #: share of the prompts that may be memorized before the list is refused.
@@ -263,10 +261,14 @@ def free_values(observation: Observation) -> Values:
 
 
 def reported_values(observation: Observation) -> Values:
-    """What is reported beside, and what verification is held to: agreement, and alignment with what the text draws."""
+    """What is reported beside, and what verification is held to: agreement, recurrence, and alignment with what the text draws."""
     reported = read_signals(observation, dict.fromkeys(name for stage in PLAN for name in stage.signals if name not in stage.fused))
-    aligned = alignment(observation, reference_end(observation), observation.condition).tolist()
-    return {**reported, **same_picture(observation), "alignment": aligned}
+    drawn = reference_end(observation)
+    held = {
+        "recurrence": recurrence(observation, drawn, timestep_at(observation, NOISED_LOG_SNR)),
+        "alignment": alignment(observation, drawn, observation.condition),
+    }
+    return {**reported, **same_picture(observation), **{name: values.tolist() for name, values in held.items()}}
 
 
 def score(measurement: Measurement, positions: Sequence[int], cascade: Cascade) -> tuple[list[float], list[int]]:

@@ -18,7 +18,9 @@ from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.identity import differences, same_model
 from sdguard.files.atomic import write_text
 
-FORMAT = 8
+FORMAT = 9
+#: correlation from which two pictures are one.
+SAME_PICTURE = 0.9
 #: free signals whose course over a run is followed.
 SERIES = ("guidance_norm", "denoised_norm")
 
@@ -51,12 +53,14 @@ class MethodStatistics:
         cured: the share of prompts on which it passed verification.
         cost: mean evaluations a sample, verification included.
         moved: mean change of the prediction that is followed, as a share of what guidance adds.
+        alignment: mean alignment of the pictures ahead of those that passed, with the subject of their prompt.
     """
 
     method: str
     cured: float
     cost: float
     moved: float
+    alignment: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,14 @@ class Profile:
     def agreement_limit(self, share: float = 0.99) -> float:
         """The agreement that ``share`` of ordinary prompts stay under: what a steered sample must reach."""
         return quantile(self.values["reference_agreement"], share)
+
+    def detail_limit(self, share: float = 0.95) -> float:
+        """The guidance detail that ``share`` of ordinary prompts stay under: what the condition of a steered sample must reach."""
+        return quantile(self.values["guidance_detail"], share)
+
+    def recurrence_limit(self, share: float = 0.99) -> float:
+        """The recurrence above which a picture is a memorized one: `SAME_PICTURE`, or what ``share`` of ordinary prompts stay under."""
+        return max(SAME_PICTURE, quantile(self.values["recurrence"], share))
 
     def alignment_limit(self, share: float = 0.99) -> float:
         """The alignment that ``share`` of ordinary prompts stay above: what a steered sample must reach."""

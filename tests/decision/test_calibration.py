@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import LENIENT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.identity import identity
 from sdguard.decision.known_profiles import load_profile
-from sdguard.decision.profile import FORMAT, MethodStatistics, Profile, ProfileError
+from sdguard.decision.profile import FORMAT, SAME_PICTURE, MethodStatistics, Profile, ProfileError
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.probe import read_prompts
 from sdguard.observation import Observation
@@ -179,18 +180,27 @@ def test_a_series_is_read_between_its_calls() -> None:
 
 
 def test_limits_of_verification_are_those_of_99_in_100_ordinary_prompts() -> None:
-    made = replace(
-        profile([1.0, 2.0]), values={"reference_agreement": [i / 1000 for i in range(200)], "alignment": [i / 100 for i in range(200)]}
-    )
+    values = {name: [i / 1000 for i in range(200)] for name in ("reference_agreement", "guidance_detail", "alignment")}
+    made = replace(profile([1.0, 2.0]), values={**values, "recurrence": [0.8 + i / 1000 for i in range(200)]})
     assert made.agreement_limit() == pytest.approx(0.198)
-    assert made.alignment_limit() == pytest.approx(0.01)
+    assert made.alignment_limit() == pytest.approx(0.001)
+    assert made.detail_limit() == pytest.approx(0.190)
+    assert made.recurrence_limit() == pytest.approx(0.998)
+
+
+def test_a_recurrence_under_which_two_pictures_are_not_one_is_never_memorized() -> None:
+    made = replace(profile([1.0, 2.0]), values={"recurrence": [0.5] * 27})
+    assert made.recurrence_limit() == SAME_PICTURE
 
 
 def test_the_order_of_methods_is_learnt_from_memorized_prompts_alone_and_the_same_each_time(tiny: Any) -> None:
     prompts = [f"a cat number {i}" for i in range(8)]
     profile = calibrate(tiny, prompts)
     assert not profile.methods
-    lenient = replace(profile, values={**profile.values, "reference_agreement": [2.0] * 100, "alignment": [-1e9] * 100})
+    lenient = replace(
+        profile,
+        values={**profile.values, **LENIENT},
+    )
     learnt = learn_methods(tiny, lenient, ["a zebra at sea", "a rose at sea"])
     assert {"embedding descent", "padding damping", "attention attenuation"} <= {measured.method for measured in learnt.methods}
     assert all(measured.cured > 0 and measured.cost > 0 for measured in learnt.methods)
