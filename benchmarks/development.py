@@ -59,7 +59,7 @@ def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.
 
 def kept(passed: dict[str, Any], object_: str) -> bool:
     """Whether the wording that passed still names the caption's object; an embedding that was moved names nothing."""
-    return icon_words(object_) in passed.get("paraphrase", "")
+    return icon_words(object_) in passed.get("wording", "")
 
 
 def summarise(samples: pd.DataFrame) -> pd.DataFrame:

@@ -45,8 +45,6 @@ from sdguard.testbed.object_classifier import CLASSIFIER_FILE, ObjectClassifier
 
 BATCH = 16
 LADDER, NONE = "ladder", "none"
-#: methods that work with the prompt's paraphrase and pay for looking for it.
-WORDED = ("rewording", "attractive-repulsive guidance")
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE, "output_type": "np"}
 
 
@@ -91,10 +89,7 @@ class Always:
 
 def alone(method: Method, pipe: Any, profile: Profile, texts: list[str], observation: Observation) -> list[Correction | None]:
     """What one method gives each image, whether it would pass verification or not."""
-    flagged = SteeringInput.of(observation, list(texts), Encoder(pipe), profile)
-    if method.name not in WORDED:
-        observation.evaluations.zero_()
-    return method.correct(flagged)
+    return method.correct(SteeringInput.of(observation, list(texts), Encoder(pipe), profile))
 
 
 def in_order(pipe: Any, profile: Profile, texts: list[str], observation: Observation) -> list[Correction | None]:

@@ -35,7 +35,7 @@ def corrected(observation: Observation, corrections: Sequence[Correction]) -> Ob
     condition = torch.stack(
         [o if c.condition is None else c.condition.to(o) for c, o in zip(corrections, observation.condition, strict=True)]
     )
-    observation = replace(observation, rules=tuple(c.rule for c in corrections), memo=None)
+    observation = replace(observation, rules=tuple(c.rule for c in corrections), memo={})
     if any(c.x is not None for c in corrections):
         return replace(observation, condition=condition).from_start(x)
     if any(c.condition is not None for c in corrections):

@@ -252,7 +252,7 @@ class Observation:
     def with_condition(self, condition: Tensor) -> Observation:
         """The same call under another text condition ``[B, T, E]``. Cost: 1 evaluation per image."""
         self.count_nfe(1)
-        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), memo=None)
+        return replace(self, condition=condition, eps_c=self.conditional(self.x, self.timestep, condition), memo={})
 
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
@@ -264,7 +264,7 @@ class Observation:
     def from_start(self, x: Tensor) -> Observation:
         """This very call from another ``x_t``. Cost: 2 evaluations per image."""
         eps_c, eps_u = self.both_branches(x, self.timestep)
-        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, memo=None)
+        return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, memo={})
 
     def both_branches(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""

@@ -56,7 +56,7 @@ class DenoiserHook(ModelHook):
     Attributes:
         record: the run so far.
         conditional: the conditional half of the step under way, where it is a call of its own.
-        activated: rows whose correction is in force.
+        activated: the correction of each row that is in force.
         arriving: rows that enter the batch at the ``scheduler.step`` under way.
         step_arguments: those of ``scheduler.step``.
     """
@@ -67,7 +67,7 @@ class DenoiserHook(ModelHook):
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
         self.record = RunRecord()
         self.conditional: DenoiserCall | None = None
-        self.activated: set[int] = set()
+        self.activated: dict[int, Correction] = {}
         self.arriving: dict[int, Replayed] = {}
         self.step_arguments: dict[str, Any] = {}
 
@@ -243,8 +243,8 @@ class DenoiserHook(ModelHook):
     def corrected_branches(self, row: int, correction: Correction, observation: Observation) -> Tensor | None:
         """The outputs of one row's branches at this call under its correction, ``[branches, C, H, W]``; None where the pipeline's stand."""
         here = observation.select(torch.tensor([row]))
-        if row not in self.activated:
-            self.activated.add(row)
+        if self.activated.get(row) is not correction:
+            self.activated[row] = correction
             here, replayed = activate_correction(here, correction, self.record, self.rescale, self.step_arguments)
             if replayed is not None:
                 self.arriving[row] = replayed

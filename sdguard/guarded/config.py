@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from sdguard.decision.store import OnUnknown
 from sdguard.steering import METHODS
-from sdguard.steering.paraphrase import Rewriter
+from sdguard.steering.wording import Rewriter
 
 if TYPE_CHECKING:
     from sdguard.decision.profile import Profile
@@ -42,7 +42,7 @@ class GuardConfig:
             at it; or ``"prompt"``: the chance that any is, by Bonferroni's correction for the pictures that a call makes of a prompt.
         steering: names of the methods to be tried, in order (`sdguard.steering.METHODS`). By default the order the profile has
             learnt, else rewording, then descent on the responsible tokens, then on the whole embedding.
-        rewriter: gives paraphrases of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
+        rewriter: gives wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts that the profile has to be made of, which then goes before one that came with the
             model. By default any; where one is made, those that come with the model or with sdguard.
         score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what `sdguard calibrate

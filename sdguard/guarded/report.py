@@ -69,8 +69,8 @@ class GuardReport:
                 return f"Predicted to be memorized: {pull}; {'steering came back to it' if came_back else 'nothing was changed'}."
             case "steered":
                 how = (self.steering or {})["passed"]
-                way = f"reworded to “{how['paraphrase']}”" if how["method"] == "rewording" else f"steered by {how['method']}"
-                return f"Predicted to be memorized: {pull}; {way}, verified by short rollouts."
+                way = f"reworded to “{how['wording']}”" if how["method"] == "rewording" else f"steered by {how['method']}"
+                return f"Predicted to be memorized: {pull}; {way}, verified ahead and on the picture."
         return f"Predicted to be memorized: {pull}; withheld."
 
     def to_json(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,26 @@ from torch import Tensor
 
 from sdguard.correction import Correction
 from sdguard.decision.cache import name_of
-from sdguard.decision.calibration import SAME_PICTURE, same_picture
+from sdguard.decision.calibration import same_picture
 from sdguard.decision.cascade import BY_NAME, judge
-from sdguard.decision.profile import SERIES, Profile
+from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
 from sdguard.decision.store import profile_now
 from sdguard.decision.traffic import append_scores
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.geometry.reference import LOG_SNR, reference_end
+from sdguard.geometry.reference import LOG_SNR, NOISED_LOG_SNR, recurrence, reference_end, timestep_at
+from sdguard.geometry.rowwise import correlation
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 from sdguard.observation import Observation, denoised
-from sdguard.signals.agreement import correlation
-from sdguard.steering.fallback import methods_of, try_in_order
-from sdguard.steering.method import SteeringInput
+from sdguard.steering.fallback import Outcome, methods_of, try_in_order
+from sdguard.steering.method import Method, SteeringInput
 
 logger = logging.getLogger(__name__)
 
 
+#: log signal-to-noise ratios from which on a steered run is looked at: timesteps 800 and 650 of Stable Diffusion's 1,000. The sooner a
+#: correction is found wanting, the less of the run has to be made again; what the text draws is settled in outline at the second.
+LOOKS_LOG_SNR = (-3.3, -2.0)
 #: what a report says in place of a profile's name where there was none.
 WITHOUT_PROFILE = "without a profile: whether two noises give one picture"
 
@@ -61,6 +65,11 @@ class GuardedRun:
     ) -> None:
         self.config, self.profile, self.encoder = config, profile, encoder
         self.corrections: dict[int, Correction] = {}
+        #: what was asked of steering and what it has tried, by row
+        self.steering: dict[int, tuple[SteeringInput, Outcome]] = {}
+        self.seen: Observation | None = None
+        #: how many of `LOOKS_LOG_SNR` are over
+        self.looks = 0
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
@@ -84,6 +93,7 @@ class GuardedRun:
     def observe(self, observation: Observation) -> None:
         """Look at one call: judge the first, and any whose text condition is another; steer what is flagged at the first."""
         self.watch(observation)
+        self.seen = observation
         if observation.step == 0:
             self.judge(observation, self.reports)
             self.log_scores()
@@ -202,38 +212,103 @@ class GuardedRun:
         rows = torch.tensor([report.row for report in reports])
         prompts = [report.prompt for report in reports]
         try:
-            with torch.inference_mode(False), torch.no_grad():  # descents take gradients, whatever mode the caller is in
+            with able_to_descend():
                 flagged = SteeringInput.of(observation.select(rows), prompts, self.encoder, profile, self.config.rewriter)
-                outcomes = try_in_order(flagged, methods_of(profile, self.config.steering))
+                outcomes = try_in_order(flagged, self.methods)
+                avoided = reference_end(flagged.observation, 0)
         except Exception as error:  # as in judge
             self.fail(reports, error)
             return
-        for report, outcome, avoided in zip(reports, outcomes, reference_end(flagged.observation, 0), strict=True):
-            report.steering = outcome.summary()
-            if outcome.correction is not None:
-                self.avoided[report.row] = avoided
-                self.corrections[report.row] = outcome.correction
-                report.verdict = "steered"
+        for place, (report, outcome) in enumerate(zip(reports, outcomes, strict=True)):
+            self.avoided[report.row] = avoided[place]
+            self.steering[report.row] = flagged.select([place]), outcome
+            self.take(report, outcome)
+
+    @property
+    def methods(self) -> list[Method]:
+        """The steering methods in the order in which they are tried."""
+        assert self.profile is not None
+        return methods_of(self.profile, self.config.steering)
+
+    def take(self, report: GuardReport, outcome: Outcome) -> None:
+        """Put what steering has come to for an image into force, and into its report."""
+        report.steering = {**(report.steering or {}), **outcome.summary()}
+        if outcome.correction is not None:
+            self.corrections[report.row] = outcome.correction
+            report.verdict = "steered"
+
+    def steer_again(self, rows: list[int]) -> None:
+        """Go on with what has not been tried on steered rows that the run has shown to come back; their run is made again up to here."""
+        for row in rows:
+            flagged, outcome = self.steering[row]
+            self.flag_again([row])
+            try:
+                with able_to_descend():
+                    (outcome,) = try_in_order(flagged, self.methods, [outcome])
+            except Exception as error:  # as in judge
+                self.fail([self.reports[row]], error)
+                continue
+            self.steering[row] = flagged, outcome
+            self.take(self.reports[row], outcome)
+
+    def flag_again(self, rows: list[int]) -> None:
+        """Withdraw what was called steered."""
+        for row in rows:
+            report = self.reports[row]
+            report.verdict, report.flagged_at, report.steering = "flagged", None, {**(report.steering or {}), "passed": None}
+
+    @property
+    def steered(self) -> list[int]:
+        """The rows that count as steered."""
+        return [report.row for report in self.reports if report.verdict == "steered"]
 
     def watch_steered(self, observation: Observation) -> None:
-        """Withdraw steering where the denoised estimates, once there is as much signal as noise, come back. Cost: none, but a rule's."""
-        rows = [report.row for report in self.reports if report.verdict == "steered"]
-        if rows and observation.step and observation.level.log_snr >= LOG_SNR:
+        """Hold steered rows against what they were steered away from, and once against all that the denoiser knows by heart.
+
+        Denoised estimates that are the avoided picture's, once there is as much signal as noise, withdraw the steering. Before, at the
+        first calls from `LOOKS_LOG_SNR` on, what the text draws from there is asked to come back from noise; where it does, the next
+        correction is tried. Cost: 1 evaluation an image and look, that of a rule, and of what is tried again.
+        """
+        over = sum(observation.level.log_snr >= look for look in LOOKS_LOG_SNR)
+        due, self.looks = over > self.looks, over
+        if not observation.step:
+            return
+        if (rows := self.steered) and due:
+            here = observation.select(torch.tensor(rows))
+            self.steer_again(self.memorized(rows, here, denoised(here.x, here.eps_c, here.level)))
+        if (rows := self.steered) and observation.level.log_snr >= LOG_SNR:
             here = replace(observation.select(torch.tensor(rows)), rules=tuple(self.corrections[row].rule for row in rows))
-            self.withdraw(rows, denoised(here.x, here.prediction, here.level))
+            self.flag_again(self.resembling(rows, denoised(here.x, here.prediction, here.level)))
 
     def made(self, latents: Tensor) -> None:
-        """Withdraw steering where the run's own picture ``[B, C, H, W]`` is the one that was steered away from. Cost: none."""
-        rows = [report.row for report in self.reports if report.verdict == "steered"]
-        if rows:
-            self.withdraw(rows, latents[rows])
-            for report in self.reports:
-                if report.verdict == "flagged" and report.flagged_at is None:
-                    report.flagged_at = max(map(len, report.series.values()), default=1) - 1
-                    self.settle(report)
+        """Withdraw steering where the run's own picture ``[B, C, H, W]`` is the avoided one, or any that comes back from noise.
 
-    def withdraw(self, rows: list[int], pictures: Tensor) -> None:
-        """Flag those steered rows again whose pictures, ``[n, C, H, W]``, are what their own text draws from another noise.
+        Cost: 1 evaluation for each steered image.
+        """
+        if rows := self.steered:
+            self.flag_again(self.resembling(rows, latents[rows]))
+        if (rows := self.steered) and self.seen is not None:
+            here = self.seen.select(torch.tensor(rows))
+            conditions = [self.corrections[row].condition for row in rows]
+            held = [own if new is None else new.to(own) for own, new in zip(here.condition, conditions, strict=True)]
+            self.flag_again(self.memorized(rows, replace(here, condition=torch.stack(held)), latents[rows].to(here.x)))
+            for row in rows:
+                self.reports[row].extra_evaluations = int(here.evaluations[row])
+        for report in self.reports:
+            if report.verdict == "flagged" and report.flagged_at is None:
+                report.flagged_at = max(map(len, report.series.values()), default=1) - 1
+                self.settle(report)
+
+    def memorized(self, rows: list[int], here: Observation, pictures: Tensor) -> list[int]:
+        """Which of the rows have a picture ``[n, C, H, W]`` that comes back from noise: one that is known by heart, whichever it is."""
+        assert self.profile is not None
+        with torch.no_grad():
+            timestep = timestep_at(here, NOISED_LOG_SNR, highest=self.steering[rows[0]][0].observation.timestep)
+            values = recurrence(here, pictures, timestep).tolist()
+        return self.noted("recurrence_on_the_run", rows, values, self.profile.recurrence_limit())
+
+    def resembling(self, rows: list[int], pictures: Tensor) -> list[int]:
+        """Which of the rows have a picture, ``[n, C, H, W]``, that their own text draws from another noise. Cost: none.
 
         What was verified ahead is verified on the run itself, by the limit of verification; a picture of another size is brought to the
         reference call's.
@@ -242,12 +317,14 @@ class GuardedRun:
         avoided = torch.stack([self.avoided[row] for row in rows]).to(pictures)
         if pictures.shape != avoided.shape:
             pictures = F.interpolate(pictures, size=avoided.shape[-2:], mode="area")
-        for row, value in zip(rows, correlation(pictures, avoided).tolist(), strict=True):
-            report, steering = self.reports[row], self.reports[row].steering or {}
-            report.steering = {**steering, "resemblance_on_the_run": max(value, steering.get("resemblance_on_the_run", -1.0))}
-            if value > self.profile.agreement_limit():
-                report.verdict, report.flagged_at = "flagged", None
-                report.steering["passed"] = None
+        return self.noted("resemblance_on_the_run", rows, correlation(pictures, avoided).tolist(), self.profile.agreement_limit())
+
+    def noted(self, name: str, rows: list[int], values: list[float], limit: float) -> list[int]:
+        """Which of the rows have a value over ``limit``; the highest of a run is kept in the report."""
+        for row, value in zip(rows, values, strict=True):
+            steering = self.reports[row].steering or {}
+            self.reports[row].steering = {**steering, name: max(value, steering.get(name, -1.0))}
+        return [row for row, value in zip(rows, values, strict=True) if value > limit]
 
     def settle(self, report: GuardReport) -> None:
         """What becomes of an image that is still flagged; errors count as flagged."""
@@ -258,6 +335,13 @@ class GuardedRun:
             raise MemorizationError(f"Image {report.row}: {report.error or f'predicted to be memorized, and {why}'}.")
         if self.config.mode == "block" or self.config.on_failure == "withhold":
             report.verdict = "withheld"
+
+
+@contextmanager
+def able_to_descend() -> Iterator[None]:
+    """No gradients are kept but those that are asked for, and they can be, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def blank(images: Any, withheld: list[int]) -> Any:

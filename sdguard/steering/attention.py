@@ -31,13 +31,16 @@ class Attenuated:
 
 
 def spike_bias(attn: Any, hidden_states: Tensor, text: Tensor) -> Tensor:
-    """What is added to the logits, ``[B * heads, queries, T]``, so that those of spiking tokens come out scaled; begin token never."""
+    """What is added to the logits, ``[B * heads, queries, T]``, so that those of spiking tokens come out scaled; begin token never.
+
+    A logit below 0 is left alone: scaled it would draw more attention than before.
+    """
     query, key = (attn.head_to_batch_dim(to(x)).float() for to, x in ((attn.to_q, hidden_states), (attn.to_k, text)))
     logits = attn.scale * query @ key.transpose(1, 2)
     highest = logits.amax(dim=1)[:, 1:]
     z = (highest - highest.mean(dim=1, keepdim=True)) / highest.std(dim=1, keepdim=True).clamp_min(1e-12)
     spiking = nn.functional.pad(z > SPIKE, (1, 0))
-    return ((SCALE - 1) * logits * spiking.unsqueeze(1)).to(hidden_states.dtype)
+    return ((SCALE - 1) * logits.clamp_min(0) * spiking.unsqueeze(1)).to(hidden_states.dtype)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def inserted(flagged: SteeringInput, draw: Callable[[np.random.Generator], str])
         words = prompt.split()
         for _ in range(INSERTED):
             words.insert(int(rng.integers(len(words) + 1)), draw(rng))
-        corrections.append(Correction({"paraphrase": " ".join(words)}, condition=flagged.encoder([" ".join(words)])[0]))
+        corrections.append(Correction({"wording": " ".join(words)}, condition=flagged.encoder([" ".join(words)])[0]))
     return corrections
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sdguard.correction import Correction
@@ -16,15 +16,21 @@ from sdguard.steering.verification import Verification, verify
 logger = logging.getLogger(__name__)
 
 #: tried where a profile has learnt no order: what keeps the prompt in words first, then what moves its embedding.
-DEFAULT = ("rewording", "token descent", "embedding descent")
+DEFAULT = ("rewording", "neutral blend", "token descent", "embedding descent")
 
 
 @dataclass
 class Outcome:
-    """What steering did for one image; ``correction`` is None if no method passed verification."""
+    """What steering did for one image; ``correction`` is None if nothing has passed verification.
+
+    Attributes:
+        attempts: what was tried and what was found of it, in order.
+        taken: how many of the turns of its methods have been taken.
+    """
 
     correction: Correction | None = None
     attempts: list[dict[str, Any]] = field(default_factory=list)
+    taken: int = 0
 
     def summary(self) -> dict[str, Any]:
         """For the report: the attempt that passed, if any, and every attempt."""
@@ -34,6 +40,11 @@ class Outcome:
 def methods_of(profile: Profile, chosen: Sequence[str] | None = None) -> list[Method]:
     """The methods to be tried: those chosen by name, else in the profile's learnt order, else `DEFAULT`."""
     return [METHODS[name] for name in chosen or [learnt.method for learnt in profile.methods] or DEFAULT]
+
+
+def turns(methods: Sequence[Method]) -> list[Method]:
+    """Every method, followed by what it does where its first correction does not pass."""
+    return [replace(method, correct=correct, stronger=()) for method in methods for correct in (method.correct, *method.stronger)]
 
 
 def attempt(flagged: SteeringInput, method: Method) -> list[tuple[Correction, Verification] | None]:
@@ -56,17 +67,21 @@ def attempt_each(flagged: SteeringInput, method: Method) -> list[tuple[Correctio
     return [attempt_each(flagged.select([row]), method)[0] for row in range(len(flagged.prompts))]
 
 
-def try_in_order(flagged: SteeringInput, methods: Sequence[Method]) -> list[Outcome]:
-    """Try ``methods`` on every image until one passes verification. Cost: what is tried takes, and its verification.
+def try_in_order(flagged: SteeringInput, methods: Sequence[Method], outcomes: Sequence[Outcome] | None = None) -> list[Outcome]:
+    """Try ``methods`` on every image until one passes verification; cost: what is tried takes, and its verification.
 
     A method that fails on an image stands among its attempts with its ``error``, and the next one is tried.
+
+    Args:
+        outcomes: of an earlier call, for images whose correction did not hold: they go on with what has not been tried.
     """
-    outcomes = [Outcome() for _ in flagged.prompts]
-    for method in methods:
-        left = [row for row, outcome in enumerate(outcomes) if outcome.correction is None]
+    outcomes = [replace(outcome, correction=None) for outcome in outcomes or [Outcome() for _ in flagged.prompts]]
+    for turn, method in enumerate(turns(methods)):
+        left = [row for row, outcome in enumerate(outcomes) if outcome.correction is None and outcome.taken <= turn]
         if not left:
-            break
+            continue
         for row, tried in zip(left, attempt_each(flagged.select(left), method), strict=True):
+            outcomes[row].taken = turn + 1
             if isinstance(tried, Exception):
                 outcomes[row].attempts.append({"method": method.name, "error": f"{type(tried).__name__}: {tried}"})
             elif tried:

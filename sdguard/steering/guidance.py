@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from sdguard.correction import Correction
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.method import Method, SteeringInput
+from sdguard.steering.rewording import rewording
 
 #: timestep at which guidance sets in at the latest.
 LATEST = 500.0
@@ -45,18 +47,13 @@ def repulsion_rule(original: Tensor, observation: Observation) -> Tensor:
 
 
 def attractive_repulsive(flagged: SteeringInput) -> list[Correction | None]:
-    """Guidance towards the prompt's paraphrase and away from the prompt itself; not where no paraphrase was found.
+    """Guidance towards the wording of the prompt that keeps most of it, and away from the prompt itself; not where there is none.
 
     Cost: the text encoder's ahead, 1 evaluation a step.
     """
     corrections: list[Correction | None] = []
-    for paraphrase, original in zip(flagged.paraphrases, flagged.observation.condition, strict=True):
-        if paraphrase is None:
-            corrections.append(None)
-            continue
-        how = {"paraphrase": paraphrase.text, "dropped": paraphrase.dropped}
-        rule = partial(repulsion_rule, original)
-        corrections.append(Correction(how, condition=flagged.encoder([paraphrase.text])[0], rule=rule))
+    for correction, original in zip(rewording(0, flagged), flagged.observation.condition, strict=True):
+        corrections.append(correction and replace(correction, rule=partial(repulsion_rule, original)))
     return corrections
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,12 +20,12 @@ from sdguard.steering.method import SteeringInput
 
 
 def ordered(methods: Sequence[MethodStatistics]) -> list[MethodStatistics]:
-    """Least expected cost of a cure first, of equal cost the one that moves the prediction least; what cures nothing is left out.
+    """What keeps most of the prompt first, of equals the least expected cost of a cure; what cures nothing is left out.
 
-    For independent tries that stop at the first success, the order by cost over probability has the least expected cost.
+    What is tried first is what most pictures come out of: a cheaper cure that loses the prompt is no saving.
     """
     curing = [method for method in methods if method.cured]
-    return sorted(curing, key=lambda method: (round(method.cost / method.cured), method.moved))
+    return sorted(curing, key=lambda method: (-round(method.alignment, 2), method.cost / method.cured))
 
 
 def learn_methods(
@@ -39,7 +40,7 @@ def learn_methods(
 
     Cost: that of all methods and verifications, some 600 evaluations a prompt.
     """
-    found: dict[str, list[tuple[bool, int, float]]] = {name: [] for name in METHODS}
+    found: dict[str, list[tuple[bool, int, float, float]]] = {name: [] for name in METHODS}
 
     for start in range(0, len(memorized), BATCH_SIZE):
         some = list(memorized[start : start + BATCH_SIZE])
@@ -52,8 +53,14 @@ def learn_methods(
                 tried = attempt(flagged, method)
                 costs = (observation.evaluations - before).tolist()
                 verified = [(entry[1], cost) for entry, cost in zip(tried, costs, strict=True) if entry]
-                found[name] += [(verification.passed, cost, verification.moved["prediction"]) for verification, cost in verified]
+                found[name] += [(v.passed, cost, v.moved["prediction"], v.alignment if v.passed else math.nan) for v, cost in verified]
         if progress:
             progress(start + len(some), len(memorized))
-    means = {name: map(statistics.fmean, zip(*tried, strict=True)) for name, tried in found.items() if tried}
-    return replace(profile, methods=ordered([MethodStatistics(name, *columns) for name, columns in means.items()]))
+    return replace(profile, methods=ordered([statistics_of(name, tried) for name, tried in found.items() if tried]))
+
+
+def statistics_of(name: str, tried: Sequence[tuple[bool, int, float, float]]) -> MethodStatistics:
+    """Means over what was tried of a method: passed, evaluations, movement, and the alignment of what passed."""
+    passed, cost, moved, aligned = zip(*tried, strict=True)
+    of_cures = [value for value in aligned if not math.isnan(value)] or [0.0]
+    return MethodStatistics(name, statistics.fmean(passed), statistics.fmean(cost), statistics.fmean(moved), statistics.fmean(of_cures))

@@ -11,7 +11,7 @@ from sdguard.correction import Correction
 from sdguard.decision.profile import Profile, quantile
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation
-from sdguard.steering.paraphrase import Paraphrase, Rewriter, candidates, first_ordinary
+from sdguard.steering.wording import Rewriter, Wording, depiction, wordings
 
 #: a corrected prompt may pull as hard as this share of ordinary prompts do.
 TARGET = 0.95
@@ -27,30 +27,25 @@ class SteeringInput:
         prompts: their prompts; None where only embeddings are known.
         encoder: the pipeline's own text encoder.
         profile: what ordinary prompts look like.
-        paraphrases: the prompt as ordinary prompts would put it; None where none was found.
+        wordings: the prompt put differently, what keeps most of it first; none where it is not known.
     """
 
     observation: Observation
     prompts: list[str | None]
     encoder: Encoder
     profile: Profile
-    paraphrases: list[Paraphrase | None]
+    wordings: list[list[Wording]]
     own_noise: bool = True
 
     @classmethod
     def of(
         cls, observation: Observation, prompts: list[str | None], encoder: Encoder, profile: Profile, rewriter: Rewriter | None = None
     ) -> SteeringInput:
-        """Flagged images at their run's first call, their paraphrases looked for. Cost: that of `candidates` and `first_ordinary`."""
+        """Flagged images at their run's first call."""
         here, observation = observation, observation.at_reference.differentiable()
         own_noise = here.x.shape == observation.x.shape and torch.equal(here.x, observation.x) and here.timestep == observation.timestep
-        target = quantile(profile.values["guidance_norm"], TARGET)
-        frequency = profile.frequency
-        rows = [observation.select(torch.tensor([row])) for row in range(len(prompts))]
-        offered = [
-            candidates(row, prompt, encoder, frequency, rewriter) if prompt else [] for row, prompt in zip(rows, prompts, strict=True)
-        ]
-        return cls(observation, prompts, encoder, profile, first_ordinary(observation, offered, encoder, target), own_noise)
+        kind = depiction(profile.words)
+        return cls(observation, prompts, encoder, profile, [wordings(p, kind, rewriter) if p else [] for p in prompts], own_noise)
 
     @property
     def target(self) -> float:
@@ -63,8 +58,12 @@ class SteeringInput:
             self,
             observation=self.observation.select(torch.tensor(rows)),
             prompts=[self.prompts[row] for row in rows],
-            paraphrases=[self.paraphrases[row] for row in rows],
+            wordings=[self.wordings[row] for row in rows],
         )
+
+
+#: gives each image its correction, or None where the method does not apply.
+Correct = Callable[[SteeringInput], list[Correction | None]]
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,11 @@ class Method:
         correct: gives each image its correction, or None where the method does not apply.
         cost: evaluations an image it takes at most to find the correction.
         step_cost: evaluations an image it takes at every denoising step thereafter.
+        stronger: what it does where that does not pass verification, one after the other.
     """
 
     name: str
-    correct: Callable[[SteeringInput], list[Correction | None]]
+    correct: Correct
     cost: int
     step_cost: int = 0
+    stronger: tuple[Correct, ...] = ()

@@ -16,6 +16,8 @@ from sdguard.steering.method import Method, SteeringInput
 UPHILL, STEP, PASSES = 50 / 128, 0.7, 2
 #: SAIL: fresh noises looked at, Adam steps, learning rate, length of the look as a share of the noise's norm.
 FRESH, DESCENT_STEPS, LEARNING_RATE, LOOK = 4, 10, 0.05, 1 / 128
+#: SAIL as released: noises, and the weight of their norm in the loss.
+RELEASED_NOISES, PENALTY = 8, 0.05
 
 
 def on_shell(x: Tensor) -> Tensor:
@@ -83,5 +85,38 @@ def sail(flagged: SteeringInput) -> list[Correction | None]:
     return [Correction({"noise": int(draw)}, x=row) for row, draw in zip(x, best, strict=True)]
 
 
+def released_loss(observation: Observation, x: Tensor, look: Tensor) -> Tensor:
+    """``||D(x + u)|| + .05 ||x||``, ``[B]``, u fixed: what SAIL's released code descends on in place of the paper's squared difference.
+
+    Cost: 2 evaluations.
+    """
+    return norm(contrast(observation, x + look)) + PENALTY * norm(x)
+
+
+def sail_released(flagged: SteeringInput) -> list[Correction | None]:
+    """SAIL as its released code has it (Dongjae0324/sharpness_memorization_diffusion): one round, for comparison.
+
+    It differs from the paper, and from `sail`, in the loss, in a direction that is kept from where it started, in more noises that are all
+    descended, and in leaving the Gaussian shell. Cost: 4 for each of `RELEASED_NOISES` noises, and 4 for each step of it.
+    """
+    observation, found = flagged.observation, []
+    for draw in range(RELEASED_NOISES):
+        x = independent_start(observation, 20 + draw).clone()
+        look = along(contrast(observation, x), x, LOOK)
+        adam = torch.optim.Adam([x], lr=LEARNING_RATE)
+        for _ in range(DESCENT_STEPS):
+            with torch.enable_grad():
+                x.requires_grad_()
+                (x.grad,) = torch.autograd.grad(released_loss(observation, x, look).sum(), x)
+            observation.count_nfe(2)  # a gradient counts as one more than its forward pass
+            adam.step()
+            x.requires_grad_(False)
+        found.append((released_loss(observation, x, look), x))
+    losses, noises = (torch.stack(parts) for parts in zip(*found, strict=True))
+    best = losses.argmin(dim=0)
+    return [Correction({"noise": int(draw)}, x=noises[draw, row]) for row, draw in enumerate(best.tolist())]
+
+
 NOISE_ADJUSTMENT = Method("initial-noise adjustment", noise_adjustment, cost=4 * PASSES - 2)
 SAIL = Method("SAIL", sail, cost=4 * FRESH + 10 * DESCENT_STEPS)
+SAIL_RELEASED = Method("SAIL as released", sail_released, cost=RELEASED_NOISES * (4 + 4 * DESCENT_STEPS))

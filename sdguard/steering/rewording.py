@@ -1,19 +1,26 @@
-"""Rewording: the prompt as ordinary prompts would put it, encoded by the pipeline's own text encoder."""
+"""Rewording: the prompt put differently, encoded by the pipeline's own text encoder."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from sdguard.correction import Correction
 from sdguard.steering.method import Method, SteeringInput
 
+#: wordings of one prompt that are tried at most; a rewriter's are among them.
+TRIED = 6
 
-def rewording(flagged: SteeringInput) -> list[Correction | None]:
-    """The prompt's paraphrase in place of the prompt; not where none was found. Cost: the text encoder's alone."""
-    found = [paraphrase for paraphrase in flagged.paraphrases if paraphrase]
-    conditions = iter(flagged.encoder([paraphrase.text for paraphrase in found]) if found else ())
+
+def rewording(place: int, flagged: SteeringInput) -> list[Correction | None]:
+    """The wording at ``place`` in place of each prompt; not where there are fewer. Cost: the text encoder's alone."""
+    found = [offered[place] if place < len(offered) else None for offered in flagged.wordings]
+    conditions = iter(flagged.encoder([wording.text for wording in found if wording]) if any(found) else ())
     return [
-        Correction({"paraphrase": paraphrase.text, "dropped": paraphrase.dropped}, condition=next(conditions)) if paraphrase else None
-        for paraphrase in flagged.paraphrases
+        Correction({"wording": wording.text, "kept": wording.kept, "dropped": wording.dropped}, condition=next(conditions))
+        if wording
+        else None
+        for wording in found
     ]
 
 
-REWORDING = Method("rewording", rewording, cost=0)
+REWORDING = Method("rewording", partial(rewording, 0), cost=0, stronger=tuple(partial(rewording, place) for place in range(1, TRIED)))

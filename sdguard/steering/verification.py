@@ -1,27 +1,30 @@
 """Verification: is the corrected sample memorized after all, and does it still show what was asked for?
 
-Nothing here reads the signal that methods descend on. The short rollouts ask whether the corrected condition and noise lead to *any*
-memorized picture, and the denoiser is asked whether the picture they lead to is the prompt's.
+Nothing here reads the signal that methods descend on, and nothing the caller has set. It is asked of a candidate before the run
+(`verify`), and of the run itself by `recurrence`: pictures that come back from noise are ones that the denoiser knows by heart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sdguard.correction import Correction, corrected, movement
 from sdguard.decision.profile import quantile
 from sdguard.geometry.alignment import alignment
-from sdguard.geometry.reference import reference_end
-from sdguard.geometry.rollout import independent_start, short_rollout
+from sdguard.geometry.reference import NOISED_LOG_SNR, recurrence, reference_end, timestep_at
+from sdguard.geometry.rollout import rollout_end
+from sdguard.geometry.rowwise import correlation
 from sdguard.observation import Observation
-from sdguard.signals.agreement import correlation
+from sdguard.signals.guidance_detail import guidance_detail
 from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.method import SteeringInput
+from sdguard.steering.wording import depiction, subject
 
 #: share of ordinary prompts that pull harder than what counts as an emptied prompt.
 PULLING = 0.99
@@ -29,23 +32,25 @@ PULLING = 0.99
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found of one corrected image.
+    """What was found of one corrected image; what was not asked any more is nan.
 
     Attributes:
-        agreement: of its short rollouts from its own noise and an independent one.
-        agreement_with_uncorrected: of its short rollout with the uncorrected one from independent noise.
-        alignment: how much of the picture ahead the prompt's paraphrase explains; nan where none is known.
+        detail: the guidance detail under the corrected condition.
         moved: how far text embeddings, noise and prediction were moved (see `movement`).
-        memorized: whether the short rollouts agree more than 99% of ordinary prompts' do.
+        memorized: whether detail, recurrence or agreement are over what ordinary prompts have.
+        recurrence: how like itself the picture ahead comes back from noise.
+        agreement_with_uncorrected: of the picture ahead with what the uncorrected text draws from independent noise.
+        alignment: how much of the picture ahead the prompt's subject explains; nan where no text is known.
         aligned: whether the alignment is that of 99% of ordinary prompts, or, where it is unknown, whether the prompt still pulls.
     """
 
-    agreement: float
-    agreement_with_uncorrected: float
-    alignment: float
+    detail: float
     moved: dict[str, float]
     memorized: bool
-    aligned: bool
+    recurrence: float = math.nan
+    agreement_with_uncorrected: float = math.nan
+    alignment: float = math.nan
+    aligned: bool = False
 
     @property
     def passed(self) -> bool:
@@ -58,49 +63,73 @@ class Verification:
 
 
 def verify(flagged: SteeringInput, corrections: Sequence[Correction]) -> list[Verification]:
-    """Verify one correction for each flagged image, at the guard's own reference call.
+    """Verify one correction for each flagged image, at the guard's own reference call; what fails one question is asked no other.
 
-    Pictures are drawn by the conditional branch alone, whatever the caller's guidance, and held against what those of ordinary prompts are
-    (`sdguard.geometry.reference.reference_end`); where a correction takes guidance's place they are drawn by it, under the caller's.
-    Cost for K short rollout steps: that of applying the correction; ``K - 1`` for the corrected rollout, K for the other, ``K - 1`` once an
-    image for the uncorrected one; 2 for the alignment. Under a rule twice as many, and what it takes.
+    Pictures are drawn by the conditional branch alone, whatever the caller's guidance; where a correction takes guidance's place they are
+    drawn by it, under the caller's. Cost: that of applying the correction; for K short rollout steps ``K - 1`` for the corrected rollout,
+    twice as many under a rule and what it takes, ``K - 1`` once an image for the uncorrected one, 1 for the recurrence, 2 for the
+    alignment.
     """
+    candidate = corrected(flagged.observation, corrections)
+    limit = flagged.profile.detail_limit()
+    described = zip(guidance_detail(candidate).tolist(), movement(flagged.observation, candidate), strict=True)
+    found = [Verification(detail, moved, memorized=detail > limit) for detail, moved in described]
+    return asked(flagged, candidate, asked(flagged, candidate, found, drawn_ahead), kept)
+
+
+#: asks a question of candidates: (flagged images, their candidates, what has been found of them) -> the same with the answer.
+Question = Callable[[SteeringInput, Observation, list[Verification]], list[Verification]]
+
+
+def asked(flagged: SteeringInput, candidate: Observation, found: list[Verification], question: Question) -> list[Verification]:
+    """What has been found, with the answer to ``question`` for those that do not count as memorized yet."""
+    rows = [row for row, verification in enumerate(found) if not verification.memorized]
+    if not rows:
+        return found
+    answers = iter(question(flagged.select(rows), candidate.select(torch.tensor(rows)), [found[row] for row in rows]))
+    return [verification if verification.memorized else next(answers) for verification in found]
+
+
+def drawn_ahead(flagged: SteeringInput, candidate: Observation, found: list[Verification]) -> list[Verification]:
+    """Is the picture ahead a memorized one, the avoided one or any other?"""
     observation, profile = flagged.observation, flagged.profile
-    candidate = corrected(observation, corrections)
-    own, other = ends(candidate)
-    across = correlation(own, other).tolist()
-    stayed = correlation(own, reference_end(observation, 0)).tolist()
-    aligned = alignments(flagged, own)
+    ahead = picture_ahead(candidate)
+    returned = recurrence(candidate, ahead, timestep_at(observation, NOISED_LOG_SNR)).tolist()
+    stayed = correlation(ahead, reference_end(observation, 0)).tolist()
+
+    def answered(verification: Verification, recurrence: float, agreement: float) -> Verification:
+        memorized = recurrence > profile.recurrence_limit() or agreement > profile.agreement_limit()
+        return replace(verification, recurrence=recurrence, agreement_with_uncorrected=agreement, memorized=memorized)
+
+    return list(map(answered, found, returned, stayed))
+
+
+def kept(flagged: SteeringInput, candidate: Observation, found: list[Verification]) -> list[Verification]:
+    """Does the picture ahead still show what the prompt says? Where no text is known: does the condition still pull?"""
+    weakest = -quantile([-value for value in reversed(flagged.profile.values["guidance_norm"])], PULLING)
     pulls = guidance_norm(candidate).tolist()
-    limit = profile.agreement_limit()
-    weakest = -quantile([-value for value in reversed(profile.values["guidance_norm"])], PULLING)
     return [
-        Verification(
-            agreement=a,
-            agreement_with_uncorrected=s,
-            alignment=t,
-            moved=moved,
-            memorized=max(a, s) > limit,
-            aligned=pull >= weakest if math.isnan(t) else t >= profile.alignment_limit(),
-        )
-        for a, s, t, pull, moved in zip(across, stayed, aligned, pulls, movement(observation, candidate), strict=True)
+        replace(verification, alignment=t, aligned=pull >= weakest if math.isnan(t) else t >= flagged.profile.alignment_limit())
+        for verification, t, pull in zip(found, alignments(flagged, picture_ahead(candidate)), pulls, strict=True)
     ]
 
 
-def ends(candidate: Observation) -> tuple[torch.Tensor, torch.Tensor]:
-    """What corrected rows lead to from their own noise and from an independent one, ``[B, C, H, W]`` each."""
-    if any(candidate.rules):
-        return short_rollout(candidate), short_rollout(candidate, independent_start(candidate))
-    return reference_end(candidate), reference_end(candidate, 0)
+def picture_ahead(candidate: Observation) -> Tensor:
+    """What corrected rows lead to from their own noise, ``[B, C, H, W]``; once it is known it costs nothing."""
+    return rollout_end(candidate) if any(candidate.rules) else reference_end(candidate)
 
 
-def alignments(flagged: SteeringInput, pictures: torch.Tensor) -> list[float]:
-    """The alignment of each picture with its prompt's paraphrase, nan where there is none. Cost: 2 evaluations where there is."""
-    rows = [row for row, paraphrase in enumerate(flagged.paraphrases) if paraphrase]
-    found = [math.nan] * len(flagged.paraphrases)
+def alignments(flagged: SteeringInput, pictures: Tensor) -> list[float]:
+    """The alignment of each picture with the subject of its prompt, nan where no prompt is known. Cost: 2 evaluations where one is.
+
+    The subject is asked for as any picture of it would be, never in the words of a cure.
+    """
+    rows = [row for row, prompt in enumerate(flagged.prompts) if prompt]
+    values = [math.nan] * len(flagged.prompts)
     if rows:
-        condition = flagged.encoder([paraphrase.text for paraphrase in flagged.paraphrases if paraphrase])
+        kind = depiction(flagged.profile.words)
+        condition = flagged.encoder([subject(str(flagged.prompts[row]), kind) for row in rows])
         here: Observation = flagged.observation.select(torch.tensor(rows))
         for row, value in zip(rows, alignment(here, pictures[rows], condition).tolist(), strict=True):
-            found[row] = value
-    return found
+            values[row] = value
+    return values

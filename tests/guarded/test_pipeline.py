@@ -76,10 +76,10 @@ def test_a_steered_image_leaves_its_neighbours_bit_identical(
         assert (report.extra_evaluations > 0) == (i == row)
 
 
-def always_passes(flagged: SteeringInput, methods: Any) -> list[Outcome]:
+def always_passes(flagged: SteeringInput, methods: Any, outcomes: Any = None) -> list[Outcome]:
     texts = [str(prompt).split()[0] for prompt in flagged.prompts]
     conditions = zip(flagged.encoder(texts), texts, strict=True)
-    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "paraphrase": text}]) for c, text in conditions]
+    return [Outcome(Correction({}, condition=c), [{"method": "rewording", "wording": text}]) for c, text in conditions]
 
 
 @pytest.mark.parametrize("mode", ["steer", "observe"])

@@ -21,8 +21,8 @@ def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("passed", "says"),
     [
-        ({"method": "rewording", "paraphrase": "a cat on a mat"}, "reworded to “a cat on a mat”, verified by short rollouts"),
-        ({"method": "embedding descent"}, "steered by embedding descent, verified by short rollouts"),
+        ({"method": "rewording", "wording": "a cat on a mat"}, "reworded to “a cat on a mat”, verified ahead and on the picture"),
+        ({"method": "embedding descent"}, "steered by embedding descent, verified ahead and on the picture"),
     ],
 )
 def test_the_reason_names_what_steered(passed: dict[str, str], says: str) -> None:

@@ -299,7 +299,7 @@ def changed(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any
 def looked(second_prompt: bool, flagged: SteeringInput, methods: Any) -> list[Outcome]:
     """`reworded`, once it is seen that the captured call can be made again and that prompts are encoded as the call encoded them.
 
-    A paraphrase goes to all encoders, a call's ``prompt_2`` to the second alone.
+    A wording goes to all encoders, a call's ``prompt_2`` to the second alone.
     """
     here = flagged.observation
     for seen, again in zip((here.eps_c, here.eps_u), here.both_branches(here.x, here.timestep), strict=True):

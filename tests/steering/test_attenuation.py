@@ -32,7 +32,10 @@ def test_logits_of_spiking_tokens_come_out_scaled_and_the_others_as_they_were(ti
     spiking = [head for head in range(len(highest)) if highest[head, 4] > highest[head, [1, 2, 3, 5]].max() * 5]
     assert spiking
     scaled = logits + spike_bias(attn, queries, text)
-    torch.testing.assert_close(scaled[spiking, :, 4], SCALE * logits[spiking, :, 4])
+    above = logits[spiking, :, 4] > 0
+    torch.testing.assert_close(scaled[spiking, :, 4][above], SCALE * logits[spiking, :, 4][above])
+    assert not above.all()
+    torch.testing.assert_close(scaled[spiking, :, 4][~above], logits[spiking, :, 4][~above])  # scaled they would attract more
     torch.testing.assert_close(scaled[..., [0, 1, 2, 3]], logits[..., [0, 1, 2, 3]])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,18 +16,20 @@ from sdguard.correction import Correction, corrected
 from sdguard.decision.cascade import Cascade
 from sdguard.decision.profile import MethodStatistics, Profile
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.geometry.reference import reference_end
+from sdguard.geometry.rollout import independent_start
 from sdguard.geometry.rowwise import norm
 from sdguard.observation import NoiseLevel, Observation, denoised
 from sdguard.signals.guidance_norm import guidance_norm
-from sdguard.steering import BASELINES, METHODS, Method, SteeringInput
+from sdguard.steering import BASELINES, METHODS, Method, SteeringInput, neutral
 from sdguard.steering.clamp import clamped
 from sdguard.steering.descent import descent, lid_gradient, responsible
 from sdguard.steering.fallback import methods_of, try_in_order
 from sdguard.steering.guidance import LATEST, delay_rule, past_transition, repulsion_rule, weakened_rule
 from sdguard.steering.learning import ordered
-from sdguard.steering.noise import noise_adjustment, on_shell, sail, sharpness
-from sdguard.steering.paraphrase import Paraphrase, candidates, first_ordinary
+from sdguard.steering.noise import noise_adjustment, on_shell, released_loss, sail, sharpness
 from sdguard.steering.verification import verify
+from sdguard.steering.wording import Wording
 
 Observe = Callable[..., Observation]
 Eps = Callable[[Tensor, NoiseLevel, Tensor], Tensor]
@@ -56,8 +59,9 @@ ENCODER = BagOfWords()
 
 
 def ordinary(words: dict[str, int] | None = None, norm: float = 1e-3, **fields: Any) -> Profile:
-    """Ordinary prompts hardly pull, their short rollouts agree to .4, and any alignment is ordinary."""
-    values = {"guidance_norm": [norm] * 3, "reference_agreement": [0.4] * 100, "alignment": [-1e9] * 100}
+    """Ordinary prompts hardly pull, ask for any detail, their short rollouts agree to .4, and any alignment is ordinary."""
+    limits = {"guidance_detail": [1e9], "reference_agreement": [0.4] * 100, "recurrence": [0.5] * 100, "alignment": [-1e9] * 100}
+    values = {"guidance_norm": [norm] * 3, **limits}
     return Profile({}, Cascade((), {}), [0.0] * 997, values, words=words or {}, **fields)
 
 
@@ -158,6 +162,16 @@ def test_sail_lowers_sharpness_stays_on_the_shell_and_within_its_cost(observe: O
     assert [correction.x.tolist() for correction in sail(flag(observation)) if correction and correction.x is not None] == x.tolist()
 
 
+def test_sail_as_released_descends_its_own_loss_within_its_cost(observe: Observe) -> None:
+    observation = observe(curved, torch.randn(X), torch.ones(3, 2, 4))
+    found = BASELINES["SAIL as released"].correct(flag(observation))
+    x = torch.stack([correction.x for correction in found if correction and correction.x is not None])
+    assert (observation.evaluations <= BASELINES["SAIL as released"].cost).all()
+    fresh = independent_start(observation, 20)
+    look = 0 * x
+    assert (released_loss(observation, x, look) < released_loss(observation, fresh, look)).all()
+
+
 def test_sharpness_is_that_of_the_squared_difference(observe: Observe) -> None:
     """A linear contrast D = k x changes by k h u over a step h u along it."""
     observation = observe(lambda x, level, text: text[:, 1, 0].view(-1, 1, 1, 1) * x, torch.randn(X), torch.full((3, 2, 4), 2.0))
@@ -229,7 +243,7 @@ def test_padding_damping_replaces_the_end_token_and_what_follows(observe: Observ
 @pytest.mark.parametrize(("prompt", "pads"), [(None, True), ("a zork", False)])
 def test_padding_damping_applies_only_where_the_end_token_pads_a_known_prompt(prompt: str | None, pads: bool, observe: Observe) -> None:
     observation = observe(key_token, torch.randn(1, *X[1:]), torch.ones(1, 6, 4))
-    flagged = SteeringInput(observation, [prompt], BagOfWords(pads), ordinary(), [None])
+    flagged = SteeringInput(observation, [prompt], BagOfWords(pads), ordinary(), [[]])
     assert METHODS["padding damping"].correct(flagged) == [None]
 
 
@@ -239,52 +253,32 @@ def pulled_by(**pull: float) -> Eps:
     return lambda x, level, text: x * 0.1 + (text[:, :, 0] @ weight).view(-1, 1, 1, 1)
 
 
-PROMPT = "a zebra of zork canyon blick"
+PROMPT = "a zebra of zork, canyon blick"
 
 
-def paraphrase_of(
-    observe: Observe, pull: dict[str, float], frequency: dict[str, float], target: float
-) -> tuple[Paraphrase | None, Observation]:
-    observation = observe(pulled_by(**pull), torch.randn(1, *X[1:]), ENCODER([PROMPT]))
-    offered = candidates(observation, PROMPT, ENCODER, frequency)
-    (found,) = first_ordinary(observation, [offered], ENCODER, target)
-    return found, observation
-
-
-FREQUENCY = {"a": 0.9, "of": 0.8, "zebra": 0.005, "canyon": 0.006, "blick": 0.002}
-
-
-def test_the_word_ordinary_prompts_use_least_is_dropped_first(observe: Observe) -> None:
-    found, observation = paraphrase_of(observe, {"zork": 1.0, "zebra": 1.0}, FREQUENCY, target=12.0)  # a pull of 1 is a norm of sqrt(128)
-    assert found == Paraphrase("a zebra of canyon blick", ["zork"])
-    assert observation.evaluations.tolist() == [1]
-
-
-def test_among_equally_rare_words_the_one_that_pulls_most_goes_first(observe: Observe) -> None:
-    found, observation = paraphrase_of(observe, {"canyon": 0.1, "zork": 0.5, "blick": 1.0}, {}, target=0.5)
-    assert found is not None
-    assert found.dropped == ["blick", "zork", "canyon"]
-    assert observation.evaluations.tolist() == [6 + 3]
-
-
-def test_what_ordinary_prompts_speak_of_is_never_dropped(observe: Observe) -> None:
-    observation = observe(pulled_by(zebra=1.0), torch.randn(1, *X[1:]), ENCODER(["zebra canyon"]))
-    assert candidates(observation, "zebra canyon", ENCODER, {"zebra": 0.03, "canyon": 0.02}) == []
-
-
-def test_no_paraphrase_is_found_where_the_norm_stays_high(observe: Observe) -> None:
-    assert paraphrase_of(observe, {"zebra": 1.0}, {"zebra": 0.1}, target=1.0)[0] is None
-
-
-def test_a_single_word_cannot_be_reworded(observe: Observe) -> None:
-    observation = observe(pulled_by(zork=1.0), torch.randn(1, *X[1:]), ENCODER(["zork"]))
-    assert candidates(observation, "zork", ENCODER, {}) == []
-
-
-def test_a_rewriters_paraphrases_are_looked_at_first(observe: Observe) -> None:
+def test_a_rewriters_wordings_are_tried_first(observe: Observe) -> None:
     observation = observe(pulled_by(zork=1.0), torch.randn(1, *X[1:]), ENCODER([PROMPT]))
-    flagged = SteeringInput.of(observation, [PROMPT], ENCODER, ordinary(norm=1.0), lambda prompt: ["zork still", "a striped horse"])
-    assert flagged.paraphrases == [Paraphrase("a striped horse", ["zebra", "of", "zork", "canyon", "blick"])]
+    flagged = SteeringInput.of(observation, [PROMPT], ENCODER, ordinary(norm=1.0), lambda prompt: ["a striped horse", prompt])
+    assert flagged.wordings[0][0] == Wording("a striped horse", ["a"], ["zebra", "of", "zork", "canyon", "blick"])
+    assert PROMPT not in [wording.text for wording in flagged.wordings[0]]
+
+
+def test_the_neutral_blend_goes_along_one_line_and_needs_no_prompt(observe: Observe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neutral, "ordinary_prompts", lambda pipe: ["a", "a zebra"])
+    text = torch.rand(1, 6, 4)
+    flagged = flag(observe(key_token, torch.randn(1, *X[1:]), text))
+    mean = ENCODER(["a", "a zebra"]).mean(dim=0)
+    for share, correct in zip(neutral.SHARES, (neutral.NEUTRAL_BLEND.correct, *neutral.NEUTRAL_BLEND.stronger), strict=True):
+        (correction,) = correct(flagged)
+        assert correction is not None
+        torch.testing.assert_close(correction.condition, text[0] + share * (mean - text[0]))
+
+
+def test_the_neutral_blend_goes_to_the_empty_prompt_where_there_is_no_text_encoder(observe: Observe) -> None:
+    null = torch.rand(1, 6, 4)
+    observation = observe(key_token, torch.randn(1, *X[1:]), torch.rand(1, 6, 4), null_condition=null)
+    flagged = SteeringInput(observation, [None], Encoder(None), ordinary(), [[]])
+    torch.testing.assert_close(neutral.neutral(flagged), null[0])
 
 
 @pytest.mark.parametrize("name", ["random tokens", "random numbers"])
@@ -294,7 +288,7 @@ def test_baselines_put_words_in_and_keep_the_prompt(name: str, observe: Observe)
     (first,), (again,) = BASELINES[name].correct(flagged), BASELINES[name].correct(flagged)
     assert first is not None
     assert again is not None
-    words = first.how["paraphrase"].split()
+    words = first.how["wording"].split()
     assert len(words) == len(PROMPT.split()) + 4
     rest = iter(words)
     assert all(word in rest for word in PROMPT.split())
@@ -348,16 +342,18 @@ def test_verification_sees_the_same_picture_another_memorized_one_and_neither(ob
     picture, other = torch.randn(X[1:]) * 2, torch.randn(X[1:]) * 2
     observation = observe(memorizing({1.0: picture, 2.0: other}), torch.randn(X), keyed(1.0).expand(3, 5, 4))
     same, another, free = verify(flag(observation), [Correction({}, condition=keyed(key)) for key in (1.0, 2.0, 3.0)])
-    assert same.agreement > 0.9
+    assert same.recurrence > 0.9
     assert same.agreement_with_uncorrected > 0.9
-    assert another.agreement > 0.9
+    assert another.recurrence > 0.9
     assert another.agreement_with_uncorrected < 0.4
+    assert free.recurrence < 0.5
     assert (same.memorized, another.memorized, free.memorized) == (True, True, False)
 
 
 def test_an_emptied_prompt_does_not_pass(observe: Observe) -> None:
     """Nothing memorized, and nothing of the prompt either: it pulls less than ordinary prompts do."""
-    observation = observe(key_token, torch.randn(X), torch.ones(3, 5, 4))
+    white: Eps = lambda x, level, text: level.s * x + key_token(0 * x, level, text)  # noqa: E731
+    observation = observe(white, torch.randn(X), torch.ones(3, 5, 4))
     kept, emptied = torch.ones(5, 4), torch.zeros(5, 4)
     found = verify(flag(observation, ordinary(norm=1.0)), [Correction({}, condition=c) for c in (kept, emptied, emptied)])
     assert [verification.aligned for verification in found] == [True, False, False]
@@ -365,22 +361,41 @@ def test_an_emptied_prompt_does_not_pass(observe: Observe) -> None:
     assert found[0].entry()["alignment"] is None
 
 
-def test_alignment_is_judged_under_the_paraphrase(observe: Observe) -> None:
-    """Each word stands for a picture of its own; under the paraphrase a sample has to show that word's."""
+def test_alignment_is_asked_of_the_subject_whatever_the_cure_says(observe: Observe) -> None:
+    """Each word stands for a picture of its own; a sample has to show that of the prompt's first phrase."""
     pictures = torch.randn(len(WORDS), *X[1:])
+    pictures[: WORDS.index("zebra")] = 0  # "a" and "of" show nothing
 
     def eps(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
         return level.s * x - level.s * level.a * torch.einsum("bw,wcij->bcij", text[:, :, 0], pictures)
 
-    prompts: list[str | None] = ["zork zebra", "zork zebra"]
+    prompts: list[str | None] = ["zebra, zork", "zebra, zork"]
     observation = observe(eps, torch.randn(2, *X[1:]), ENCODER(["zork zebra"] * 2), guidance_scale=1.0)
-    profile = ordinary({"zebra": 9}, norm=1e9)
+    profile = ordinary(norm=1e9)
     profile.values["alignment"] = [0.0] * 100
     flagged = SteeringInput.of(observation, prompts, ENCODER, profile)
-    assert [paraphrase.text for paraphrase in flagged.paraphrases if paraphrase] == ["zebra", "zebra"]
     zebra, canyon = verify(flagged, [Correction({}, condition=c) for c in ENCODER(["zebra", "canyon"])])
     assert zebra.alignment > 0.1 > 0 > canyon.alignment
     assert (zebra.aligned, canyon.aligned) == (True, False)
+
+
+def test_what_fails_one_question_is_asked_no_other(observe: Observe) -> None:
+    """One that asks for more detail than ordinary conditions pays for nothing more, one that draws a memorized picture for no alignment."""
+    key = [torch.cat([keyed(value), torch.zeros(1, 4)]) for value in (1.0, 3.0, 3.0)]
+    observation = observe(memorizing({1.0: torch.randn(X[1:]) * 2}), torch.randn(X), key[1].expand(3, 6, 4), memo={})
+    profile = ordinary(norm=0.0)
+    flagged = flag(observation, profile, ["zebra"] * 3)
+    reference_end(observation, 0)
+    before = observation.evaluations.clone()
+    found = verify(flagged, [Correction({}, condition=condition) for condition in key])
+    assert (observation.evaluations - before).tolist() == [5, 7, 7]
+    assert math.isnan(found[0].alignment)
+    profile.values["guidance_detail"] = [0.0]
+    before = observation.evaluations.clone()
+    found = verify(flagged, [Correction({}, condition=condition) for condition in key])
+    assert (observation.evaluations - before).tolist()[0] == 1
+    assert found[0].memorized
+    assert math.isnan(found[0].recurrence)
 
 
 def test_a_memorized_picture_no_method_escapes_is_never_called_steered(observe: Observe) -> None:
@@ -393,7 +408,7 @@ def test_a_memorized_picture_no_method_escapes_is_never_called_steered(observe: 
     observation = observe(stuck, torch.randn(X), torch.rand(3, 5, 4) + 1)
     outcomes = try_in_order(flag(observation), methods_of(ordinary()))
     assert all(outcome.correction is None for outcome in outcomes)
-    assert all(attempt["agreement"] > 0.9 for outcome in outcomes for attempt in outcome.attempts)
+    assert all(attempt["recurrence"] > 0.9 for outcome in outcomes for attempt in outcome.attempts)
     assert outcomes[0].summary()["passed"] is None
 
 
@@ -444,12 +459,26 @@ def test_the_sequence_rewords_before_it_moves_embeddings(observe: Observe) -> No
         held = text[:, WORDS.index("zork"), 0].view(-1, 1, 1, 1)
         return held * (x - level.a * picture) / level.s + (1 - held) * level.s * x
 
-    prompts: list[str | None] = ["a zork zebra", "zork of a canyon"]
+    prompts: list[str | None] = ["a zebra, zork", "canyon by zork"]
     observation = observe(eps, torch.randn(2, *X[1:]), ENCODER([str(prompt) for prompt in prompts]))
-    profile = ordinary({"a": 9, "of": 9, "zebra": 3, "canyon": 3})
-    outcomes = try_in_order(flag(observation, profile, prompts), methods_of(profile))
-    assert [outcome.attempts[-1]["paraphrase"] for outcome in outcomes] == ["a zebra", "of a canyon"]
-    assert all(outcome.correction is not None and len(outcome.attempts) == 1 for outcome in outcomes)
+    outcomes = try_in_order(flag(observation, ordinary(), prompts), methods_of(ordinary()))
+    assert [outcome.attempts[-1]["wording"] for outcome in outcomes] == ["a photo of a zebra", "a photo of canyon"]
+    assert [outcome.attempts[-1]["dropped"] for outcome in outcomes] == [["zork"], ["by", "zork"]]
+    assert all(outcome.correction is not None and len(outcome.attempts) == 2 for outcome in outcomes)
+
+
+def test_a_sequence_goes_on_with_what_has_not_been_tried(observe: Observe) -> None:
+    observation = observe(memorizing({}), torch.randn(2, *X[1:]), keyed(1.0).expand(2, 5, 4))
+    methods = [replace(to(2.0), stronger=(to(3.0).correct,)), to(4.0)]
+    flagged = flag(observation, ordinary(norm=0.0))
+    begun = try_in_order(flagged, methods)
+    again = try_in_order(flagged, methods, begun)
+    assert [outcome.taken for outcome in again] == [2, 2]
+    assert [attempt["method"] for attempt in again[0].attempts] == ["to 2.0", "to 2.0"]
+    assert again[0].correction is not None
+    torch.testing.assert_close(again[0].correction.condition, keyed(3.0))
+    third = try_in_order(flagged, methods, again)
+    assert try_in_order(flagged, methods, third)[0].correction is None
 
 
 def test_methods_are_those_chosen_else_learnt_else_the_default() -> None:
@@ -459,10 +488,10 @@ def test_methods_are_those_chosen_else_learnt_else_the_default() -> None:
     assert methods_of(ordinary())[0].name == "rewording"
 
 
-def test_the_cheapest_cure_comes_first_and_of_equals_the_one_that_moves_least() -> None:
-    dear, cheap = MethodStatistics("dear", 1.0, 100.0, 0.1), MethodStatistics("cheap", 0.5, 20.0, 0.9)
-    gentle, useless = MethodStatistics("gentle", 1.0, 40.3, 0.2), MethodStatistics("useless", 0.0, 1.0, 0.0)
-    assert [measured.method for measured in ordered([dear, cheap, useless, gentle])] == ["gentle", "cheap", "dear"]
+def test_what_keeps_most_of_the_prompt_comes_first_and_of_equals_the_cheapest_cure() -> None:
+    dear, cheap = MethodStatistics("dear", 1.0, 100.0, 0.1, 0.2), MethodStatistics("cheap", 0.5, 20.0, 0.9, 0.2)
+    faithful, useless = MethodStatistics("faithful", 0.7, 90.0, 0.2, 0.4), MethodStatistics("useless", 0.0, 1.0, 0.0)
+    assert [measured.method for measured in ordered([dear, cheap, useless, faithful])] == ["faithful", "cheap", "dear"]
 
 
 def test_every_published_method_is_there_and_says_what_it_costs(observe: Observe) -> None:
