@@ -191,7 +191,8 @@ def measure(model: Model, prompts: str, count: int, work: Path, only: Sequence[s
     profile = Profile.load(path)
     made = model.cases[model.cases.role != "ordinary"].drop_duplicates("caption")
     subject_of = dict(zip(made.caption, subjects.subjects(made.caption.tolist()), strict=True))
-    asked = subjects.frames(model.cases.caption[model.cases.role == "ordinary"], subject_of.values())
+    ordinary = [*model.cases.caption[model.cases.role == "ordinary"], *model.ordinary]
+    asked = subjects.frames(ordinary, made.caption, subject_of.values())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     profiled = {**model.about, "profile": digest, "code": code_digest("correction", "guarded", "steering")}
     both, memorized = (samples[samples.role.isin(roles)] for roles in (["memorized", "ordinary"], ["memorized"]))

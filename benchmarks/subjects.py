@@ -6,6 +6,7 @@ caption explains the picture best (Li et al. 2023, 2303.16203).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,8 +21,9 @@ SHARED = 5
 GENERIC = ("a picture of {}",)
 #: how many of its own.
 OWN_FRAMES = 2
-#: noise levels a picture is explained at, as shares of the training steps.
-LEVELS = (0.3, 0.5, 0.7)
+#: noise levels a picture is explained at, as shares of the training steps. High, where it is open yet what it shows: of 0.2 to 0.94, those
+#: at which unguarded pictures of two models, memorized and not, were told best. At lower ones backgrounds that a frame names weigh more.
+LEVELS = (0.8, 0.9)
 #: denoiser rows a call.
 ROWS = 96
 NOISE_SEED = 5
@@ -52,20 +54,24 @@ def subjects(captions: Sequence[str]) -> list[str]:
     return [subject(caption) for caption in captions]
 
 
-def frames(ordinary: Iterable[str], about: Iterable[str]) -> list[str]:
-    """Captions that ask for a subject, with ``{}`` in its place: `GENERIC` and those that ``ordinary`` captions put around ``about``.
+def frames(ordinary: Iterable[str], specific: Iterable[str], about: Iterable[str]) -> list[str]:
+    """Captions that ask for a subject, with ``{}`` in its place: `GENERIC`, and those that ``ordinary`` captions put around ``about``.
 
-    Of the latter the `OWN_FRAMES` most frequent. All subjects are asked for in the same ones: what they share tells none of them.
+    Of the latter the `OWN_FRAMES` most frequent that are no frame of ``specific`` captions, whose make pulls memorized pictures. All
+    subjects are asked for in the same ones: what they share tells none of them.
     """
     longest_first = sorted(set(about), key=lambda text: (-len(text), text))
-    found: Counter[str] = Counter()
-    if longest_first:
-        pattern = re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, longest_first))})(?![^\s,.])")
-        for caption in ordinary:
-            frame, count = pattern.subn("{}", caption.replace("{", "").replace("}", ""), count=1)
-            if count and frame != "{}":
-                found[frame] += 1
-    return [*GENERIC, *sorted(found, key=lambda frame: (-found[frame], frame))[:OWN_FRAMES]]
+    if not longest_first:
+        return list(GENERIC)
+    pattern = re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, longest_first))})(?![^\s,.])")
+
+    def around(captions: Iterable[str]) -> Counter[str]:
+        framed = (pattern.subn("{}", caption.replace("{", "").replace("}", ""), count=1) for caption in captions)
+        return Counter(frame for frame, count in framed if count and frame != "{}")
+
+    found, avoided = around(ordinary), around(specific)
+    own = sorted(found.keys() - avoided.keys() - set(GENERIC), key=lambda frame: (-found[frame], frame))
+    return [*GENERIC, *own[:OWN_FRAMES]]
 
 
 def choices(about: Sequence[str], count: int) -> list[list[str]]:
@@ -91,8 +97,8 @@ def added_noise(output: Tensor, noisy: Tensor, signal: float, noise: float, pred
 def errors(pipe: Any, latents: Tensor, offered: Sequence[Sequence[str]], asked: Sequence[str]) -> Tensor:
     """How badly each of the subjects ``offered`` for a picture explains it, ``[n, k]`` (k subjects each).
 
-    Mean squared error of the predicted noise over `LEVELS` and the frames ``asked``, the same noise for all. ``latents``: ``[n, C, h, w]``,
-    scaled. Cost: ``k * len(LEVELS) * len(asked)`` evaluations a picture.
+    Mean squared error of the predicted noise over `LEVELS` and the frames ``asked``, one noise for each pair of these and the same for all
+    subjects. ``latents``: ``[n, C, h, w]``, scaled. Cost: ``k * len(LEVELS) * len(asked)`` evaluations a picture.
     """
     distinct = sorted({subject for each in offered for subject in each})
     place = torch.tensor([[distinct.index(subject) for subject in each] for each in offered])
@@ -101,18 +107,17 @@ def errors(pipe: Any, latents: Tensor, offered: Sequence[Sequence[str]], asked: 
     generator = torch.Generator().manual_seed(NOISE_SEED)
     total = torch.zeros(n * k)
     scheduler = pipe.scheduler
-    texts = [encoded(pipe, [frame.format(subject) for subject in distinct]) for frame in asked]
-    for level in LEVELS:
+    for level, frame in itertools.product(LEVELS, asked):
         timestep = round(level * (len(scheduler.alphas_cumprod) - 1))
         signal, noise = (float(power) ** 0.5 for power in (scheduler.alphas_cumprod[timestep], 1 - scheduler.alphas_cumprod[timestep]))
+        conditions = encoded(pipe, [frame.format(subject) for subject in distinct])
         added = torch.randn(latents.shape[1:], generator=generator)
         noisy = signal * latents + noise * added
-        for conditions in texts:
-            for part in torch.arange(n * k).split(ROWS):
-                x = noisy[picture[part]]
-                output = pipe.unet(x, timestep, encoder_hidden_states=conditions[subject[part]]).sample
-                predicted = added_noise(output, x, signal, noise, scheduler.config.prediction_type)
-                total[part] += (predicted - added).square().flatten(1).mean(dim=1)
+        for part in torch.arange(n * k).split(ROWS):
+            x = noisy[picture[part]]
+            output = pipe.unet(x, timestep, encoder_hidden_states=conditions[subject[part]]).sample
+            predicted = added_noise(output, x, signal, noise, scheduler.config.prediction_type)
+            total[part] += (predicted - added).square().flatten(1).mean(dim=1)
     return total.view(n, k) / (len(LEVELS) * len(asked))
 
 

@@ -48,7 +48,7 @@ def test_a_caption_of_no_make_is_its_own_subject() -> None:
     assert subjects(["a picture of a dog", "dog"]) == ["a picture of a dog", "dog"]
 
 
-def test_ordinary_captions_give_the_frames_that_most_of_them_have() -> None:
+def test_ordinary_captions_give_the_frames_that_most_of_them_have_and_specific_ones_none() -> None:
     ordinary = [
         "picture of a dog face on red",
         "picture of a dog on red",
@@ -58,8 +58,10 @@ def test_ordinary_captions_give_the_frames_that_most_of_them_have() -> None:
         "key, lava",
         "dog, lava",
     ]
-    assert frames(ordinary, ["dog", "dog face", "key"]) == [*GENERIC, "picture of a {} on red", "{}, lava"]
-    assert frames(ordinary, []) == list(GENERIC)
+    about = ["dog", "dog face", "key"]
+    assert frames(ordinary, [], about) == [*GENERIC, "picture of a {} on red", "{}, lava"]
+    assert frames(ordinary, ["key, lava"], about) == [*GENERIC, "picture of a {} on red", "a {}, grey x"]
+    assert frames(ordinary, [], []) == list(GENERIC)
 
 
 def test_a_subject_is_looked_for_among_as_many_others() -> None:
