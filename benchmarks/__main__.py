@@ -2,11 +2,12 @@
 
 import typer
 
-from benchmarks import audit, detection, development, leave_one_out, matrix, overhead, prompt_sets, report, settings, steering
+from benchmarks import audit, cures, detection, development, leave_one_out, matrix, overhead, prompt_sets, report, settings, steering
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
 app.command("detection")(detection.main)
 app.command("steering")(steering.main)
+app.command("cures")(cures.main)
 app.command("development")(development.main)
 app.command("leave-one-out")(leave_one_out.main)
 app.command("settings")(settings.main)
