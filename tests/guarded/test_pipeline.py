@@ -49,7 +49,8 @@ def flag_strongest(pipe: Any, profile_for: MakeProfile, agreement: float = 0.99)
     return profile_for(pipe, (ordered[-1] + ordered[-2]) / 2, agreement), found.index(ordered[-1])
 
 
-SCHEDULERS = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler]
+DETERMINISTIC = [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
+SCHEDULERS = [*DETERMINISTIC, EulerAncestralDiscreteScheduler]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
@@ -136,6 +137,56 @@ def test_steering_is_withdrawn_in_runs_of_any_kind(
     assert {report.verdict for report in output.guard} == {"withheld"}
     assert all("resemblance_on_the_run" in report.steering for report in output.guard)
     assert output.images.max() == 0
+
+
+def words_in_turn(flagged: SteeringInput, methods: Any, outcomes: Any = None) -> list[Outcome]:
+    """Steering that passes with each prompt's first word, and when it is asked again with its second."""
+    texts = [str(prompt).split()[1 if outcomes else 0] for prompt in flagged.prompts]
+    return [
+        Outcome(Correction({}, condition=condition), [{"method": "rewording", "wording": text}])
+        for condition, text in zip(flagged.encoder(texts), texts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("scheduler", DETERMINISTIC, ids=lambda cls: cls.__name__)
+def test_what_the_run_refutes_is_corrected_again_from_the_beginning(
+    scheduler: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The picture is the one that the second correction makes from the start, and neighbours keep theirs."""
+    tiny.scheduler = scheduler.from_config(tiny.scheduler.config)
+    profile, row = flag_strongest(tiny, profile_for)
+    verdicts = iter([1e9])  # the first look finds a memorized picture, no other does
+    monkeypatch.setattr(run_module, "recurrence", lambda here, pictures, timestep: torch.full((len(pictures),), next(verdicts, 0.0)))
+    monkeypatch.setattr(run_module, "try_in_order", words_in_turn)
+    reworded = [prompt.split()[1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
+    plain, expected = call(tiny).images, call(tiny, reworded).images
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile)))
+    assert output.guard[row].verdict == "steered"
+    assert output.guard[row].steering["passed"]["wording"] == PROMPTS[row].split()[1]
+    assert output.guard[row].steering["recurrence_on_the_run"] == 1e9
+    np.testing.assert_allclose(output.images[row], expected[row], atol=2e-3)
+    assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != row)
+
+
+def test_a_finished_picture_that_comes_back_from_noise_is_withheld(
+    tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+    seen: list[torch.Tensor] = []
+
+    def at_the_end(here: Any, pictures: torch.Tensor, timestep: float) -> torch.Tensor:
+        seen.append(pictures)
+        here.count_nfe(1)
+        return torch.full((len(pictures),), 1e9 if len(seen) == looks + 1 else 0.0)
+
+    looks = len(run_module.LOOKS_LOG_SNR)
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
+    monkeypatch.setattr(run_module, "recurrence", at_the_end)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile)), num_inference_steps=8, output_type="latent")
+    report = output.guard[row]
+    assert (report.verdict, report.steering["passed"]) == ("withheld", None)
+    assert len(seen) == looks + 1
+    assert output.images[row].abs().max() == 0
 
 
 @pytest.mark.parametrize("in_inference_mode", [False, True])
