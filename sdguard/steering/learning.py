@@ -18,13 +18,16 @@ from sdguard.steering import METHODS
 from sdguard.steering.fallback import attempt
 from sdguard.steering.method import SteeringInput
 
+#: share of the prompts that a method has to cure to be tried at all: what mostly fails costs more than it keeps.
+LEAST_CURED = 0.5
+
 
 def ordered(methods: Sequence[MethodStatistics]) -> list[MethodStatistics]:
-    """What keeps most of the prompt first, of equals the least expected cost of a cure; what cures nothing is left out.
+    """What keeps most of the prompt first, of equals the least expected cost of a cure; what cures less than `LEAST_CURED` is left out.
 
     What is tried first is what most pictures come out of: a cheaper cure that loses the prompt is no saving.
     """
-    curing = [method for method in methods if method.cured]
+    curing = [method for method in methods if method.cured >= LEAST_CURED]
     return sorted(curing, key=lambda method: (-round(method.alignment, 2), method.cost / method.cured))
 
 

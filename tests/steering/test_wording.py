@@ -8,8 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdguard.steering.wording import ARTICLES, DEPICTIONS, depiction, framed, names, phrases, shortened, shortenings, subject, wordings
+from sdguard.steering.wording import (
+    ARTICLES,
+    DEPICTIONS,
+    depiction,
+    framed,
+    names,
+    phrases,
+    shortened,
+    shortenings,
+    subject,
+    word_list,
+    wordings,
+)
 from sdguard.words import bare
+
+word_list()  # read from its file here, not within a timed example
 
 PROMPTS = st.text(string.ascii_letters + string.digits + " ,;.:-'", max_size=80).filter(lambda text: bool(text.split()))
 
