@@ -16,6 +16,7 @@ run: numbers, no caption), and a contact sheet a model under the working folder,
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -58,6 +59,8 @@ BATCH = 20
 RESEMBLES = 0.9
 #: among how many subjects a picture's own has to be found.
 SUBJECTS = 24
+#: sdguard's packages and modules that what is measured hangs on.
+CODE = ("correction", "decision", "denoiser", "geometry", "guarded", "observation", "signals", "steering")
 #: samples on a contact sheet.
 SHEET = 16
 UNGUARDED, GUARD, EMBEDDINGS, NEVER_SEEN = "unguarded", "guard", "guard, embeddings alone", "never seen, unguarded"
@@ -89,7 +92,7 @@ def is_memorized(labels: pd.DataFrame) -> pd.Series:
 
 def profile_file(model: Model, prompts: Sequence[str], work: Path) -> Path:
     """The file of the model's profile by ``prompts``, made once and kept under ``work``."""
-    key = digest_of([json.dumps(model.about), *prompts, code_digest("decision", "signals", "geometry")])
+    key = digest_of([json.dumps(model.about), *prompts, code_digest()])
     path = work / f"profile-{model.name}-{key[:12]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +104,11 @@ def profile_file(model: Model, prompts: Sequence[str], work: Path) -> Path:
     return path
 
 
-def code_digest(*rooms: str) -> str:
-    """A hash of the source of some of sdguard's packages and modules: what was measured of another is measured again."""
+@functools.cache
+def code_digest() -> str:
+    """A hash of the source of `CODE`, as it is when it is first asked for: what was measured of another is measured again."""
     package = Path(sdguard.__file__).parent
-    files = [path for room in rooms for path in (sorted((package / room).rglob("*.py")) or [package / f"{room}.py"])]
+    files = [path for room in CODE for path in (sorted((package / room).rglob("*.py")) or [package / f"{room}.py"])]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -146,12 +150,12 @@ def under_guard(model: Model, profile: Profile, embeddings: bool, part: pd.DataF
 
 
 def under_method(model: Model, profile: Profile, method: Method, part: pd.DataFrame) -> pd.DataFrame:
-    """A batch of samples under one method, always on and nothing verified; ``clean`` where it has no correction."""
+    """A batch of samples under one method, always on and nothing verified: ``applied``, or ``clean`` where it has no correction."""
     texts = part.caption.tolist()
     watcher = Always(partial(alone, method, model.pipe, profile, texts))
     with watched(Encoder(model.pipe), watcher):
         latents = call(model.pipe, {"prompt": texts}, part.seed, model.setting).images
-    verdicts = ["steered" if applied else "clean" for applied in watcher.applied]
+    verdicts = ["applied" if applied else "clean" for applied in watcher.applied]
     return as_rows(latents, verdict=verdicts, evaluations=[float(n) for n in watcher.evaluations.tolist()])
 
 
@@ -194,7 +198,7 @@ def measure(model: Model, prompts: str, count: int, work: Path, only: Sequence[s
     ordinary = [*model.cases.caption[model.cases.role == "ordinary"], *model.ordinary]
     asked = subjects.frames(ordinary, made.caption, subject_of.values())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    profiled = {**model.about, "profile": digest, "code": code_digest("correction", "guarded", "steering")}
+    profiled = {**model.about, "profile": digest, "code": code_digest()}
     both, memorized = (samples[samples.role.isin(roles)] for roles in (["memorized", "ordinary"], ["memorized"]))
     work_on: dict[str, tuple[Draw, pd.DataFrame, Mapping[str, Any]]] = {
         UNGUARDED: (partial(unguarded, model), both, model.about),
@@ -261,7 +265,7 @@ def judged(found: Measured, work: Path) -> Measured:
 
 @dataclass(frozen=True)
 class Share:
-    """A share, how many it is of, and its standard error."""
+    """A share, how many it is of, and its standard error: of one more success and one more failure, so that none is sure of 0 or 1."""
 
     share: float
     of: int
@@ -271,20 +275,28 @@ class Share:
     def of_true(cls, found: Any) -> Share:
         """The share of true ones; nan of none."""
         hits = np.asarray(found, bool)
-        share = float(hits.mean()) if len(hits) else math.nan
-        return cls(share, len(hits), math.sqrt(share * (1 - share) / len(hits)) if len(hits) else math.nan)
+        count = len(hits)
+        expected = (hits.sum() + 1) / (count + 2)
+        error = math.sqrt(expected * (1 - expected) / count) if count else math.nan
+        return cls(float(hits.mean()) if count else math.nan, count, error)
 
     def __str__(self) -> str:
-        return "-" if math.isnan(self.share) else f"{self.share:.2f}±{self.error:.2f}"
+        return "-" if not self.of else f"{self.share:.2f}"
+
+    @property
+    def in_full(self) -> str:
+        """With its error, and how many it is of."""
+        return "-" if not self.of else f"{self.share:.2f}±{self.error:.2f} of {self.of}"
 
 
 def summary(run: pd.DataFrame) -> dict[str, Any]:
     """One row of the table for one model: what became of the memorized samples of a run, and of its ordinary ones.
 
     * ``copies``: of those that were copies and ``memorized``: of all, the share that is shown and still one; ``called steered``: how many
-      of the latter passed for steered; ``withheld``.
+      of the latter the guard calls steered; ``withheld``.
     * ``aligned``, ``in three``: of the shown ones that are no memorized pictures, how many show their subject: at the first place, among
-      the first three; ``cured``: the share of all that is shown, none, and shows it. ``aligned, all`` is of all that were asked for.
+      the first three; ``cured``: the share of all that is shown, none, and shows it. ``aligned, all`` is of all that were asked for,
+      memorized or not. Each among so many ``subjects``.
     * ``evaluations``: extra ones, mean of those the guard flagged or the method applied to.
     * ``ordinary flagged``, and ``identical``: of the ordinary ones that were not flagged, bit by bit.
     """
@@ -304,6 +316,7 @@ def summary(run: pd.DataFrame) -> dict[str, Any]:
         "aligned, all": Share.of_true(of.place.dropna() == 0),
         "in three, all": Share.of_true(of.place.dropna() < 3),
         "cured": Share.of_true((of.verdict != "withheld") & ~of.memorized & (of.place == 0)),
+        "subjects": int(run.subjects.max()),
         "evaluations": float(acted.evaluations.mean()) if len(acted) else 0.0,
         "ordinary flagged": Share.of_true(flagged),
         "identical": Share.of_true(ordinary.identical[~flagged]),
@@ -316,31 +329,34 @@ def table(models: Mapping[str, Mapping[str, pd.DataFrame]]) -> list[dict[str, An
     return [{"run": name} | {model: summary(runs[name]) for model, runs in models.items() if name in runs} for name in names]
 
 
-#: of a summary, what is shown of a run, and what is left out of it.
-SHOWN = ("copies", "memorized", "called steered", "withheld", "aligned", "in three", "cured", "evaluations")
+#: of a summary, what is shown of every run, and of the guard's.
+SHOWN = ("copies", "memorized", "called steered", "withheld", "cured", "aligned", "in three", "evaluations")
 ORDINARY = ("ordinary flagged", "identical")
+#: shown with its error, since few pictures may be left to ask of.
+ASKED = ("cured", "aligned", "in three")
 
 
 def readable(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table as people read it: a group of columns a model."""
+    """The table as people read it: a group of columns a model; what ordinary prompts pay; how much alignment is to be expected."""
 
-    def cell(value: Any) -> str:
-        return str(value) if isinstance(value, (Share, int)) else f"{value:.1f}"
+    def cell(summary: Mapping[str, Any], name: str) -> str:
+        value = summary[name]
+        if isinstance(value, Share):
+            return value.in_full if name in ASKED else str(value)
+        return str(value) if isinstance(value, int) else f"{value:.1f}"
 
     def shown(names: Sequence[str], some: Sequence[Mapping[str, Any]]) -> str:
-        cells = {row["run"]: {(m, n): cell(row[m][n]) for m in row if m != "run" for n in names} for row in some}
-        return str(pd.DataFrame.from_dict(cells, orient="index").fillna("-").to_string())
+        cells = {row["run"]: {(model, name): cell(row[model], name) for model in row if model != "run" for name in names} for row in some}
+        return pd.DataFrame.from_dict(cells, orient="index").fillna("-").to_string(line_width=10_000)
 
-    of_all = ", ".join(
-        f"{model}: {run['run']} {value['aligned, all']} (in three {value['in three, all']})"
-        for run in rows
-        if run["run"] in (UNGUARDED, NEVER_SEEN)
-        for model, value in run.items()
-        if model != "run"
-    )
+    def expected(row: Mapping[str, Any], model: str) -> str:
+        asked = row[model]
+        first, among_three = asked["aligned, all"].in_full, asked["in three, all"].in_full
+        return f"all pictures, {row['run']}, {model}: aligned {first}, in three {among_three}, among {asked['subjects']} subjects"
+
     guards = [row for row in rows if row["run"] in (GUARD, EMBEDDINGS)]
-    with pd.option_context("display.width", 1000):
-        return "\n\n".join([shown(SHOWN, rows), *([shown(ORDINARY, guards)] if guards else []), f"aligned, of all pictures: {of_all}"])
+    plain = [expected(row, model) for row in rows if row["run"] in (UNGUARDED, NEVER_SEEN) for model in row if model != "run"]
+    return "\n\n".join([shown(SHOWN, rows), *([shown(ORDINARY, guards)] if guards else []), "\n".join(plain)])
 
 
 @torch.no_grad()

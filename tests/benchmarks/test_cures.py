@@ -140,7 +140,7 @@ def run() -> pd.DataFrame:
         ("ordinary", False, False, False, "withheld", 50, math.nan, False),
     ]
     table = pd.DataFrame(rows, columns=["role", "was_copy", "copy", "like", "verdict", "evaluations", "place", "identical"])
-    return table.assign(memorized=table.like & (table.verdict != "withheld"))
+    return table.assign(subjects=9, memorized=table.like & (table.verdict != "withheld"))
 
 
 def test_what_is_said_of_a_run() -> None:
@@ -159,9 +159,11 @@ def test_what_is_said_of_a_run() -> None:
     assert said["evaluations"] == 20.0
 
 
-def test_a_share_has_its_standard_error() -> None:
+def test_a_share_has_its_standard_error_and_is_never_sure() -> None:
     found = Share.of_true([True, False, False, False])
-    assert (found.share, found.of, found.error) == (0.25, 4, pytest.approx(math.sqrt(0.25 * 0.75 / 4)))
+    assert (found.share, found.of, found.error) == (0.25, 4, pytest.approx(math.sqrt(2 / 6 * 4 / 6 / 4)))
+    assert found.in_full == "0.25±0.24 of 4"
+    assert Share.of_true([True] * 4).error > 0
     assert math.isnan(Share.of_true([]).error)
 
 
@@ -169,7 +171,8 @@ def test_the_table_has_a_row_a_run_and_a_group_of_columns_a_model() -> None:
     rows = table({"one": {UNGUARDED: run(), GUARD: run()}, "two": {UNGUARDED: run()}})
     assert [(row["run"], set(row) - {"run"}) for row in rows] == [(UNGUARDED, {"one", "two"}), (GUARD, {"one"})]
     shown = readable(rows)
-    assert "0.25±0.22" in shown
+    assert "among 9 subjects" in shown
+    assert "0.50±0.35 of 2" in shown
     assert "ordinary flagged" in shown
     json.dumps(rows, default=cures.as_json)
 
