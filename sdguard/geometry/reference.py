@@ -15,8 +15,9 @@ from sdguard.observation import Observation, denoised
 
 #: log signal-to-noise ratio that the step goes to: as much signal as noise, timestep 350 of Stable Diffusion's 1,000.
 LOG_SNR = 0.0
-#: log signal-to-noise ratio that a picture is noised to in `recurrence`, timestep 700 of Stable Diffusion's 1,000.
-NOISED_LOG_SNR = -2.4
+#: log signal-to-noise ratio that a picture is noised to in `recurrence`, timestep 700 of Stable Diffusion's 1,000; and one of less noise,
+#: timestep 600, at which some are known that the text alone does not draw: guidance does.
+NOISED_LOG_SNR, LESS_NOISED_LOG_SNR = -2.4, -1.66
 #: by which it goes up at least, for runs that begin nearer to the picture (image-to-image).
 LEAST_RISE = 2.0
 

@@ -23,7 +23,7 @@ from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
 from sdguard.decision.store import profile_now
 from sdguard.decision.traffic import append_scores
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.geometry.reference import LOG_SNR, NOISED_LOG_SNR, recurrence, reference_end, timestep_at
+from sdguard.geometry.reference import LESS_NOISED_LOG_SNR, LOG_SNR, NOISED_LOG_SNR, recurrence, reference_end, timestep_at
 from sdguard.geometry.rowwise import correlation
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
@@ -283,7 +283,7 @@ class GuardedRun:
     def made(self, latents: Tensor) -> None:
         """Withdraw steering where the run's own picture ``[B, C, H, W]`` is the avoided one, or any that comes back from noise.
 
-        Cost: 1 evaluation for each steered image.
+        Cost: 2 evaluations for each steered image.
         """
         if rows := self.steered:
             self.flag_again(self.resembling(rows, latents[rows]))
@@ -291,7 +291,8 @@ class GuardedRun:
             here = self.seen.select(torch.tensor(rows))
             conditions = [self.corrections[row].condition for row in rows]
             held = [own if new is None else new.to(own) for own, new in zip(here.condition, conditions, strict=True)]
-            self.flag_again(self.memorized(rows, replace(here, condition=torch.stack(held)), latents[rows].to(here.x)))
+            here, pictures = replace(here, condition=torch.stack(held)), latents[rows].to(here.x)
+            self.flag_again(sorted({*self.memorized(rows, here, pictures), *self.memorized(rows, here, pictures, LESS_NOISED_LOG_SNR)}))
             for row in rows:
                 self.reports[row].extra_evaluations = int(here.evaluations[row])
         for report in self.reports:
@@ -299,13 +300,19 @@ class GuardedRun:
                 report.flagged_at = max(map(len, report.series.values()), default=1) - 1
                 self.settle(report)
 
-    def memorized(self, rows: list[int], here: Observation, pictures: Tensor) -> list[int]:
-        """Which of the rows have a picture ``[n, C, H, W]`` that comes back from noise: one that is known by heart, whichever it is."""
+    def memorized(self, rows: list[int], here: Observation, pictures: Tensor, log_snr: float = NOISED_LOG_SNR) -> list[int]:
+        """Which of the rows have a picture ``[n, C, H, W]`` that comes back from noise: one that is known by heart, whichever it is.
+
+        From less noise, half as far from a perfect return is asked for. Cost: 1 evaluation.
+        """
         assert self.profile is not None
         with torch.no_grad():
-            timestep = timestep_at(here, NOISED_LOG_SNR, highest=self.steering[rows[0]][0].observation.timestep)
+            timestep = timestep_at(here, log_snr, highest=self.steering[rows[0]][0].observation.timestep)
             values = recurrence(here, pictures, timestep).tolist()
-        return self.noted("recurrence_on_the_run", rows, values, self.profile.recurrence_limit())
+        limit = self.profile.recurrence_limit()
+        if log_snr == NOISED_LOG_SNR:
+            return self.noted("recurrence_on_the_run", rows, values, limit)
+        return self.noted("recurrence_from_less_noise", rows, values, (1 + limit) / 2)
 
     def resembling(self, rows: list[int], pictures: Tensor) -> list[int]:
         """Which of the rows have a picture, ``[n, C, H, W]``, that their own text draws from another noise. Cost: none.

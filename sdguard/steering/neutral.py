@@ -13,7 +13,7 @@ from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.steering.method import Method, SteeringInput
 
 #: how far it is drawn, as a share of the way; the next where that does not pass verification.
-SHARES = (0.7, 0.85)
+SHARES = (0.7, 0.8)
 #: ordinary prompts that are averaged, and how many words they have at most: what fits into any text encoder's window.
 AVERAGED, WORDS = 24, 8
 

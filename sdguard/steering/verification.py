@@ -26,8 +26,8 @@ from sdguard.signals.guidance_norm import guidance_norm
 from sdguard.steering.method import SteeringInput
 from sdguard.steering.wording import depiction, subject
 
-#: share of ordinary prompts that pull harder than what counts as an emptied prompt.
-PULLING = 0.99
+#: share of ordinary prompts that pull harder than the weakest of them, and the part of that under which a prompt counts as emptied.
+PULLING, EMPTIED = 0.99, 0.5
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def drawn_ahead(flagged: SteeringInput, candidate: Observation, found: list[Veri
 
 def kept(flagged: SteeringInput, candidate: Observation, found: list[Verification]) -> list[Verification]:
     """Does the picture ahead still show what the prompt says? Where no text is known: does the condition still pull?"""
-    weakest = -quantile([-value for value in reversed(flagged.profile.values["guidance_norm"])], PULLING)
+    weakest = -EMPTIED * quantile([-value for value in reversed(flagged.profile.values["guidance_norm"])], PULLING)
     pulls = guidance_norm(candidate).tolist()
     return [
         replace(verification, alignment=t, aligned=pull >= weakest if math.isnan(t) else t >= flagged.profile.alignment_limit())
