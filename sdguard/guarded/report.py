@@ -28,8 +28,9 @@ class GuardReport:
         flagged_at: index of the denoiser call at which it was flagged; above 0 for a text condition that came later, or for steering that
             was withdrawn on the run.
         steering: what was tried: ``attempts``, each with its ``method``, what it did and what verification found, and
-            ``passed``, the one that passed or None; ``resemblance_on_the_run``, the highest correlation of the picture being made with the
-            one that was steered away from, once there is as much signal as noise.
+            ``passed``, the one that passed or None; where one did, the highest values that the run and its picture have had:
+            ``recurrence_on_the_run`` and ``recurrence_from_less_noise`` (see `sdguard.geometry.reference.recurrence`), and
+            ``resemblance_on_the_run``, the correlation with the picture that was steered away from.
         error: why the image could not be judged, if so.
         judged_by: ``"profile NAME"``; or, where no profile of the model was known, that, and by what it was judged then.
         limits: what the call was given that moves the picture and is not judged, by name: pictures, masks, latents, callbacks.
@@ -65,11 +66,12 @@ class GuardReport:
             case "clean":
                 return f"Nothing memorized: {pull}."
             case "flagged":
-                came_back = "resemblance_on_the_run" in (self.steering or {})
+                came_back = any("_on_the_run" in name for name in self.steering or {})
                 return f"Predicted to be memorized: {pull}; {'steering came back to it' if came_back else 'nothing was changed'}."
             case "steered":
                 how = (self.steering or {})["passed"]
-                way = f"reworded to “{how['wording']}”" if how["method"] == "rewording" else f"steered by {how['method']}"
+                lost = f" (without {', '.join(how['dropped'])})" if how.get("dropped") else ""
+                way = f"reworded to “{how['wording']}”{lost}" if how["method"] == "rewording" else f"steered by {how['method']}"
                 return f"Predicted to be memorized: {pull}; {way}, verified ahead and on the picture."
         return f"Predicted to be memorized: {pull}; withheld."
 

@@ -22,6 +22,10 @@ def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
     ("passed", "says"),
     [
         ({"method": "rewording", "wording": "a cat on a mat"}, "reworded to “a cat on a mat”, verified ahead and on the picture"),
+        (
+            {"method": "rewording", "wording": "a photo of a cat", "dropped": ["on", "mars"]},
+            "“a photo of a cat” (without on, mars), verified",
+        ),
         ({"method": "embedding descent"}, "steered by embedding descent, verified ahead and on the picture"),
     ],
 )
