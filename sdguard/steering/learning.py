@@ -23,12 +23,13 @@ LEAST_CURED = 0.5
 
 
 def ordered(methods: Sequence[MethodStatistics]) -> list[MethodStatistics]:
-    """What keeps most of the prompt first, of equals the least expected cost of a cure; what cures less than `LEAST_CURED` is left out.
+    """What keeps most of the prompt first, of equals what moves the prediction least; what cures less than `LEAST_CURED` is left out.
 
-    What is tried first is what most pictures come out of: a cheaper cure that loses the prompt is no saving.
+    What is tried first is what most pictures come out of: a cheaper cure that loses the prompt is no saving. Alignments that some dozens of
+    pictures tell apart by less than a twentieth are equals.
     """
     curing = [method for method in methods if method.cured >= LEAST_CURED]
-    return sorted(curing, key=lambda method: (-round(method.alignment, 2), method.cost / method.cured))
+    return sorted(curing, key=lambda method: (-round(20 * method.alignment), method.moved))
 
 
 def learn_methods(
