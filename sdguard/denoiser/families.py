@@ -157,6 +157,7 @@ class Family:
         encode: how their prompts are encoded.
         denoiser: the pipeline's attribute that holds it.
         sample: name of the denoiser's first argument.
+        by_place: names of the arguments that its pipelines give the denoiser by their places, as wrapped denoisers may name them otherwise.
         plain: the denoiser's other arguments in plain text-to-image.
         widths: (pipeline) -> widths of token embeddings and of the pooled one, 0 where there is none.
         pooled: where among the denoiser's arguments the pooled text embedding is, if there is one.
@@ -171,6 +172,7 @@ class Family:
     encode: Encode
     denoiser: str = "unet"
     sample: str = "sample"
+    by_place: tuple[str, ...] = ("sample", "timestep")
     plain: PlainArguments = plain_unet
     widths: Callable[[Any], tuple[int, int]] = lambda pipe: (int(pipe.unet.config.cross_attention_dim), 0)
     pooled: tuple[str, ...] = ()
@@ -208,6 +210,7 @@ SD3 = Family(
     widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), int(pipe.transformer.config.pooled_projection_dim)),
     denoiser="transformer",
     sample="hidden_states",
+    by_place=(),
     pooled=("pooled_projections",),
     scale="joint_attention_kwargs",
     classes=(
@@ -221,6 +224,7 @@ FLUX = Family(
     widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), int(pipe.transformer.config.pooled_projection_dim)),
     denoiser="transformer",
     sample="hidden_states",
+    by_place=(),
     pooled=("pooled_projections",),
     scale="joint_attention_kwargs",
     guidance=true_guidance,

@@ -13,7 +13,16 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.calls import DenoiserCall, concat_calls, replace_prediction, select_rows, snapshot
+from sdguard.denoiser.calls import (
+    DenoiserCall,
+    by_name,
+    call_denoiser,
+    concat_calls,
+    replace_prediction,
+    select_rows,
+    snapshot,
+    timestep_of,
+)
 from sdguard.denoiser.families import family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
 from sdguard.denoiser.latents import condition_of, embeddings_of, pack_latents, unpack_latents, with_condition
@@ -85,14 +94,14 @@ class DenoiserHook(ModelHook):
         """The denoiser's forward pass. Cost: none where both branches are evaluated anyway, else 1 where the call is read."""
         if self.is_foreign_call(kwargs):
             return self.fn_ref.original_forward(*args, **kwargs)
-        kwargs = self.by_name(args, kwargs)
+        kwargs = by_name(args, kwargs, self.family)
         if self.conditional is not None:
             conditional, self.conditional = self.conditional, None
             return self.second_half(module, kwargs, conditional)
         is_half = self.family.sequential_cfg and self.guidance != 1
         self.begin_step(kwargs, len(kwargs[self.family.sample]) // (1 if is_half or self.guidance == 1 else 2))
         kwargs = self.with_corrected_conditions(kwargs)
-        output = self.fn_ref.original_forward(**kwargs)
+        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         if is_half:
             self.conditional = snapshot(kwargs, output[0])
             return output
@@ -101,17 +110,13 @@ class DenoiserHook(ModelHook):
 
     def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
         """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
-        output = self.fn_ref.original_forward(**kwargs)
+        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         wanted = self.process_step(module, concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample))
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
 
     def is_foreign_call(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""
         return threading.get_ident() != self.thread or bool(kwargs.get("skip_layers"))
-
-    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments by their names."""
-        return dict(zip((self.family.sample, "timestep"), args, strict=False)) | kwargs
 
     @property
     def can_skip(self) -> bool:
@@ -234,8 +239,8 @@ class DenoiserHook(ModelHook):
             places = (places % len(sample)).to(sample.device)
             arguments = with_condition(select_rows(kwargs, places), condition.to(dtype), family)
             arguments[family.sample] = pack_latents(torch.cat([x.to(sample), latents[places, channels:]], dim=1), patch_rows)
-            arguments["timestep"] = torch.full((len(x),), timestep / family.timestep_scale, device=x.device, dtype=torch.float32)
-            output = self.fn_ref.original_forward(**{**arguments, "return_dict": False})
+            arguments["timestep"] = timestep_of(timestep, x, family)
+            output = call_denoiser(self.fn_ref.original_forward, family, {**arguments, "return_dict": False})
             return self.to_noise(unpack_latents(output[0], patch_rows), x, timestep)
 
         return denoise

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import pack_latents, unpack_latents
 from sdguard.denoiser.text_encoding import Encoder
@@ -171,8 +172,8 @@ class ReferenceCall:
         """The noise prediction, ``[B, C, H, W]``, fp32; rows do not hang on their ``places`` here."""
         family = family_of(self.pipe)
         arguments = self.arguments(x, condition)
-        steps = torch.full((len(x),), timestep / family.timestep_scale, device=x.device, dtype=torch.float32)
-        output = self.forward(**arguments, timestep=steps, return_dict=False)[0]
+        arguments |= {"timestep": timestep_of(timestep, x, family), "return_dict": False}
+        output = call_denoiser(self.forward, family, arguments)[0]
         if family.packed_latents:
             output = unpack_latents(output, x.shape[2] // 2)
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))

@@ -11,7 +11,7 @@ from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import Tensor, nn
 
 from sdguard.correction import Correction
-from sdguard.denoiser.calls import PER_ROW, DenoiserCall, concat_calls, snapshot
+from sdguard.denoiser.calls import PER_ROW, DenoiserCall, by_name, call_denoiser, concat_calls, snapshot
 from sdguard.denoiser.families import GUIDANCE, denoiser_of, family_of
 from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.install import attached, wrapped
@@ -182,11 +182,11 @@ class GuiderHook(DenoiserHook):
         if self.is_foreign_call(kwargs):
             return self.fn_ref.original_forward(*args, **kwargs)
         self.detach()
-        kwargs = self.by_name(args, kwargs)
+        kwargs = by_name(args, kwargs, self.family)
         if not self.calls:
             self.begin_step(kwargs, len(kwargs[self.family.sample]))
             kwargs = self.with_corrected_conditions(kwargs)
-        output = self.fn_ref.original_forward(**kwargs)
+        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         self.calls.append(snapshot(kwargs, output[0]))
         return output
 
