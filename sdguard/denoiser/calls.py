@@ -75,6 +75,13 @@ def select_rows(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return kwargs | {name: recursively_apply(lambda entry: entry[rows], kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None}
 
 
+def only_rows(kwargs: dict[str, Any], rows: Tensor, family: Family) -> dict[str, Any]:
+    """All of a call's arguments for ``rows`` alone."""
+    apart = {name: kwargs[name][rows] for name in (family.sample, TEXT)}
+    timestep = kwargs["timestep"]
+    return {**select_rows(kwargs, rows), **apart, "timestep": timestep[rows] if getattr(timestep, "ndim", 0) else timestep}
+
+
 def replace_prediction(output: Any, prediction: Tensor) -> Any:
     """A denoiser's output with another prediction in it."""
     return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)

@@ -18,12 +18,13 @@ from sdguard.denoiser.calls import (
     by_name,
     call_denoiser,
     concat_calls,
+    only_rows,
     replace_prediction,
     select_rows,
     snapshot,
     timestep_of,
 )
-from sdguard.denoiser.families import family_of
+from sdguard.denoiser.families import denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
 from sdguard.denoiser.latents import condition_of, embeddings_of, pack_latents, unpack_latents, with_condition
 from sdguard.denoiser.record import RunRecord
@@ -36,6 +37,7 @@ from sdguard.denoiser.reference_call import (
 from sdguard.denoiser.replay import Replayed, activate_correction
 from sdguard.denoiser.schedulers import insert_row
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.uncached import has_caches, uncached
 from sdguard.observation import Denoiser, Observation, prediction_type, to_noise
 
 
@@ -100,13 +102,32 @@ class DenoiserHook(ModelHook):
             return self.second_half(module, kwargs, conditional)
         is_half = self.family.sequential_cfg and self.guidance != 1
         self.begin_step(kwargs, len(kwargs[self.family.sample]) // (1 if is_half or self.guidance == 1 else 2))
-        kwargs = self.with_corrected_conditions(kwargs)
-        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
+        kwargs, output = self.evaluate(kwargs)
         if is_half:
             self.conditional = snapshot(kwargs, output[0])
             return output
         prediction = output[0] if self.can_skip else self.process_step(module, DenoiserCall(kwargs, output[0]))
         return output if prediction is output[0] else replace_prediction(output, prediction)
+
+    def evaluate(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """A call's arguments with the conditions of corrected rows in place, and what the denoiser gives for them.
+
+        Where parts of calls are kept for the next, the pipeline's own call goes on under the conditions that it began with, for its other
+        rows' sake, and corrected rows, which would find parts of what they are turned away from, are evaluated apart and in full. A cache
+        that decides for the whole batch at once still sees where their latents have gone. Cost: none, with caches 1 for each such row.
+        """
+        changed = self.with_corrected_conditions(kwargs)
+        if changed is kwargs or not has_caches(denoiser_of(self.pipe)):
+            return changed, call_denoiser(self.fn_ref.original_forward, self.family, changed)
+        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
+        rows = torch.tensor([row for row, correction in self.watcher.corrections.items() if correction.condition is not None])
+        places = len(output[0]) - self.record.images + rows
+        with uncached(denoiser_of(self.pipe)):
+            apart = call_denoiser(self.fn_ref.original_forward, self.family, only_rows(changed, places, self.family))
+        self.record.evaluations[rows] += 1
+        prediction = output[0].clone()
+        prediction[places] = apart[0]
+        return changed, replace_prediction(output, prediction)
 
     def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
         """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
@@ -240,7 +261,8 @@ class DenoiserHook(ModelHook):
             arguments = with_condition(select_rows(kwargs, places), condition.to(dtype), family)
             arguments[family.sample] = pack_latents(torch.cat([x.to(sample), latents[places, channels:]], dim=1), patch_rows)
             arguments["timestep"] = timestep_of(timestep, x, family)
-            output = call_denoiser(self.fn_ref.original_forward, family, {**arguments, "return_dict": False})
+            with uncached(denoiser_of(self.pipe)):
+                output = call_denoiser(self.fn_ref.original_forward, family, {**arguments, "return_dict": False})
             return self.to_noise(unpack_latents(output[0], patch_rows), x, timestep)
 
         return denoise

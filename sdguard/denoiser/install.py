@@ -14,6 +14,7 @@ from torch import nn
 from sdguard.denoiser.families import denoiser_of
 from sdguard.denoiser.hook import DenoiserHook, Watcher
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.uncached import forget
 
 #: under which the hook stands in the library's registry.
 HOOK_NAME = "sdguard"
@@ -69,4 +70,8 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
     pipe, hook = encoder.pipe, DenoiserHook(watcher, encoder)
     denoiser = denoiser_of(pipe)
     with lock_of(denoiser), attached(denoiser, hook), wrapped(pipe.scheduler, hook.wrappers):
-        yield
+        try:
+            yield
+        except BaseException:
+            forget(denoiser)
+            raise

@@ -18,6 +18,7 @@ from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import pack_latents, unpack_latents
 from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.uncached import uncached
 from sdguard.noise import independent_noise
 from sdguard.observation import NoiseLevel, Observation, is_flow, noise_level, prediction_type, to_noise
 
@@ -173,7 +174,8 @@ class ReferenceCall:
         family = family_of(self.pipe)
         arguments = self.arguments(x, condition)
         arguments |= {"timestep": timestep_of(timestep, x, family), "return_dict": False}
-        output = call_denoiser(self.forward, family, arguments)[0]
+        with uncached(denoiser_of(self.pipe)):
+            output = call_denoiser(self.forward, family, arguments)[0]
         if family.packed_latents:
             output = unpack_latents(output, x.shape[2] // 2)
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))

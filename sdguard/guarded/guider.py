@@ -185,8 +185,9 @@ class GuiderHook(DenoiserHook):
         kwargs = by_name(args, kwargs, self.family)
         if not self.calls:
             self.begin_step(kwargs, len(kwargs[self.family.sample]))
-            kwargs = self.with_corrected_conditions(kwargs)
-        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
+            kwargs, output = self.evaluate(kwargs)
+        else:
+            output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         self.calls.append(snapshot(kwargs, output[0]))
         return output
 

@@ -61,6 +61,8 @@ class GuardedRun:
     ) -> None:
         self.config, self.profile, self.encoder = config, profile, encoder
         self.corrections: dict[int, Correction] = {}
+        #: as the hook goes on counting them, ``[B]``
+        self.evaluations = torch.zeros(len(prompts), dtype=torch.long)
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
@@ -94,13 +96,19 @@ class GuardedRun:
             self.judge(observation, [report for report in self.reports if report.verdict == "clean"])
         self.watch_steered(observation)
         self.act(observation, [report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None])
-        for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
-            report.extra_evaluations = evaluations
+        self.evaluations = observation.evaluations
+        self.count()
         if self.config.on_call:
             self.config.on_call(self.shown(observation), self.reports)
 
+    def count(self) -> None:
+        """Note what was spent on each image so far."""
+        for report, evaluations in zip(self.reports, self.evaluations.tolist(), strict=True):
+            report.extra_evaluations = evaluations
+
     def finish(self) -> None:
         """Settle the images of a run whose first call was never seen, wherever it was made: what was not read is not clean."""
+        self.count()
         unseen = [report for report in self.reports if report.score is None and not report.error]
         if unseen:
             self.fail(unseen, RuntimeError("the guard saw no call of the denoiser"))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from families import build, call, profile_for, reworded
+from families import FLUX, PROMPTS, build, call, profile_for, reworded
 from torch import Tensor, nn
 
 import sdguard
 from sdguard import GuardConfig
+from sdguard.decision.identity import identity
+from sdguard.denoiser.probe import probe_run, read_prompts
 from sdguard.guarded import run as run_module
 
 
@@ -65,3 +69,115 @@ def test_a_timestep_is_found_at_its_place_and_is_one_number(name: str, embedded:
     pipe.unet.forward = forward
     is_left_alone_but_for_the_flagged_row(pipe)
     assert {*pipe.scheduler.timesteps.tolist()} <= {*seen}
+
+
+#: caches of diffusers, by what makes a configuration of them for a pipeline
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "first block": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.5),
+    "pyramid attention broadcast": lambda pipe: diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1001),
+        spatial_attention_block_identifiers=["transformer_blocks"],
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "faster": lambda pipe: diffusers.FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 901),
+        unconditional_batch_skip_range=2,
+        attention_weight_callback=lambda _: 0.5,
+        is_guidance_distilled=True,
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "Taylor": lambda pipe: diffusers.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=1, max_order=1),
+    "magnitude": lambda pipe: diffusers.MagCacheConfig(
+        threshold=0.5, max_skip_steps=3, retention_ratio=0.0, num_inference_steps=6, mag_ratios=torch.ones(6)
+    ),
+}
+STEPS = {"num_inference_steps": 6}
+
+
+def cached_flux(embedded: Any, cache: str | None) -> Any:
+    """A Flux of two blocks of each kind, with a cache."""
+    pipe = build("FluxPipeline", embedded.tokenizer)
+    torch.manual_seed(0)
+    pipe.transformer = diffusers.FluxTransformer2DModel(**{**FLUX, "num_layers": 2, "num_single_layers": 2})
+    if cache:
+        pipe.transformer.enable_cache(CACHES[cache](pipe))
+    return pipe
+
+
+@pytest.mark.parametrize("extra", [{}, {"negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0}], ids=["distilled", "true guidance"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_keeps_what_it_keeps_without_the_guard(cache: str, extra: dict[str, Any], embedded: Any) -> None:
+    pipe = cached_flux(embedded, cache)
+    assert not np.array_equal(call(pipe, **STEPS, **extra).images, call(cached_flux(embedded, None), **STEPS, **extra).images)
+    is_left_alone_but_for_the_flagged_row(pipe, **STEPS, **extra)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_steered_row_finds_nothing_of_its_own_text_in_a_cache(cache: str, embedded: Any) -> None:
+    """It is what it is without a cache: all of its parts are evaluated under the new text, and counted."""
+    config = GuardConfig(profile=profile_for(1e-9))
+    kept, plain = (call(sdguard.guard(cached_flux(embedded, which), config), **STEPS) for which in (cache, None))
+    np.testing.assert_allclose(kept.images, plain.images, atol=1e-5)
+    spent = [[report.extra_evaluations for report in output.guard] for output in (kept, plain)]
+    assert spent[0] == [count + 5 for count in spent[1]]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_run_that_ends_early_leaves_nothing_in_a_cache(cache: str, embedded: Any) -> None:
+    pipe = cached_flux(embedded, cache)
+    plain = call(pipe, **STEPS).images
+    probe_run(pipe, ["a cow"], [0], lambda observation: None, 3, height=16, width=16, max_sequence_length=8, **STEPS)
+    assert np.array_equal(call(pipe, **STEPS).images, plain)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_moves_no_identity_and_no_reading(cache: str, embedded: Any) -> None:
+    """The guard reads beside it, also outside of any run."""
+    plain, kept = (cached_flux(embedded, which) for which in (None, cache))
+    assert identity(plain) == identity(kept)
+    one, other = (read_prompts(pipe, PROMPTS, [7, 8, 9]) for pipe in (plain, kept))
+    assert torch.equal(one.eps_c, other.eps_c)
+
+
+class DeepCacheLike:
+    """Keeps what a block gave at every second step of the pipeline's schedule, as DeepCache does, with its names."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.cur_timestep, self.start_timestep = pipe, 0, None
+        self.cached_output: dict[str, Any] = {}
+        self.replace(pipe.unet, self.whole)
+        self.replace(pipe.unet.mid_block, self.block)
+
+    def replace(self, module: Any, made: Callable[..., Any]) -> None:
+        forward, helper = module.forward, self
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return made(helper, forward, *args, **kwargs)
+
+        wrapped.__module__ = "DeepCache.extension.deepcache"
+        module.forward = wrapped
+
+    @staticmethod
+    def whole(helper: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        helper.cur_timestep = list(helper.pipe.scheduler.timesteps).index(args[1].item())
+        return forward(*args, **kwargs)
+
+    @staticmethod
+    def block(helper: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        helper.start_timestep = helper.cur_timestep if helper.start_timestep is None else helper.start_timestep
+        if (helper.cur_timestep - helper.start_timestep) % 2 == 0:
+            helper.cached_output["mid"] = forward(*args, **kwargs)
+        return helper.cached_output["mid"]
+
+
+def test_deepcache_keeps_what_it_keeps_without_the_guard(embedded: Any) -> None:
+    """The guard reads at timesteps that are not in the schedule, with batches of other sizes."""
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    plain, read = call(pipe, **STEPS).images, read_prompts(pipe, PROMPTS, [7, 8, 9])
+    DeepCacheLike(pipe)
+    assert not np.array_equal(call(pipe, **STEPS).images, plain)
+    is_left_alone_but_for_the_flagged_row(pipe, **STEPS)
+    is_left_alone_but_for_the_flagged_row(pipe, **STEPS, negative_prompt=["a cow"] * 3)
+    assert torch.equal(read_prompts(pipe, PROMPTS, [7, 8, 9]).eps_c, read.eps_c)
