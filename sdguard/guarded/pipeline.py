@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +39,21 @@ class GuardedPipeline(wrapt.ObjectProxy):
         config: how to guard, by default `GuardConfig()`.
 
     Raises:
-        TypeError: the pipeline's class is not supported, or it is a modular pipeline; the message names it.
+        TypeError: the pipeline's class is not supported, or it is a modular pipeline, or ``config`` is no `GuardConfig`; one sentence.
     """
 
+    #: the class of the pipeline inside.
+    pipeline_class: type | None = None
+
+    def __new__(cls, pipe: Any, config: GuardConfig | None = None) -> GuardedPipeline:
+        # what cannot be called is no pipeline, as will be said
+        kind = class_for(pipe.__class__) if cls is GuardedPipeline and callable(pipe) else cls
+        made: GuardedPipeline = super().__new__(kind, pipe, config)
+        return made
+
     def __init__(self, pipe: Any, config: GuardConfig | None = None) -> None:
+        if not isinstance(config, GuardConfig | None):
+            raise TypeError(f"A guard is configured by a GuardConfig, as GuardConfig(mode='observe'), and not by {config!r}.")
         if is_modular(pipe):
             raise TypeError(
                 f"{type(pipe).__name__} is a modular pipeline: it is guarded by its guider, sdguard.guarded.guider.GuardedGuidance."
@@ -54,7 +66,41 @@ class GuardedPipeline(wrapt.ObjectProxy):
     @classmethod
     def from_pretrained(cls, path: str | Path, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
         """``DiffusionPipeline.from_pretrained`` with the same arguments, under guard."""
-        return cls(DiffusionPipeline.from_pretrained(path, **kwargs), guard)
+        return cls.of(DiffusionPipeline.from_pretrained(path, **kwargs), guard)
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
+        """The ``from_single_file`` of the class of a guarded pipeline with the same arguments, under guard; it is called on one."""
+        if cls.pipeline_class is None:
+            raise TypeError(
+                "A single file does not say which pipeline it is of: sdguard.guard(StableDiffusionPipeline.from_single_file(...))."
+            )
+        return cls.of(cls.pipeline_class.from_single_file(path, **kwargs), guard)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
+        """A pipeline of the parts of another, of the same class as that, or of the guarded one on which this is called.
+
+        It is guarded as ``guard`` says, by default as ``pipe`` is where it is guarded. ``kwargs`` are those of diffusers' ``from_pipe``.
+        """
+        inner, config = unguard(pipe), pipe.guard_config if isinstance(pipe, GuardedPipeline) else None
+        return cls.of((cls.pipeline_class or type(inner)).from_pipe(inner, **kwargs), guard or config)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def of(pipe: Any, config: GuardConfig | None) -> GuardedPipeline:
+        """A guarded stand-in for a pipeline of whatever class."""
+        return GuardedPipeline(pipe, config)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The pipeline's parts. It warns, as whatever is made of them, by ``from_pipe`` for one, is not guarded."""
+        warnings.warn(
+            "A pipeline that is made of a guarded one's components is not guarded: sdguard.guard(...) guards it; sdguard.unguard(pipe) "
+            "gives components without this warning.",
+            stacklevel=2,
+        )
+        found: dict[str, Any] = self.__wrapped__.components
+        return found
 
     @property
     def guard_config(self) -> GuardConfig:
@@ -97,6 +143,12 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedPipeline:
         return GuardedPipeline(copy.deepcopy(self.__wrapped__, memo), self._self_config)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GuardedPipeline, (self.__wrapped__, self._self_config)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline under guard; takes and returns what the pipeline does, and ``output.guard`` has the reports.
 
@@ -106,8 +158,11 @@ class GuardedPipeline(wrapt.ObjectProxy):
         Raises:
             ProfileError: the profile given is another model's, or none is known with ``on_unknown="raise"``.
             ValueError: an argument that would blind the guard; the message names it.
+            TypeError: ``guard`` is among the arguments.
             MemorizationError: with ``on_failure="raise"``.
         """
+        if "guard" in kwargs:
+            raise TypeError("A call takes no guard: it is chosen where the pipeline is guarded, by sdguard.guard(pipe, GuardConfig(...)).")
         pipe, config = self.__wrapped__, self._self_config
         call = signature_of(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
@@ -135,6 +190,18 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def profile(self, given: dict[str, Any]) -> Profile | None:
         """The profile of a run with these arguments: given, known, or made now; None where it goes on without."""
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
+
+
+@functools.cache
+def class_for(kind: type) -> type[GuardedPipeline]:
+    """`GuardedPipeline` for pipelines of class ``kind``, whose call has the signature and the documentation of theirs."""
+
+    @functools.wraps(kind.__call__)
+    def call(self: GuardedPipeline, *args: Any, **kwargs: Any) -> Any:
+        return GuardedPipeline.__call__(self, *args, **kwargs)
+
+    held = {"__call__": call, "pipeline_class": kind, "__module__": __name__, "__doc__": GuardedPipeline.__doc__}
+    return type(GuardedPipeline.__name__, (GuardedPipeline,), held)
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:

@@ -261,9 +261,10 @@ class GuardedRun:
         """What becomes of an image that is still flagged; errors count as flagged."""
         if report.verdict != "flagged" or self.config.mode == "observe":
             return
-        if self.config.mode == "steer" and self.config.on_failure == "raise":
-            why = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
-            raise MemorizationError(f"Image {report.row}: {report.error or f'predicted to be memorized, and {why}'}.")
+        if self.config.on_failure == "raise":
+            unsteered = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
+            why = "predicted to be memorized" + (f", and {unsteered}" if self.config.mode == "steer" else "")
+            raise MemorizationError(f"Image {report.row}: {report.error or why}.")
         if self.config.mode == "block" or self.config.on_failure == "withhold":
             report.verdict = "withheld"
 
