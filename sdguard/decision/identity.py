@@ -15,6 +15,7 @@ from torch import nn
 
 from sdguard.decision.digests import hexed
 from sdguard.decision.module_state import tree_of
+from sdguard.denoiser.bare import uncompiled
 from sdguard.denoiser.families import default_size, denoiser_of, family_of
 from sdguard.denoiser.reference_call import setup_of
 from sdguard.observation import is_flow, prediction_type
@@ -53,11 +54,6 @@ def identity(pipe: Any, scale: float | None = None) -> dict[str, Any]:
         "adapters": adapters,
         "patches": sorted(f"{name}: {patch}" for name, tree in read.items() for patch in tree.patches),
     }
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """A module as it was before `torch.compile` wrapped it."""
-    return module._modules.get("_orig_mod") or module
 
 
 def readers_of(pipe: Any) -> dict[str, nn.Module]:

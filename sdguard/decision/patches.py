@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sdguard.decision.digests import hexed
 from sdguard.decision.module_parts import Attributes, Part
+from sdguard.denoiser.bare import DEEP_CACHE, is_cache
 from sdguard.denoiser.install import HOOK_NAME
-from sdguard.denoiser.uncached import DEEP_CACHE, is_cache
 
 #: FreeU's factors, as diffusers sets them on a block.
 FREEU = ("s1", "s2", "b1", "b2")

@@ -13,6 +13,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from sdguard.correction import Correction
+from sdguard.denoiser.bare import bare, compiled_calls, has_caches, uncompiled
 from sdguard.denoiser.calls import (
     DenoiserCall,
     by_name,
@@ -37,7 +38,6 @@ from sdguard.denoiser.reference_call import (
 from sdguard.denoiser.replay import Replayed, activate_correction
 from sdguard.denoiser.schedulers import insert_row
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.denoiser.uncached import has_caches, uncached
 from sdguard.observation import Denoiser, Observation, prediction_type, to_noise
 
 
@@ -122,8 +122,8 @@ class DenoiserHook(ModelHook):
         output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         rows = torch.tensor([row for row, correction in self.watcher.corrections.items() if correction.condition is not None])
         places = len(output[0]) - self.record.images + rows
-        with uncached(denoiser_of(self.pipe)):
-            apart = call_denoiser(self.fn_ref.original_forward, self.family, only_rows(changed, places, self.family))
+        with bare(denoiser_of(self.pipe)):
+            apart = call_denoiser(self.own_forward, self.family, only_rows(changed, places, self.family))
         self.record.evaluations[rows] += 1
         prediction = output[0].clone()
         prediction[places] = apart[0]
@@ -134,6 +134,13 @@ class DenoiserHook(ModelHook):
         output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         wanted = self.process_step(module, concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample))
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The denoiser's forward pass for the guard's own evaluations, within `bare`: beneath the hook, and not compiled."""
+        denoiser = denoiser_of(self.pipe)
+        inner = uncompiled(denoiser)
+        return inner if inner is not denoiser or denoiser in compiled_calls(denoiser) else self.fn_ref.original_forward
 
     def is_foreign_call(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""
@@ -237,7 +244,7 @@ class DenoiserHook(ModelHook):
         kwargs, record, null = call.kwargs, self.record, self.own_null(seen.condition)
         scale = (kwargs.get(self.family.scale) or {}).get("scale")
         reference = ReferenceCall(
-            self.pipe, self.fn_ref.original_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
+            self.pipe, self.own_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
         )
         if record.half_made or not reference.is_plain(kwargs, seen, record.patch_rows):
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
@@ -254,15 +261,15 @@ class DenoiserHook(ModelHook):
         family, kwargs, patch_rows = self.family, call.kwargs, self.record.patch_rows
         sample = kwargs[family.sample]
         latents, channels = unpack_latents(sample, patch_rows), unpack_latents(call.prediction, patch_rows).shape[1]
-        dtype = condition_of(kwargs, family).dtype
+        dtype, forward = condition_of(kwargs, family).dtype, self.own_forward
 
         def denoise(x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
             places = (places % len(sample)).to(sample.device)
             arguments = with_condition(select_rows(kwargs, places), condition.to(dtype), family)
             arguments[family.sample] = pack_latents(torch.cat([x.to(sample), latents[places, channels:]], dim=1), patch_rows)
             arguments["timestep"] = timestep_of(timestep, x, family)
-            with uncached(denoiser_of(self.pipe)):
-                output = call_denoiser(self.fn_ref.original_forward, family, {**arguments, "return_dict": False})
+            with bare(denoiser_of(self.pipe)):
+                output = call_denoiser(forward, family, {**arguments, "return_dict": False})
             return self.to_noise(unpack_latents(output[0], patch_rows), x, timestep)
 
         return denoise

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdguard.denoiser.bare import bare, uncompiled
 from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import pack_latents, unpack_latents
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.denoiser.uncached import uncached
 from sdguard.noise import independent_noise
 from sdguard.observation import NoiseLevel, Observation, is_flow, noise_level, prediction_type, to_noise
 
@@ -125,7 +125,7 @@ class ReferenceCall:
 
     Attributes:
         pipe: the pipeline.
-        forward: the denoiser's forward pass.
+        forward: the denoiser's forward pass, not compiled.
         adapters: what goes to the attention layers: the scale of LoRA, where the call has one.
         dtype: of latents and conditions.
         level_at: the noise level of any timestep.
@@ -140,7 +140,9 @@ class ReferenceCall:
     @classmethod
     def of(cls, pipe: Any, condition: Tensor, adapters: dict[str, Any] | None = None) -> ReferenceCall:
         """The reference call of a pipeline outside any run, in the precision of ``condition``."""
-        return cls(pipe, denoiser_of(pipe), adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep))
+        return cls(
+            pipe, uncompiled(denoiser_of(pipe)), adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep)
+        )
 
     def arguments(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
         """All arguments of the denoiser but its timestep, for latents ``[B, C, H, W]`` and a packed text condition ``[B, T (+ 1), E]``."""
@@ -174,7 +176,7 @@ class ReferenceCall:
         family = family_of(self.pipe)
         arguments = self.arguments(x, condition)
         arguments |= {"timestep": timestep_of(timestep, x, family), "return_dict": False}
-        with uncached(denoiser_of(self.pipe)):
+        with bare(denoiser_of(self.pipe)):
             output = call_denoiser(self.forward, family, arguments)[0]
         if family.packed_latents:
             output = unpack_latents(output, x.shape[2] // 2)

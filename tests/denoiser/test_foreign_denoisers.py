@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import FLUX, PROMPTS, build, call, profile_for, reworded
+from families import FLUX, PROMPTS, build, call, one_block, profile_for, reworded
 from torch import Tensor, nn
 
 import sdguard
@@ -181,3 +181,34 @@ def test_deepcache_keeps_what_it_keeps_without_the_guard(embedded: Any) -> None:
     is_left_alone_but_for_the_flagged_row(pipe, **STEPS)
     is_left_alone_but_for_the_flagged_row(pipe, **STEPS, negative_prompt=["a cow"] * 3)
     assert torch.equal(read_prompts(pipe, PROMPTS, [7, 8, 9]).eps_c, read.eps_c)
+
+
+def compile_in_place(unet: Any, **options: Any) -> Any:
+    unet.compile(**options)
+    return unet
+
+
+def compile_blocks(unet: Any, **options: Any) -> Any:
+    unet.compile_repeated_blocks(**options)
+    return unet
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("compile_it", [compile_in_place, compile_blocks, torch.compile])
+def test_a_compiled_denoiser_is_compiled_for_the_pipelines_calls_alone(compile_it: Any, fullgraph: bool, embedded: Any) -> None:
+    """Neither the guard nor any of its own evaluations is traced, and rows are what they are without it."""
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    pipe.unet = compile_it(one_block(), backend=backend, fullgraph=fullgraph)
+    call(pipe)
+    made = len(graphs)
+    is_left_alone_but_for_the_flagged_row(pipe)
+    is_left_alone_but_for_the_flagged_row(pipe, negative_prompt=["a cow"] * 3)
+    read_prompts(pipe, PROMPTS, [7, 8, 9])
+    assert len(graphs) == made > 0

@@ -1,9 +1,13 @@
-"""Evaluations of a denoiser beside what keeps parts of one call for the next: diffusers' caches and DeepCache."""
+"""A denoiser bare of what makes its calls fast: compilation, and what keeps parts of one call for the next.
+
+The guard's own evaluations come in batches of other sizes, at other timesteps and with gradients: each would be compiled anew, and would
+overwrite what the run under way has kept.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -58,9 +62,24 @@ class AnyTimestep:
         return True
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """A module as it was before `torch.compile` wrapped it."""
+    return module._modules.get("_orig_mod") or module
+
+
+def compiled_calls(denoiser: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
+    """The calls of modules that have been compiled in place, by ``module.compile()``."""
+    found = ((module, vars(module).get("_compiled_call_impl")) for module in denoiser.modules())
+    return {module: call for module, call in found if call is not None}
+
+
 @contextmanager
-def uncached(denoiser: nn.Module) -> Iterator[None]:
-    """Within the block a denoiser computes all that it is asked for; what is kept of other calls is neither used nor changed."""
+def bare(denoiser: nn.Module) -> Iterator[None]:
+    """Within the block a denoiser computes all that it is asked for, by its own code; what is kept of other calls is not used or changed.
+
+    Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
+    """
+    compiled = compiled_calls(denoiser)
     references, helpers = references_of(denoiser), helpers_of(denoiser)
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     for reference in references:
@@ -70,9 +89,13 @@ def uncached(denoiser: nn.Module) -> Iterator[None]:
     for helper in helpers:
         pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=[AnyTimestep()]))
         vars(helper).update(pipe=pipe, start_timestep=None, cached_output={})
+    for module in compiled:
+        vars(module)["_compiled_call_impl"] = None
     try:
         yield
     finally:
+        for module, call in compiled.items():
+            vars(module)["_compiled_call_impl"] = call
         for of, was in before:
             vars(of).update(was)
 
