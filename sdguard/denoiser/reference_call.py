@@ -44,12 +44,10 @@ def reference_timestep(scheduler: Any) -> float:
 
 def latent_shape(pipe: Any) -> tuple[int, int, int]:
     """Channels, height and width of the latents that make a picture of the model's own size."""
-    side, family = default_size(pipe), family_of(pipe)
+    height, width = (side // int(pipe.vae_scale_factor) for side in default_size(pipe))
+    patch = 2 if family_of(pipe).packed_latents else 1
     # masks, masked pictures and depth maps stand behind the latents' own channels
-    channels = int(pipe.vae.config.latent_channels)
-    side //= int(pipe.vae_scale_factor)
-    side -= side % (2 if family.packed_latents else 1)
-    return channels, side, side
+    return int(pipe.vae.config.latent_channels), height - height % patch, width - width % patch
 
 
 def setup_of(pipe: Any) -> str | None:

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
-from sdguard.denoiser.families import family_of, is_modular
+from sdguard.denoiser.families import check_pipeline, is_modular
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.arguments import check, limits, lora_scale
@@ -39,7 +39,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
         config: how to guard, by default `GuardConfig()`.
 
     Raises:
-        TypeError: the pipeline's class is not supported, or it is a modular pipeline, or ``config`` is no `GuardConfig`; one sentence.
+        TypeError: the pipeline's class, scheduler or denoiser is not supported, it is a modular one, or ``config`` is no `GuardConfig`;
+            one sentence.
     """
 
     #: the class of the pipeline inside.
@@ -58,7 +59,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
             raise TypeError(
                 f"{type(pipe).__name__} is a modular pipeline: it is guarded by its guider, sdguard.guarded.guider.GuardedGuidance."
             )
-        family_of(pipe)
+        check_pipeline(pipe)
         super().__init__(pipe)
         self._self_config = config or GuardConfig()
         self._self_reports: list[GuardReport] = []
@@ -158,7 +159,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         Raises:
             ProfileError: the profile given is another model's, or none is known with ``on_unknown="raise"``.
             ValueError: an argument that would blind the guard; the message names it.
-            TypeError: ``guard`` is among the arguments.
+            TypeError: ``guard`` is among the arguments, or the pipeline has been changed into one that cannot be guarded.
             MemorizationError: with ``on_failure="raise"``.
         """
         if "guard" in kwargs:
@@ -168,6 +169,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         call.apply_defaults()
         given = call.arguments
         check(pipe, given)
+        check_pipeline(pipe)  # it may have another scheduler by now
         encoder = Encoder(pipe, given)
         prompts = prompts_of(given)
         run = GuardedRun(config, self.profile(given), prompts, encoder, limits(given))

@@ -212,3 +212,13 @@ def test_a_compiled_denoiser_is_compiled_for_the_pipelines_calls_alone(compile_i
     is_left_alone_but_for_the_flagged_row(pipe, negative_prompt=["a cow"] * 3)
     read_prompts(pipe, PROMPTS, [7, 8, 9])
     assert len(graphs) == made > 0
+
+
+def test_a_denoiser_of_no_square_pictures_is_read_at_its_own_size(embedded: Any) -> None:
+    pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+    pipe.unet.register_to_config(sample_size=(8, 12))
+    pipe._is_unet_config_sample_size_int = False  # as it would have found
+    is_left_alone_but_for_the_flagged_row(pipe)
+    assert call(pipe).images.shape == (3, 16, 24, 3)
+    assert read_prompts(pipe, PROMPTS, [7, 8, 9]).x.shape == (3, 4, 8, 12)
+    assert identity(pipe)["size"] == [16, 24]

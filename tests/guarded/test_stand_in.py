@@ -111,6 +111,27 @@ def test_what_is_no_configuration_is_refused_at_once(config: Any, pipe: Any) -> 
 
 
 @pytest.mark.parametrize(
+    "name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler", "IPNDMScheduler"]
+)
+def test_a_scheduler_whose_noise_levels_are_unknown_is_refused_before_any_run(name: str, pipe: Any) -> None:
+    guarded, known = sdguard.guard(pipe), pipe.scheduler
+    pipe.scheduler = getattr(diffusers, name)()
+    for refuse in (lambda: sdguard.guard(pipe), lambda: call(guarded)):
+        with pytest.raises(TypeError, match=f"{name} has no alphas_cumprod"):
+            refuse()
+    pipe.scheduler = type(known).from_config(known.config, prediction_type="score")
+    with pytest.raises(TypeError, match="prediction type 'score' is not known"):
+        sdguard.guard(pipe)
+
+
+def test_a_denoiser_that_is_no_module_is_refused(pipe: Any) -> None:
+    unet = pipe.unet
+    pipe.unet = lambda *args, **kwargs: unet(*args, **kwargs)
+    with pytest.raises(TypeError, match="is a function and no torch module"):
+        sdguard.guard(pipe)
+
+
+@pytest.mark.parametrize(
     "field", [{"steering": "rewording"}, {"profile": 3}, {"rewriter": "gpt"}, {"on_call": [1]}, {"false_positive_rate": "0.01"}], ids=str
 )
 def test_a_field_of_another_kind_is_refused(field: dict[str, Any]) -> None:
