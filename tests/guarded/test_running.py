@@ -23,6 +23,7 @@ from accelerate import cpu_offload
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
 from families import IMAGE_WIDTH, PROMPTS, build, call, drawn, load_ip_adapter, lora, profile_for, reworded
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -79,10 +80,7 @@ def image_embeds(pipe: Any) -> dict[str, Any]:
 
 
 def image(pipe: Any) -> dict[str, Any]:
-    from PIL import Image
-
-    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
-    return {"ip_adapter_image": Image.fromarray(pixels)}
+    return {"ip_adapter_image": Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))}
 
 
 def embeds(pipe: Any) -> dict[str, Any]:
@@ -711,3 +709,28 @@ def test_the_script_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(script, names)
     assert isinstance(names["pipeline"], GuardedPipeline)
     assert len(names["pipeline"].guard_reports) == 1
+
+
+def pixels() -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).random((16, 16, 3), dtype=np.float32)
+
+
+#: forms in which pictures are given, one for each of three prompts or one for all
+PICTURES: dict[str, Callable[[], Any]] = {
+    "a picture": lambda: Image.fromarray((255 * pixels()).astype(np.uint8)),
+    "pictures": lambda: [PICTURES["a picture"]()] * 3,
+    "a batch": lambda: torch.from_numpy(pixels()).permute(2, 0, 1).expand(3, -1, -1, -1),
+    "a batch of one": lambda: PICTURES["a batch"]()[:1],
+    "a list of tensors": lambda: list(PICTURES["a batch"]()),
+    "a list of arrays": lambda: [pixels()] * 3,
+}
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("form", PICTURES)
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint", "ControlNet"])
+def test_pictures_may_be_given_in_every_form(kind: str, form: str, embedded: Any) -> None:
+    pipe, given = build(f"StableDiffusion{kind}Pipeline", embedded.tokenizer), {"image": PICTURES[form]()}
+    clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **given)
+    assert all(same(clean, call(pipe, **given)))
+    assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
