@@ -6,6 +6,7 @@ run, and one profile serves all settings of a model. Where a run's own first cal
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -50,6 +51,11 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
     return int(pipe.vae.config.latent_channels), height - height % patch, width - width % patch
 
 
+def has_text_encoders(pipe: Any) -> bool:
+    """Whether a pipeline has a text encoder left; they may be dropped once prompts are encoded."""
+    return any(getattr(pipe, name, None) is not None for name in ENCODERS)
+
+
 def setup_of(pipe: Any) -> str | None:
     """What moves the encoding of a text beside the encoders: tokenizers, and whether the empty prompt is all zeros; None without any."""
     tokenizers = [getattr(pipe, name.replace("text_encoder", "tokenizer"), None) for name in ENCODERS]
@@ -81,8 +87,9 @@ def state_of(encoder: Encoder) -> tuple[Any, ...]:
 def null_condition(encoder: Encoder, length: int) -> Tensor:
     """The model's own empty prompt, ``[1, T (+ 1), E]``, for token embeddings of ``length`` T.
 
-    It is kept for as long as the text encoders are what they were, and when they are gone. Where the prompt has several windows (weighted
-    or long prompts of other libraries) it is repeated: cross-attention gives the same for keys and values that come twice.
+    It is kept for as long as the text encoders are what they were, and when they are gone; one of zeros is known without them. Where the
+    prompt has several windows (weighted or long prompts of other libraries) it is repeated: cross-attention gives the same for keys and
+    values that come twice.
     Cost: that of `state_of`, and an encoding where the state is new.
 
     Raises:
@@ -90,8 +97,13 @@ def null_condition(encoder: Encoder, length: int) -> Tensor:
     """
     pipe = encoder.pipe
     known, state = _null_conditions.setdefault(denoiser_of(pipe), {}), state_of(encoder)
+    if not state and length not in known and pipe.config.get("force_zeros_for_empty_prompt"):
+        return torch.zeros(1, length + 1, max(family_of(pipe).widths(pipe)))
     if not state and length not in known:
-        raise ValueError(f"{type(pipe).__name__} has no text encoder left, so that its empty prompt is not known.")
+        raise ValueError(
+            f"{type(pipe).__name__} has no text encoder left, and its empty prompt is not known: prompts are to be encoded by the guarded "
+            "pipeline's encode_prompt, or the encoders to be dropped from the guarded pipeline."
+        )
     if length not in known or (state and known[length][0] != state):
         known[length] = state, encoder.both([""])[1]
     found = known[length][1]
@@ -107,6 +119,22 @@ def null_condition(encoder: Encoder, length: int) -> Tensor:
         raise ValueError(f"The prompt's embedding has {length} tokens and the empty prompt's {has}: they cannot be compared.")
     tokens = found[:, :has].repeat(1, -(-length // has), 1)[:, :length]
     return torch.cat([tokens, found[:, has:]], dim=1)
+
+
+def keep_null_condition(pipe: Any, given: dict[str, Any] | None = None, length: int | None = None) -> None:
+    """Encode the empty prompt now, for runs after a pipeline's text encoders are dropped.
+
+    ``given`` are the arguments that prompts have been encoded with, to ``length`` tokens; without them it is encoded where none is known.
+    What cannot be encoded stays unknown, as the run that asks for it will say.
+    """
+    encoder = Encoder(pipe, given or {})
+    if denoiser_of(pipe) is None or not has_text_encoders(pipe):
+        return
+    with contextlib.suppress(Exception):
+        if length is None and not _null_conditions.get(denoiser_of(pipe)):
+            length = encoder.both([""])[1].shape[1] - bool(family_of(pipe).pooled)
+        if length is not None:
+            null_condition(encoder, length)
 
 
 def same_texts(found: Tensor, wanted: Tensor) -> bool:

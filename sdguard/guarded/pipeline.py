@@ -17,8 +17,9 @@ from diffusers import DiffusionPipeline
 from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
-from sdguard.denoiser.families import check_pipeline, is_modular
+from sdguard.denoiser.families import check_pipeline, family_of, is_modular
 from sdguard.denoiser.install import watched
+from sdguard.denoiser.reference_call import ENCODERS, keep_null_condition
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.arguments import check, limits, lora_scale
 from sdguard.guarded.config import GuardConfig
@@ -53,7 +54,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         return made
 
     def __init__(self, pipe: Any, config: GuardConfig | None = None) -> None:
-        if not isinstance(config, GuardConfig | None):
+        if config is not None and not isinstance(config, GuardConfig):
             raise TypeError(f"A guard is configured by a GuardConfig, as GuardConfig(mode='observe'), and not by {config!r}.")
         if is_modular(pipe):
             raise TypeError(
@@ -137,6 +138,26 @@ class GuardedPipeline(wrapt.ObjectProxy):
         # first, since push_to_hub uploads the folder as it is then
         save_profiles(self.__wrapped__, Path(save_directory))
         self.__wrapped__.save_pretrained(save_directory, *args, **kwargs)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own ``encode_prompt``; the empty prompt is encoded too and kept, for runs after the text encoders are dropped."""
+        pipe = self.__wrapped__
+        found = pipe.encode_prompt(*args, **kwargs)
+        call = signature_of(type(pipe).encode_prompt).bind(pipe, *args, **kwargs)
+        call.apply_defaults()
+        given = {name: call.arguments[name] for name in ("max_sequence_length",) if name in call.arguments}
+        keep_null_condition(pipe, {**given, family_of(pipe).scale: {"scale": call.arguments.get("lora_scale")}}, found[0].shape[1])
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ENCODERS and value is None:
+            keep_null_condition(self.__wrapped__)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ENCODERS:
+            keep_null_condition(self.__wrapped__)
+        super().__delattr__(name)
 
     def __copy__(self) -> GuardedPipeline:
         return GuardedPipeline(copy.copy(self.__wrapped__), self._self_config)

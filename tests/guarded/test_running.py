@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import sdguard
-from sdguard import GuardConfig, GuardedPipeline, testbed
+from sdguard import GuardConfig, GuardedPipeline, ProfileError, testbed
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded import pipeline as pipeline_module
 from sdguard.guarded import run as run_module
@@ -734,3 +734,58 @@ def test_pictures_may_be_given_in_every_form(kind: str, form: str, embedded: Any
     clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **given)
     assert all(same(clean, call(pipe, **given)))
     assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
+
+
+def drop_encoders(pipe: Any) -> None:
+    for name in sdguard.unguard(pipe).components:
+        if name.startswith(("text_encoder", "tokenizer")):
+            setattr(pipe, name, None)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("name", [SD, SDXL, SD3, "FluxPipeline"])
+def test_prompts_may_be_encoded_and_the_encoders_dropped_before_any_run(name: str, embedded: Any) -> None:
+    """As diffusers advises for small memory; what is read then is what is read of the prompts themselves."""
+    guarded: Any = sdguard.guard(build(name, embedded.tokenizer), GuardConfig(profile=profile_for(1e6)))
+    if name == "FluxPipeline":
+        found = guarded.encode_prompt(PROMPTS, None, max_sequence_length=8)
+        given = {"prompt": None, "prompt_embeds": found[0], "pooled_prompt_embeds": found[1]}
+    else:
+        given = embeds(guarded)
+    drop_encoders(guarded)
+    output = call(guarded, **given)
+    assert all(same(output, call(sdguard.unguard(guarded), **given)))
+    assert [report.error for report in output.guard] == [None] * 3
+    whole = call(sdguard.guard(build(name, embedded.tokenizer), GuardConfig(profile=profile_for(1e6))))
+    for here, there in zip(output.guard, whole.guard, strict=True):
+        assert here.signals["guidance_norm"]["value"] == pytest.approx(there.signals["guidance_norm"]["value"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_encoders_that_are_dropped_from_a_guarded_pipeline_leave_the_empty_prompt(embedded: Any) -> None:
+    pipe = build(SD, embedded.tokenizer)
+    given = embeds(pipe)
+    guarded: Any = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))
+    drop_encoders(guarded)
+    output = call(guarded, **given)
+    assert [(report.verdict, report.error) for report in output.guard] == [("clean", None)] * 3
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_an_empty_prompt_of_zeros_needs_no_encoder(embedded: Any) -> None:
+    """SDXL's own."""
+    pipe = build(SDXL, embedded.tokenizer)
+    given, null = embeds(pipe), Encoder(pipe).both([""])[1]
+    assert not null.any()
+    drop_encoders(pipe)
+    output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **given)
+    assert [(report.verdict, report.error) for report in output.guard] == [("clean", None)] * 3
+
+
+@pytest.mark.parametrize("on_unknown", ["calibrate", "background"])
+def test_without_text_encoders_no_profile_is_made(on_unknown: Any, embedded: Any) -> None:
+    pipe = build(SD, embedded.tokenizer)
+    given = embeds(pipe)
+    drop_encoders(pipe)
+    with pytest.raises(ProfileError, match="none can be made without its text encoders"):
+        call(sdguard.guard(pipe, GuardConfig(on_unknown=on_unknown)), **given)
