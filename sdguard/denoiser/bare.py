@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers.hooks import ModelHook
 from torch import nn
@@ -25,24 +25,41 @@ def is_cache(hook: ModelHook) -> bool:
     return any(isinstance(other, type) and getattr(other, "_is_stateful", False) for other in beside)
 
 
-def registries_of(denoiser: nn.Module) -> list[Any]:
-    """The registries of diffusers' hooks on a denoiser and in it."""
-    return [registry for module in denoiser.modules() if (registry := vars(module).get("_diffusers_hook")) is not None]
+class Around(NamedTuple):
+    """What has been put around a denoiser and the modules in it.
+
+    Attributes:
+        registries: of diffusers' hooks.
+        references: what holds the forwards that hooks of caches have replaced.
+        helpers: of DeepCache, which have replaced forwards.
+        compiled: the calls of modules that are compiled in place, by ``module.compile()``.
+    """
+
+    registries: list[Any]
+    references: list[Any]
+    helpers: list[Any]
+    compiled: dict[nn.Module, Callable[..., Any]]
 
 
-def references_of(denoiser: nn.Module) -> list[Any]:
-    """What holds the forwards that the hooks of caches have replaced."""
-    return [
-        reference
-        for registry in registries_of(denoiser)
-        for name, reference in zip(registry._hook_order, registry._fn_refs, strict=True)
-        if is_cache(registry.hooks[name])
-    ]
+def around(denoiser: nn.Module) -> Around:
+    """What has been put around a denoiser and the modules in it. Cost: a millisecond for SDXL."""
+    registries, forwards, compiled = [], [], {}
+    modules = [denoiser]
+    for module in modules:  # by hand, since nn.Module.modules takes several times as long
+        held = vars(module)
+        modules.extend(filter(None, held["_modules"].values()))
+        if "_diffusers_hook" in held:
+            registries.append(held["_diffusers_hook"])
+        if "forward" in held:
+            forwards.append(held["forward"])
+        if held.get("_compiled_call_impl") is not None:
+            compiled[module] = held["_compiled_call_impl"]
+    hooked = (pair for of in registries for pair in zip(map(of.hooks.get, of._hook_order), of._fn_refs, strict=True))
+    return Around(registries, [reference for hook, reference in hooked if is_cache(hook)], helpers_in(forwards), compiled)
 
 
-def helpers_of(denoiser: nn.Module) -> list[Any]:
-    """The helpers of DeepCache that have replaced forwards of a denoiser."""
-    forwards = [vars(module).get("forward") for module in denoiser.modules()]
+def helpers_in(forwards: list[Any]) -> list[Any]:
+    """The helpers of DeepCache in the closures of forwards that it has replaced."""
     theirs = [of for of in forwards if getattr(of, "__module__", "").partition(".")[0] == DEEP_CACHE]
     held = [cell.cell_contents for forward in theirs for cell in getattr(forward, "__closure__", None) or ()]
     return list({id(helper): helper for helper in held if hasattr(helper, "cached_output")}.values())
@@ -50,7 +67,8 @@ def helpers_of(denoiser: nn.Module) -> list[Any]:
 
 def has_caches(denoiser: nn.Module) -> bool:
     """Whether parts of a denoiser's calls are kept for the next."""
-    return bool(references_of(denoiser) or helpers_of(denoiser))
+    found = around(denoiser)
+    return bool(found.references or found.helpers)
 
 
 class AnyTimestep:
@@ -67,10 +85,9 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return module._modules.get("_orig_mod") or module
 
 
-def compiled_calls(denoiser: nn.Module) -> dict[nn.Module, Callable[..., Any]]:
-    """The calls of modules that have been compiled in place, by ``module.compile()``."""
-    found = ((module, vars(module).get("_compiled_call_impl")) for module in denoiser.modules())
-    return {module: call for module, call in found if call is not None}
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """The call of a module that is compiled in place, None of any other."""
+    return vars(module).get("_compiled_call_impl")
 
 
 @contextmanager
@@ -79,8 +96,7 @@ def bare(denoiser: nn.Module) -> Iterator[None]:
 
     Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
     """
-    compiled = compiled_calls(denoiser)
-    references, helpers = references_of(denoiser), helpers_of(denoiser)
+    _, references, helpers, compiled = around(denoiser)
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     for reference in references:
         reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
@@ -102,5 +118,5 @@ def bare(denoiser: nn.Module) -> Iterator[None]:
 
 def forget(denoiser: nn.Module) -> None:
     """Empty the caches, as a pipeline does at the end of its run; for one that does not come to it."""
-    for registry in registries_of(denoiser):
+    for registry in around(denoiser).registries:
         registry.reset_stateful_hooks(recurse=False)

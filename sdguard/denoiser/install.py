@@ -13,7 +13,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
 from torch import nn
 
-from sdguard.denoiser.bare import compiled_calls, forget
+from sdguard.denoiser.bare import compiled_call, forget
 from sdguard.denoiser.families import denoiser_of
 from sdguard.denoiser.hook import DenoiserHook, Watcher
 from sdguard.denoiser.text_encoding import Encoder
@@ -44,7 +44,7 @@ def restored(instance: Any, names: Collection[str]) -> Iterator[None]:
 @contextmanager
 def attached(denoiser: nn.Module, hook: ModelHook) -> Iterator[None]:
     """Within the block ``hook`` stands around ``denoiser``; around its compiled call, where it is compiled in place."""
-    if (compiled := compiled_calls(denoiser).get(denoiser)) is not None:  # what compiled its forward would compile the hook too
+    if (compiled := compiled_call(denoiser)) is not None:  # what compiled its forward would compile the hook too
         hook.fn_ref = HookFunctionReference()
         hook.fn_ref.original_forward = compiled
         with restored(denoiser, ("_compiled_call_impl",)):
