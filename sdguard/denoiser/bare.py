@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from diffusers.hooks import ModelHook
-from torch import nn
+from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
+from torch import Tensor, nn
 
 #: the package of DeepCache, whose helper stands in the closures of forwards that it has replaced.
 DEEP_CACHE = "DeepCache"
@@ -71,6 +73,21 @@ def has_caches(denoiser: nn.Module) -> bool:
     return bool(found.references or found.helpers)
 
 
+@contextmanager
+def weights_kept(registries: list[Any]) -> Iterator[None]:
+    """Within the block gradients keep the weights as they were used, where hooks cast them to a storage precision after each forward."""
+    casting = any(isinstance(hook, LayerwiseCastingHook) for registry in registries for hook in registry.hooks.values())
+    if not casting or not torch.is_grad_enabled():
+        yield
+        return
+
+    def keep(tensor: Tensor) -> Tensor:  # the cast replaces what a parameter holds; this goes on holding it
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
 class AnyTimestep:
     """What equals every timestep, so that DeepCache finds each in its schedule, as the first."""
 
@@ -96,7 +113,7 @@ def bare(denoiser: nn.Module) -> Iterator[None]:
 
     Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
     """
-    _, references, helpers, compiled = around(denoiser)
+    registries, references, helpers, compiled = around(denoiser)
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     for reference in references:
         reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
@@ -108,7 +125,8 @@ def bare(denoiser: nn.Module) -> Iterator[None]:
     for module in compiled:
         vars(module)["_compiled_call_impl"] = None
     try:
-        yield
+        with weights_kept(registries):
+            yield
     finally:
         for module, call in compiled.items():
             vars(module)["_compiled_call_impl"] = call

@@ -16,6 +16,7 @@ import sdguard
 from sdguard import GuardConfig
 from sdguard.decision.identity import identity
 from sdguard.denoiser.probe import probe_run, read_prompts
+from sdguard.explain.attribution import norm_gradient
 from sdguard.guarded import run as run_module
 
 
@@ -222,3 +223,15 @@ def test_a_denoiser_of_no_square_pictures_is_read_at_its_own_size(embedded: Any)
     assert call(pipe).images.shape == (3, 16, 24, 3)
     assert read_prompts(pipe, PROMPTS, [7, 8, 9]).x.shape == (3, 4, 8, 12)
     assert identity(pipe)["size"] == [16, 24]
+
+
+def test_gradients_of_weights_that_are_stored_in_eight_bits_are_those_of_their_values(embedded: Any) -> None:
+    pipe, twin = (build("StableDiffusionPipeline", embedded.tokenizer) for _ in range(2))
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    for stored, plain in zip(pipe.unet.parameters(), twin.unet.parameters(), strict=True):
+        plain.data = stored.data.float()
+    assert any(stored.dtype == torch.float8_e4m3fn for stored in pipe.unet.parameters())
+    seen = [read_prompts(one, PROMPTS, [7, 8, 9]) for one in (pipe, twin)]
+    (_, one), (_, other) = (norm_gradient(of, of.condition) for of in seen)
+    assert other.any()
+    torch.testing.assert_close(one, other)
