@@ -237,7 +237,7 @@ def prompts_of(given: dict[str, Any]) -> list[str | None]:
     if prompt is None and given.get("prompt_embeds") is None:
         raise ValueError("Provide either `prompt` or `prompt_embeds`: there is nothing to generate from.")
     if not isinstance(prompt, (str, list, tuple, type(None))):
-        raise ValueError(f"`prompt` has to be a text or a list of texts, not {type(prompt).__name__}.")
+        raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}.")
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:
