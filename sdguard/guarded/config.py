@@ -8,12 +8,12 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from sdguard.decision.profile import Profile
 from sdguard.decision.store import OnUnknown
 from sdguard.steering import METHODS
 from sdguard.steering.paraphrase import Rewriter
 
 if TYPE_CHECKING:
-    from sdguard.decision.profile import Profile
     from sdguard.guarded.report import GuardReport
     from sdguard.observation import Observation
 
@@ -89,7 +89,7 @@ class GuardConfig:
             raise ValueError("calibration_prompts has to be a list of prompts, at least four.")
         if isinstance(self.steering, str):
             raise TypeError(f"steering is {self.steering!r}; it must be a list of names, as [{self.steering!r}].")
-        if not (self.profile is None or isinstance(self.profile, (str, Path)) or hasattr(self.profile, "cascade")):
+        if not isinstance(self.profile, Profile | Path | str | None):
             raise TypeError(f"profile is {self.profile!r}; it must be a Profile, or the path or name of one.")
         for name in ("rewriter", "on_call"):
             if not (callable(getattr(self, name)) or getattr(self, name) is None):

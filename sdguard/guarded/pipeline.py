@@ -88,10 +88,10 @@ class GuardedPipeline(wrapt.ObjectProxy):
         inner, config = unguard(pipe), pipe.guard_config if isinstance(pipe, GuardedPipeline) else None
         return cls.of((cls.pipeline_class or type(inner)).from_pipe(inner, **kwargs), guard or config)  # type: ignore[attr-defined]
 
-    @staticmethod
-    def of(pipe: Any, config: GuardConfig | None) -> GuardedPipeline:
+    @classmethod
+    def of(cls, pipe: Any, config: GuardConfig | None) -> GuardedPipeline:
         """A guarded stand-in for a pipeline of whatever class."""
-        return GuardedPipeline(pipe, config)
+        return (GuardedPipeline if cls.pipeline_class else cls)(pipe, config)
 
     @property
     def components(self) -> dict[str, Any]:

@@ -82,6 +82,13 @@ def test_a_pipeline_that_a_guarded_one_makes_is_guarded(pipe: Any) -> None:
     assert all(one.unet is pipe.unet for one in made.values())
 
 
+def test_a_class_of_guarded_pipelines_makes_its_own(pipe: Any) -> None:
+    class Mine(GuardedPipeline):
+        pass
+
+    assert type(Mine.from_pipe(pipe)) is Mine
+
+
 @pytest.mark.parametrize("kind", [diffusers.StableDiffusionImg2ImgPipeline, diffusers.AutoPipelineForImage2Image])
 def test_a_pipeline_that_diffusers_makes_of_a_guarded_one_comes_with_a_warning(kind: Any, pipe: Any) -> None:
     guarded = sdguard.guard(pipe, OBSERVE)
