@@ -21,7 +21,7 @@ from sdguard.denoiser.families import check_pipeline, family_of, is_modular
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.reference_call import ENCODERS, keep_null_condition
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.guarded.arguments import check, limits, lora_scale
+from sdguard.guarded.arguments import check, check_inputs, limits, lora_scale
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, blank, profile_of
@@ -179,7 +179,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
 
         Raises:
             ProfileError: the profile given is another model's, or none is known with ``on_unknown="raise"``.
-            ValueError: an argument that would blind the guard; the message names it.
+            ValueError: an argument that would blind the guard, the message names it; and whatever the pipeline itself says of a wrong call.
             TypeError: ``guard`` is among the arguments, or the pipeline has been changed into one that cannot be guarded.
             MemorizationError: with ``on_failure="raise"``.
         """
@@ -191,6 +191,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         given = call.arguments
         check(pipe, given)
         check_pipeline(pipe)  # it may have another scheduler by now
+        check_inputs(pipe, args, kwargs)
         encoder = Encoder(pipe, given)
         prompts = prompts_of(given)
         run = GuardedRun(config, self.profile(given), prompts, encoder, limits(given))
@@ -228,16 +229,8 @@ def class_for(kind: type) -> type[GuardedPipeline]:
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:
-    """The prompt of each image of a call; None where the call was given embeddings.
-
-    Raises:
-        ValueError: there is neither, or the prompt is no text.
-    """
+    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings."""
     prompt = given["prompt"]
-    if prompt is None and given.get("prompt_embeds") is None:
-        raise ValueError("Provide either `prompt` or `prompt_embeds`: there is nothing to generate from.")
-    if not isinstance(prompt, (str, list, tuple, type(None))):
-        raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}.")
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:
