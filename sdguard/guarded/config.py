@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import OnUnknown
@@ -96,3 +96,9 @@ class GuardConfig:
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be something to call.")
         if unknown := [name for name in self.steering or () if name not in METHODS]:
             raise ValueError(f"steering has {unknown[0]!r}; there are {', '.join(METHODS)}.")
+
+
+def check_config(config: Any) -> None:
+    """Raise `TypeError`, in one sentence, for what is no `GuardConfig`; None stands for the default."""
+    if config is not None and not isinstance(config, GuardConfig):
+        raise TypeError(f"A guard is configured by a GuardConfig, as GuardConfig(mode='observe'), and not by {config!r}.")

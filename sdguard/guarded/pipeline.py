@@ -22,7 +22,7 @@ from sdguard.denoiser.install import watched
 from sdguard.denoiser.reference_call import ENCODERS, keep_null_condition
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.arguments import check, check_inputs, limits, lora_scale
-from sdguard.guarded.config import GuardConfig
+from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, blank, profile_of
 
@@ -54,8 +54,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         return made
 
     def __init__(self, pipe: Any, config: GuardConfig | None = None) -> None:
-        if config is not None and not isinstance(config, GuardConfig):
-            raise TypeError(f"A guard is configured by a GuardConfig, as GuardConfig(mode='observe'), and not by {config!r}.")
+        check_config(config)
         if is_modular(pipe):
             raise TypeError(
                 f"{type(pipe).__name__} is a modular pipeline: it is guarded by its guider, sdguard.guarded.guider.GuardedGuidance."
@@ -68,6 +67,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
     @classmethod
     def from_pretrained(cls, path: str | Path, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
         """``DiffusionPipeline.from_pretrained`` with the same arguments, under guard."""
+        check_config(guard)
         return cls.of(DiffusionPipeline.from_pretrained(path, **kwargs), guard)
 
     @classmethod
@@ -77,6 +77,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
             raise TypeError(
                 "A single file does not say which pipeline it is of: sdguard.guard(StableDiffusionPipeline.from_single_file(...))."
             )
+        check_config(guard)
         return cls.of(cls.pipeline_class.from_single_file(path, **kwargs), guard)  # type: ignore[attr-defined]
 
     @classmethod

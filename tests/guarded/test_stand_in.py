@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-from families import PIPELINES, build, call, profile_for
+from families import PIPELINES, build, call, modular, profile_for
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError
@@ -112,9 +112,14 @@ def test_a_single_file_is_guarded_where_a_pipeline_says_what_it_is_of(pipe: Any,
 
 @pytest.mark.parametrize("config", ["observe", {"mode": "observe"}, GuardConfig, 0.01])
 def test_what_is_no_configuration_is_refused_at_once(config: Any, pipe: Any) -> None:
-    for guard in (sdguard.guard, GuardedPipeline):
+    for make in (
+        lambda: sdguard.guard(pipe, config),
+        lambda: GuardedPipeline(pipe, config),
+        lambda: GuardedPipeline.from_pretrained("nowhere", guard=config),
+        lambda: sdguard.GuardedGuidance(modular("StableDiffusionXLModularPipeline", pipe.tokenizer), config),
+    ):
         with pytest.raises(TypeError, match="is configured by a GuardConfig"):
-            guard(pipe, config)
+            make()
 
 
 @pytest.mark.parametrize(
