@@ -70,6 +70,8 @@ class GuardedRun:
         self.seen: Observation | None = None
         #: how many of `LOOKS_LOG_SNR` are over
         self.looks = 0
+        #: as the hook goes on counting them, ``[B]``
+        self.evaluations = torch.zeros(len(prompts), dtype=torch.long)
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
@@ -104,13 +106,19 @@ class GuardedRun:
             self.judge(observation, [report for report in self.reports if report.verdict == "clean"])
         self.watch_steered(observation)
         self.act(observation, [report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None])
-        for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
-            report.extra_evaluations = evaluations
+        self.evaluations = observation.evaluations
+        self.count()
         if self.config.on_call:
             self.config.on_call(self.shown(observation), self.reports)
 
+    def count(self) -> None:
+        """Note what was spent on each image so far."""
+        for report, evaluations in zip(self.reports, self.evaluations.tolist(), strict=True):
+            report.extra_evaluations = evaluations
+
     def finish(self) -> None:
         """Settle the images of a run whose first call was never seen, wherever it was made: what was not read is not clean."""
+        self.count()
         unseen = [report for report in self.reports if report.score is None and not report.error]
         if unseen:
             self.fail(unseen, RuntimeError("the guard saw no call of the denoiser"))
@@ -293,8 +301,7 @@ class GuardedRun:
             held = [own if new is None else new.to(own) for own, new in zip(here.condition, conditions, strict=True)]
             here, pictures = replace(here, condition=torch.stack(held)), latents[rows].to(here.x)
             self.flag_again(sorted({*self.memorized(rows, here, pictures), *self.memorized(rows, here, pictures, LESS_NOISED_LOG_SNR)}))
-            for row in rows:
-                self.reports[row].extra_evaluations = int(here.evaluations[row])
+            self.count()
         for report in self.reports:
             if report.verdict == "flagged" and report.flagged_at is None:
                 report.flagged_at = max(map(len, report.series.values()), default=1) - 1
@@ -337,9 +344,10 @@ class GuardedRun:
         """What becomes of an image that is still flagged; errors count as flagged."""
         if report.verdict != "flagged" or self.config.mode == "observe":
             return
-        if self.config.mode == "steer" and self.config.on_failure == "raise":
-            why = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
-            raise MemorizationError(f"Image {report.row}: {report.error or f'predicted to be memorized, and {why}'}.")
+        if self.config.on_failure == "raise":
+            unsteered = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
+            why = "predicted to be memorized" + (f", and {unsteered}" if self.config.mode == "steer" else "")
+            raise MemorizationError(f"Image {report.row}: {report.error or why}.")
         if self.config.mode == "block" or self.config.on_failure == "withhold":
             report.verdict = "withheld"
 
