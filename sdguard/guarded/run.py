@@ -271,7 +271,7 @@ class GuardedRun:
         return [report.row for report in self.reports if report.verdict == "steered"]
 
     def watch_steered(self, observation: Observation) -> None:
-        """Hold steered rows against what they were steered away from, and once against all that the denoiser knows by heart.
+        """Hold steered rows against what they were steered away from, and against all that the denoiser knows by heart.
 
         Denoised estimates that are the avoided picture's, once there is as much signal as noise, withdraw the steering. Before, at the
         first calls from `LOOKS_LOG_SNR` on, what the text draws from there is asked to come back from noise; where it does, the next
@@ -282,11 +282,20 @@ class GuardedRun:
         if not observation.step:
             return
         if (rows := self.steered) and due:
-            here = observation.select(torch.tensor(rows))
-            self.steer_again(self.memorized(rows, here, denoised(here.x, here.eps_c, here.level)))
+            here = self.corrected(observation, rows)
+            ruled = torch.tensor([rule is not None for rule in here.rules], device=here.x.device).view(-1, 1, 1, 1)
+            drawn = torch.where(ruled, here.prediction, here.eps_c)  # what a rule follows, and else the text alone
+            self.steer_again(self.memorized(rows, here, denoised(here.x, drawn, here.level)))
         if (rows := self.steered) and observation.level.log_snr >= LOG_SNR:
-            here = replace(observation.select(torch.tensor(rows)), rules=tuple(self.corrections[row].rule for row in rows))
+            here = self.corrected(observation, rows)
             self.flag_again(self.resembling(rows, denoised(here.x, here.prediction, here.level)))
+
+    def corrected(self, observation: Observation, rows: list[int]) -> Observation:
+        """Rows of a call under the conditions and rules that they follow, also where the call itself was made before they did."""
+        here = observation.select(torch.tensor(rows))
+        held = [self.corrections[row].condition for row in rows]
+        condition = torch.stack([own if new is None else new.to(own) for own, new in zip(here.condition, held, strict=True)])
+        return replace(here, condition=condition, rules=tuple(self.corrections[row].rule for row in rows))
 
     def made(self, latents: Tensor) -> None:
         """Withdraw steering where the run's own picture ``[B, C, H, W]`` is the avoided one, or any that comes back from noise.
@@ -296,10 +305,8 @@ class GuardedRun:
         if rows := self.steered:
             self.flag_again(self.resembling(rows, latents[rows]))
         if (rows := self.steered) and self.seen is not None:
-            here = self.seen.select(torch.tensor(rows))
-            conditions = [self.corrections[row].condition for row in rows]
-            held = [own if new is None else new.to(own) for own, new in zip(here.condition, conditions, strict=True)]
-            here, pictures = replace(here, condition=torch.stack(held)), latents[rows].to(here.x)
+            here = self.corrected(self.seen, rows)
+            pictures = latents[rows].to(here.x)
             self.flag_again(sorted({*self.memorized(rows, here, pictures), *self.memorized(rows, here, pictures, LESS_NOISED_LOG_SNR)}))
             self.count()
         for report in self.reports:
@@ -310,12 +317,17 @@ class GuardedRun:
     def memorized(self, rows: list[int], here: Observation, pictures: Tensor, log_snr: float = NOISED_LOG_SNR) -> list[int]:
         """Which of the rows have a picture ``[n, C, H, W]`` that comes back from noise: one that is known by heart, whichever it is.
 
-        From less noise, half as far from a perfect return is asked for. Cost: 1 evaluation.
+        From less noise, half as far from a perfect return is asked for. Where that cannot be asked, they are flagged. Cost: 1 evaluation.
         """
         assert self.profile is not None
-        with torch.no_grad():
-            timestep = timestep_at(here, log_snr, highest=self.steering[rows[0]][0].observation.timestep)
-            values = recurrence(here, pictures, timestep).tolist()
+        try:
+            with torch.no_grad():
+                timestep = timestep_at(here, log_snr, highest=self.steering[rows[0]][0].observation.timestep)
+                values = recurrence(here, pictures, timestep).tolist()
+        except Exception as error:  # as in judge
+            self.flag_again(rows)
+            self.fail([self.reports[row] for row in rows], error)
+            return []
         limit = self.profile.recurrence_limit()
         if log_snr == NOISED_LOG_SNR:
             return self.noted("recurrence_on_the_run", rows, values, limit)
@@ -334,11 +346,11 @@ class GuardedRun:
         return self.noted("resemblance_on_the_run", rows, correlation(pictures, avoided).tolist(), self.profile.agreement_limit())
 
     def noted(self, name: str, rows: list[int], values: list[float], limit: float) -> list[int]:
-        """Which of the rows have a value over ``limit``; the highest of a run is kept in the report."""
+        """Which of the rows have a value that is not under ``limit``; the highest of a run is kept in the report."""
         for row, value in zip(rows, values, strict=True):
             steering = self.reports[row].steering or {}
             self.reports[row].steering = {**steering, name: max(value, steering.get(name, -1.0))}
-        return [row for row, value in zip(rows, values, strict=True) if value > limit]
+        return [row for row, value in zip(rows, values, strict=True) if not value <= limit]
 
     def settle(self, report: GuardReport) -> None:
         """What becomes of an image that is still flagged; errors count as flagged."""

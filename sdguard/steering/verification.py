@@ -73,7 +73,7 @@ def verify(flagged: SteeringInput, corrections: Sequence[Correction]) -> list[Ve
     candidate = corrected(flagged.observation, corrections)
     limit = flagged.profile.detail_limit()
     described = zip(guidance_detail(candidate).tolist(), movement(flagged.observation, candidate), strict=True)
-    found = [Verification(detail, moved, memorized=detail > limit) for detail, moved in described]
+    found = [Verification(detail, moved, memorized=not detail <= limit) for detail, moved in described]
     return asked(flagged, candidate, asked(flagged, candidate, found, drawn_ahead), kept)
 
 
@@ -98,7 +98,7 @@ def drawn_ahead(flagged: SteeringInput, candidate: Observation, found: list[Veri
     stayed = correlation(ahead, reference_end(observation, 0)).tolist()
 
     def answered(verification: Verification, recurrence: float, agreement: float) -> Verification:
-        memorized = recurrence > profile.recurrence_limit() or agreement > profile.agreement_limit()
+        memorized = not (recurrence <= profile.recurrence_limit() and agreement <= profile.agreement_limit())
         return replace(verification, recurrence=recurrence, agreement_with_uncorrected=agreement, memorized=memorized)
 
     return list(map(answered, found, returned, stayed))

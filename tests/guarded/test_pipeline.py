@@ -189,6 +189,25 @@ def test_a_finished_picture_that_comes_back_from_noise_is_withheld(
     assert output.images[row].abs().max() == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), RuntimeError("no luck")], ids=str)
+def test_a_picture_of_which_that_cannot_be_asked_is_withheld(
+    value: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+
+    def unreadable(here: Any, pictures: torch.Tensor, timestep: float) -> torch.Tensor:
+        if isinstance(value, Exception):
+            raise value
+        return torch.full((len(pictures),), value)
+
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
+    monkeypatch.setattr(run_module, "recurrence", unreadable)
+    plain, output = call(tiny).images, call(sdguard.guard(tiny, GuardConfig(profile=profile)))
+    assert output.guard[row].verdict == "withheld"
+    assert output.images[row].max() == 0
+    assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != row)
+
+
 @pytest.mark.parametrize("in_inference_mode", [False, True])
 def test_a_prompt_that_a_callback_writes_in_place_is_read(in_inference_mode: bool, tiny: Any, profile_for: MakeProfile) -> None:
     profile, row = flag_strongest(tiny, profile_for)
