@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -34,18 +35,20 @@ class Around(NamedTuple):
         registries: of diffusers' hooks.
         references: what holds the forwards that hooks of caches have replaced.
         helpers: of DeepCache, which have replaced forwards.
-        compiled: the calls of modules that are compiled in place, by ``module.compile()``.
+        compiled: what holds a compiled call or forward of a module, under which name, and what stands there where nothing is compiled.
     """
 
     registries: list[Any]
     references: list[Any]
     helpers: list[Any]
-    compiled: dict[nn.Module, Callable[..., Any]]
+    compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]]
 
 
 def around(denoiser: nn.Module) -> Around:
     """What has been put around a denoiser and the modules in it. Cost: a millisecond for SDXL."""
-    registries, forwards, compiled = [], [], {}
+    registries: list[Any] = []
+    forwards: list[Callable[..., Any]] = []
+    compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]] = []
     modules = [denoiser]
     for module in modules:  # by hand, since nn.Module.modules takes several times as long
         held = vars(module)
@@ -54,10 +57,20 @@ def around(denoiser: nn.Module) -> Around:
             registries.append(held["_diffusers_hook"])
         if "forward" in held:
             forwards.append(held["forward"])
+            if (plain := not_compiled(held["forward"])) is not held["forward"]:
+                compiled.append((held, "forward", plain))
         if held.get("_compiled_call_impl") is not None:
-            compiled[module] = held["_compiled_call_impl"]
+            compiled.append((held, "_compiled_call_impl", None))
     hooked = (pair for of in registries for pair in zip(map(of.hooks.get, of._hook_order), of._fn_refs, strict=True))
     return Around(registries, [reference for hook, reference in hooked if is_cache(hook)], helpers_in(forwards), compiled)
+
+
+def not_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass as it was before `torch.compile` wrapped it."""
+    if isinstance(forward, partial):  # a hook's, which bears the marks of what it stands around
+        return forward
+    found: Callable[..., Any] = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return found
 
 
 def helpers_in(forwards: list[Any]) -> list[Any]:
@@ -122,14 +135,15 @@ def bare(denoiser: nn.Module) -> Iterator[None]:
     for helper in helpers:
         pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=[AnyTimestep()]))
         vars(helper).update(pipe=pipe, start_timestep=None, cached_output={})
-    for module in compiled:
-        vars(module)["_compiled_call_impl"] = None
+    calls = [held[name] for held, name, _ in compiled]
+    for held, name, plain in compiled:
+        held[name] = plain
     try:
         with weights_kept(registries):
             yield
     finally:
-        for module, call in compiled.items():
-            vars(module)["_compiled_call_impl"] = call
+        for (held, name, _), call in zip(compiled, calls, strict=True):
+            held[name] = call
         for of, was in before:
             vars(of).update(was)
 

@@ -13,7 +13,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.bare import bare, compiled_call, has_caches, uncompiled
+from sdguard.denoiser.bare import bare, compiled_call, has_caches, not_compiled, uncompiled
 from sdguard.denoiser.calls import (
     DenoiserCall,
     by_name,
@@ -140,7 +140,7 @@ class DenoiserHook(ModelHook):
         """The denoiser's forward pass for the guard's own evaluations, within `bare`: beneath the hook, and not compiled."""
         denoiser = denoiser_of(self.pipe)
         inner = uncompiled(denoiser)
-        return inner if inner is not denoiser or compiled_call(denoiser) else self.fn_ref.original_forward
+        return inner if inner is not denoiser or compiled_call(denoiser) else not_compiled(self.fn_ref.original_forward)
 
     def is_foreign_call(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""

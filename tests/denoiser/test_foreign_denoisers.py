@@ -189,13 +189,18 @@ def compile_in_place(unet: Any, **options: Any) -> Any:
     return unet
 
 
+def compile_forward(unet: Any, **options: Any) -> Any:
+    unet.forward = torch.compile(unet.forward, **options)
+    return unet
+
+
 def compile_blocks(unet: Any, **options: Any) -> Any:
     unet.compile_repeated_blocks(**options)
     return unet
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("compile_it", [compile_in_place, compile_blocks, torch.compile])
+@pytest.mark.parametrize("compile_it", [compile_in_place, compile_forward, compile_blocks, torch.compile])
 def test_a_compiled_denoiser_is_compiled_for_the_pipelines_calls_alone(compile_it: Any, fullgraph: bool, embedded: Any) -> None:
     """Neither the guard nor any of its own evaluations is traced, and rows are what they are without it."""
     torch.compiler.reset()
