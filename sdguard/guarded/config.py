@@ -31,7 +31,7 @@ class GuardConfig:
             withholds it; ``"observe"`` reports it and changes nothing.
         false_positive_rate: share of ordinary prompts that may be flagged; the threshold is the conformal one for it.
         on_failure: what happens to a sample that could not be judged, or was steered and did not pass verification:
-            ``"withhold"`` blanks its image, ``"pass"`` lets the unsteered sample through, ``"raise"`` raises
+            ``"withhold"`` blanks its image, ``"pass"`` lets the sample through as it stands, ``"raise"`` raises
             `MemorizationError`. All three are in the report. With ``mode="block"`` nothing passes; ``"raise"`` raises there for whatever
             is flagged.
         profile: a `Profile`, the path of one, or the name of one in the user's cache. By default the profile that comes with the
