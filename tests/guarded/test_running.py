@@ -341,7 +341,9 @@ def test_a_guarded_run_is_the_plain_one_but_for_the_flagged_row(way: Way, embedd
     reports = guarded.guard_reports
     only = [i == row for i in range(len(norms))]
     assert [report.error for report in reports] == [None] * len(norms)
-    assert [report.verdict == "steered" for report in reports] == only
+    # a run that is ended before its picture has an outline has nothing that steering could be proven on
+    turned = "withheld" if way.name == "callback that interrupts" else "steered"
+    assert [report.verdict == turned for report in reports] == only
     assert [report.extra_evaluations > way.cost for report in reports] == only
     assert [not unchanged for unchanged in same(steered, plain)] == only
 
