@@ -131,7 +131,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = built(shape, getattr(torch, dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or default_size(pipe)
+    side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or default_size(pipe)[0]
     setting = {"steps": steps, "guidance_scale": testbed.GUIDANCE_SCALE if shape == "embedded" else 7.5, "height": side, "width": side}
     with tempfile.TemporaryDirectory() as folder:
         if alone:

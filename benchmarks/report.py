@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import inspect
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -327,6 +328,28 @@ def readme_steering(rows: pd.DataFrame) -> str:
     )
 
 
+def readme_cures(found: dict[str, Any]) -> str:
+    """A row a run, and for each model: memorized pictures shown and withheld, of all; the subject shown, of the others; evaluations.
+
+    Methods that cure no sample of any model are marked as there for comparison only.
+    """
+    models = list(found["about"]["models"])
+
+    def cell(summary: dict[str, Any] | None) -> str:
+        if not summary:
+            return "- | - | -"
+        memorized, withheld, aligned, among = (summary[name]["share"] for name in ("memorized", "withheld", "aligned", "in three"))
+        asked = "-" if math.isnan(aligned) else f"{share(aligned)}, {share(among)}"
+        return f"{share(memorized)}, {share(withheld)} | {asked} | {summary['evaluations']:.0f}"
+
+    def name(row: dict[str, Any]) -> str:
+        cures = [row[model]["cured"]["share"] for model in models if model in row]
+        return row["run"] if any(cures) or row["run"] == "unguarded" else f"{row['run']} (comparison only)"
+
+    header = ["", *(part for model in models for part in (f"{model}: memorized, withheld", "subject at first, in three", "evaluations"))]
+    return markdown(header, [[name(row), *(cell(row.get(model)) for model in models)] for row in found["rows"]])
+
+
 def readme_overhead(found: dict[str, dict[str, Any]]) -> str:
     """The README's table: every shape and path."""
     lines = [
@@ -400,6 +423,8 @@ def main(
         names = {"copies_flagged": "copies flagged", "copies_left": "copies left", "evaluations": "extra evaluations"}
         tables["development"] = [opened("By kind and repetition count", pd.DataFrame(development["table"]).rename(columns=names))]
         put("development", readme_development(development["figures"]), readme)
+    if cures := load(results, "cures"):
+        put("cures", readme_cures(cures), readme)
     overhead = {path.stem.removeprefix("overhead-"): json.loads(path.read_text()) for path in sorted(results.glob("overhead-*.json"))}
     if overhead:
         paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])

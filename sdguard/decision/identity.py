@@ -15,6 +15,7 @@ from torch import nn
 
 from sdguard.decision.digests import hexed
 from sdguard.decision.module_state import tree_of
+from sdguard.denoiser.bare import uncompiled
 from sdguard.denoiser.families import default_size, denoiser_of, family_of
 from sdguard.denoiser.reference_call import setup_of
 from sdguard.observation import is_flow, prediction_type
@@ -38,7 +39,7 @@ def identity(pipe: Any, scale: float | None = None) -> dict[str, Any]:
     Raises:
         TypeError: sdguard does not support the pipeline's class, or cannot see or read its weights, as sparse ones.
     """
-    readers = readers_of(pipe)
+    readers, (height, width) = readers_of(pipe), default_size(pipe)
     if not any(True for _ in chain(readers[family_of(pipe).denoiser].parameters(), readers[family_of(pipe).denoiser].buffers())):
         raise TypeError("The denoiser's weights cannot be seen, so that nothing tells which model it is: it is not guarded.")
     read = {name: tree_of(module) for name, module in readers.items()}
@@ -47,17 +48,12 @@ def identity(pipe: Any, scale: float | None = None) -> dict[str, Any]:
         "denoiser": type(uncompiled(denoiser_of(pipe))).__name__,
         "prediction": prediction_type(pipe.scheduler),
         "noise_levels": noise_levels(pipe.scheduler),
-        "size": default_size(pipe),
+        "size": height if height == width else [height, width],
         "encoding": setup_of(pipe),
         "weights": {name: dict(tree.weights) for name, tree in read.items()},
         "adapters": adapters,
         "patches": sorted(f"{name}: {patch}" for name, tree in read.items() for patch in tree.patches),
     }
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """A module as it was before `torch.compile` wrapped it."""
-    return module._modules.get("_orig_mod") or module
 
 
 def readers_of(pipe: Any) -> dict[str, nn.Module]:

@@ -89,8 +89,13 @@ def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
         return
     if hasattr(tensor, "__tensor_flatten__"):
-        for inner in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(f"{name}/{inner}", getattr(tensor, inner))
+        for key in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(f"{name}/{key}", getattr(tensor, key))
+        return
+    held = {key: value for key, value in vars(tensor).items() if isinstance(value, Tensor)}
+    if held and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # a wrapper, without memory of its own
+        for key, inner in held.items():
+            yield from plain_tensors(f"{name}/{key}", inner)
         return
     yield name, tensor
     # bitsandbytes keeps the scales of its integers beside them

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from sdguard.decision.digests import hexed
 from sdguard.decision.module_parts import Attributes, Part
+from sdguard.denoiser.bare import DEEP_CACHE, is_cache
 from sdguard.denoiser.install import HOOK_NAME
 
 #: FreeU's factors, as diffusers sets them on a block.
 FREEU = ("s1", "s2", "b1", "b2")
 
-#: packages whose module classes, forwards and hooks compute what the weights say.
-TRUSTED = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", __name__.partition(".")[0]})
+#: packages whose module classes, forwards and hooks compute what the weights say, or stand aside wherever the guard reads.
+TRUSTED = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", DEEP_CACHE, __name__.partition(".")[0]})
 
 
 def code_of(function: Any) -> tuple[str, str]:
@@ -55,9 +56,9 @@ def patches_on(held: Attributes) -> Iterator[str]:
             yield f"{kind.__module__}.{kind.__qualname__}"
     forwards = [held[name] for name in ("forward", "_old_forward") if name in held]
     if (registry := held.get("_diffusers_hook")) is not None:
-        # group offloading moves weights and changes none; a hook of any other kind may do anything
-        moving = "diffusers.hooks.group_offloading"
-        yield from (name for name, hook in registry.hooks.items() if name != HOOK_NAME and type(hook).__module__ != moving)
+        # group offloading moves weights and changes none, caches stand aside; a hook of any other kind may do anything
+        moving, others = "diffusers.hooks.group_offloading", {name: hook for name, hook in registry.hooks.items() if name != HOOK_NAME}
+        yield from (name for name, hook in others.items() if type(hook).__module__ != moving and not is_cache(hook))
         # a forward replaced first lies under the hooks
         forwards += [under for reference in registry._fn_refs for under in (reference.forward, reference.original_forward) if under]
     yield from foreign(chain(forwards, held["_forward_hooks"].values(), held["_forward_pre_hooks"].values()))

@@ -34,6 +34,7 @@ from sdguard.decision.profile import Profile, ProfileError, digest_of
 from sdguard.decision.transfer import CHECKED_PROMPTS, still_holds, without_extras
 from sdguard.denoiser.families import denoiser_of
 from sdguard.denoiser.install import lock_of
+from sdguard.denoiser.reference_call import has_text_encoders
 from sdguard.files.resumable import parts_folder
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def profile_now(
     ``"first_call_only"``.
 
     Raises:
-        ProfileError: as `profile_for`, or none is known with ``"raise"``.
+        ProfileError: as `profile_for`, or none is known with ``"raise"``, or with the text encoders gone.
     """
     with lock_of(denoiser_of(pipe)):  # a run of another thread scales LoRA in place
         model = identity(pipe, adapter_scale)
@@ -102,16 +103,19 @@ def profile_now(
     base = [profile for _, profile in known_profiles(pipe, without_extras(model), prompts, without_extras)]
     if carried := carried_over(pipe, model, base, prompts, adapter_scale):
         return carried
-    if on_unknown == "background":
+    can_make = has_text_encoders(pipe)
+    if on_unknown == "background" and can_make:
         key = (cache_folder(), profile_name(model, digest_of(prompts or ()), len(prompts or ())))
         in_background(key, lambda stop: find_or_make(pipe, model, prompts, adapter_scale, stop))
         return None
-    if on_unknown == "calibrate":
+    if on_unknown == "calibrate" and can_make:
         return find_or_make(pipe, model, prompts, adapter_scale)
     fetch_profiles(pipe)
     known = known_profile(pipe, model, prompts)
     if known is None and on_unknown == "raise":
         raise ProfileError("No profile is known for this model, and on_unknown='raise' forbids making one: 'sdguard calibrate' does.")
+    if known is None and on_unknown != "first_call_only":
+        raise ProfileError("No profile is known for this model, and none can be made without its text encoders: calibrate before they go.")
     return known
 
 
@@ -120,9 +124,9 @@ def carried_over(
 ) -> Profile | None:
     """The first of some profiles of this very model with other adapters or patches that still holds with these, with a note that it does.
 
-    Cost: that of `still_holds` for each, once a process.
+    None can be asked without text encoders. Cost: that of `still_holds` for each, once a process.
     """
-    for profile in profiles:
+    for profile in profiles if has_text_encoders(pipe) else ():
         if same_model(profile.model, model) or not same_model(without_extras(profile.model), without_extras(model)):
             continue
         key = (name_of(profile), json.dumps([profile.model, model], sort_keys=True))

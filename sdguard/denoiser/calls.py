@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor
 
-from sdguard.denoiser.families import TEXT
+from sdguard.denoiser.families import TEXT, Family
 
 #: the denoiser's arguments that have an entry for each row of its batch, beside the point and the token embeddings.
 PER_ROW = (
@@ -23,6 +24,23 @@ class DenoiserCall(NamedTuple):
 
     kwargs: dict[str, Any]
     prediction: Tensor
+
+
+def by_name(args: tuple[Any, ...], kwargs: dict[str, Any], family: Family) -> dict[str, Any]:
+    """All arguments of a call of the denoiser by their names; raises `ValueError` for more by place than pipelines of its family give."""
+    return dict(zip(family.by_place[: len(args)], args, strict=True)) | kwargs
+
+
+def call_denoiser(forward: Callable[..., Any], family: Family, kwargs: dict[str, Any]) -> Any:
+    """The denoiser's output for arguments given by name, handed over as pipelines of its family do: some by place."""
+    rest = {name: value for name, value in kwargs.items() if name not in family.by_place}
+    return forward(*(kwargs[name] for name in family.by_place), **rest)
+
+
+def timestep_of(timestep: float, rows: Tensor, family: Family) -> Tensor:
+    """A scheduler's timestep as pipelines of a family give it for some rows ``[B, ...]``: a scalar where it goes by place, else ``[B]``."""
+    shape = () if "timestep" in family.by_place else (len(rows),)
+    return torch.full(shape, timestep / family.timestep_scale, device=rows.device, dtype=torch.float32)
 
 
 def snapshot(kwargs: dict[str, Any], prediction: Tensor) -> DenoiserCall:
@@ -55,6 +73,13 @@ def concat_calls(first: DenoiserCall, second: DenoiserCall, sample: str) -> Deno
 def select_rows(kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """A call's arguments with the per-row ones for ``rows`` alone, which may repeat."""
     return kwargs | {name: recursively_apply(lambda entry: entry[rows], kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None}
+
+
+def only_rows(kwargs: dict[str, Any], rows: Tensor, family: Family) -> dict[str, Any]:
+    """All of a call's arguments for ``rows`` alone."""
+    apart = {name: kwargs[name][rows] for name in (family.sample, TEXT)}
+    timestep = kwargs["timestep"]
+    return {**select_rows(kwargs, rows), **apart, "timestep": timestep[rows] if getattr(timestep, "ndim", 0) else timestep}
 
 
 def replace_prediction(output: Any, prediction: Tensor) -> Any:

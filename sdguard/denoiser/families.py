@@ -11,6 +11,8 @@ import torch
 from diffusers import ModularPipeline
 from torch import Tensor, nn
 
+from sdguard.observation import noise_level, prediction_type, to_noise
+
 #: the denoiser's argument that carries the token embeddings, in every family.
 TEXT = "encoder_hidden_states"
 
@@ -123,9 +125,9 @@ def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
 
 def plain_sdxl(pipe: Any, x: Tensor) -> dict[str, Any]:
     """The size ids of an uncropped picture of the model's own size; the refiner's have its usual aesthetic score."""
-    found, side = plain_unet(pipe, x), default_size(pipe)
-    last = (6.0,) if getattr(pipe.config, "requires_aesthetics_score", False) else (side, side)
-    ids = torch.tensor([[side, side, 0, 0, *last]], dtype=x.dtype, device=x.device).expand(len(x), -1)
+    found, size = plain_unet(pipe, x), default_size(pipe)
+    last = (6.0,) if getattr(pipe.config, "requires_aesthetics_score", False) else size
+    ids = torch.tensor([[*size, 0, 0, *last]], dtype=x.dtype, device=x.device).expand(len(x), -1)
     return {**found, "added_cond_kwargs": {**found.get("added_cond_kwargs", {}), "time_ids": ids}}
 
 
@@ -157,6 +159,7 @@ class Family:
         encode: how their prompts are encoded.
         denoiser: the pipeline's attribute that holds it.
         sample: name of the denoiser's first argument.
+        by_place: names of the arguments that its pipelines give the denoiser by their places, as wrapped denoisers may name them otherwise.
         plain: the denoiser's other arguments in plain text-to-image.
         widths: (pipeline) -> widths of token embeddings and of the pooled one, 0 where there is none.
         pooled: where among the denoiser's arguments the pooled text embedding is, if there is one.
@@ -171,6 +174,7 @@ class Family:
     encode: Encode
     denoiser: str = "unet"
     sample: str = "sample"
+    by_place: tuple[str, ...] = ("sample", "timestep")
     plain: PlainArguments = plain_unet
     widths: Callable[[Any], tuple[int, int]] = lambda pipe: (int(pipe.unet.config.cross_attention_dim), 0)
     pooled: tuple[str, ...] = ()
@@ -208,6 +212,7 @@ SD3 = Family(
     widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), int(pipe.transformer.config.pooled_projection_dim)),
     denoiser="transformer",
     sample="hidden_states",
+    by_place=(),
     pooled=("pooled_projections",),
     scale="joint_attention_kwargs",
     classes=(
@@ -221,6 +226,7 @@ FLUX = Family(
     widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), int(pipe.transformer.config.pooled_projection_dim)),
     denoiser="transformer",
     sample="hidden_states",
+    by_place=(),
     pooled=("pooled_projections",),
     scale="joint_attention_kwargs",
     guidance=true_guidance,
@@ -262,7 +268,20 @@ def denoiser_of(pipe: Any) -> Any:
     return getattr(pipe, family_of(pipe).denoiser)
 
 
-def default_size(pipe: Any) -> int:
+def default_size(pipe: Any) -> tuple[int, int]:
     """Height and width in pixels of what a pipeline makes when it is not told."""
     side = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
-    return int(side * pipe.vae_scale_factor)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return int(height * pipe.vae_scale_factor), int(width * pipe.vae_scale_factor)
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raise `TypeError`, in one sentence, for a pipeline that cannot be guarded as it is: its class, its scheduler, or its denoiser."""
+    denoiser, scheduler = denoiser_of(pipe), pipe.scheduler
+    if not isinstance(denoiser, nn.Module | None):
+        raise TypeError(
+            f"The denoiser is a {type(denoiser).__name__} and no torch module, so that the guard cannot stand around its calls."
+        )
+    if scheduler is not None:
+        nothing = torch.zeros(())
+        to_noise(nothing, nothing, noise_level(scheduler, 1.0), prediction_type(scheduler))  # says what of these it does not know

@@ -13,8 +13,19 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.calls import DenoiserCall, concat_calls, replace_prediction, select_rows, snapshot
-from sdguard.denoiser.families import family_of
+from sdguard.denoiser.bare import bare, compiled_call, has_caches, not_compiled, uncompiled
+from sdguard.denoiser.calls import (
+    DenoiserCall,
+    by_name,
+    call_denoiser,
+    concat_calls,
+    only_rows,
+    replace_prediction,
+    select_rows,
+    snapshot,
+    timestep_of,
+)
+from sdguard.denoiser.families import denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
 from sdguard.denoiser.latents import condition_of, embeddings_of, pack_latents, unpack_latents, with_condition
 from sdguard.denoiser.record import RunRecord
@@ -85,33 +96,55 @@ class DenoiserHook(ModelHook):
         """The denoiser's forward pass. Cost: none where both branches are evaluated anyway, else 1 where the call is read."""
         if self.is_foreign_call(kwargs):
             return self.fn_ref.original_forward(*args, **kwargs)
-        kwargs = self.by_name(args, kwargs)
+        kwargs = by_name(args, kwargs, self.family)
         if self.conditional is not None:
             conditional, self.conditional = self.conditional, None
             return self.second_half(module, kwargs, conditional)
         is_half = self.family.sequential_cfg and self.guidance != 1
         self.begin_step(kwargs, len(kwargs[self.family.sample]) // (1 if is_half or self.guidance == 1 else 2))
-        kwargs = self.with_corrected_conditions(kwargs)
-        output = self.fn_ref.original_forward(**kwargs)
+        kwargs, output = self.evaluate(kwargs)
         if is_half:
             self.conditional = snapshot(kwargs, output[0])
             return output
         prediction = output[0] if self.can_skip else self.process_step(module, DenoiserCall(kwargs, output[0]))
         return output if prediction is output[0] else replace_prediction(output, prediction)
 
+    def evaluate(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """A call's arguments with the conditions of corrected rows in place, and what the denoiser gives for them.
+
+        Where parts of calls are kept for the next, the pipeline's own call goes on under the conditions that it began with, for its other
+        rows' sake, and corrected rows, which would find parts of what they are turned away from, are evaluated apart and in full. A cache
+        that decides for the whole batch at once still sees where their latents have gone. Cost: none, with caches 1 for each such row.
+        """
+        changed = self.with_corrected_conditions(kwargs)
+        if changed is kwargs or not has_caches(denoiser_of(self.pipe)):
+            return changed, call_denoiser(self.fn_ref.original_forward, self.family, changed)
+        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
+        rows = torch.tensor([row for row, correction in self.watcher.corrections.items() if correction.condition is not None])
+        places = len(output[0]) - self.record.images + rows
+        with bare(denoiser_of(self.pipe)):
+            apart = call_denoiser(self.own_forward, self.family, only_rows(changed, places, self.family))
+        self.record.evaluations[rows] += 1
+        prediction = output[0].clone()
+        prediction[places] = apart[0]
+        return changed, replace_prediction(output, prediction)
+
     def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
         """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
-        output = self.fn_ref.original_forward(**kwargs)
+        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         wanted = self.process_step(module, concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample))
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """The denoiser's forward pass for the guard's own evaluations, within `bare`: beneath the hook, and not compiled."""
+        denoiser = denoiser_of(self.pipe)
+        inner = uncompiled(denoiser)
+        return inner if inner is not denoiser or compiled_call(denoiser) else not_compiled(self.fn_ref.original_forward)
 
     def is_foreign_call(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""
         return threading.get_ident() != self.thread or bool(kwargs.get("skip_layers"))
-
-    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments by their names."""
-        return dict(zip((self.family.sample, "timestep"), args, strict=False)) | kwargs
 
     @property
     def can_skip(self) -> bool:
@@ -211,7 +244,7 @@ class DenoiserHook(ModelHook):
         kwargs, record, null = call.kwargs, self.record, self.own_null(seen.condition)
         scale = (kwargs.get(self.family.scale) or {}).get("scale")
         reference = ReferenceCall(
-            self.pipe, self.fn_ref.original_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
+            self.pipe, self.own_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
         )
         if record.half_made or not reference.is_plain(kwargs, seen, record.patch_rows):
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
@@ -228,14 +261,15 @@ class DenoiserHook(ModelHook):
         family, kwargs, patch_rows = self.family, call.kwargs, self.record.patch_rows
         sample = kwargs[family.sample]
         latents, channels = unpack_latents(sample, patch_rows), unpack_latents(call.prediction, patch_rows).shape[1]
-        dtype = condition_of(kwargs, family).dtype
+        dtype, forward = condition_of(kwargs, family).dtype, self.own_forward
 
         def denoise(x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
             places = (places % len(sample)).to(sample.device)
             arguments = with_condition(select_rows(kwargs, places), condition.to(dtype), family)
             arguments[family.sample] = pack_latents(torch.cat([x.to(sample), latents[places, channels:]], dim=1), patch_rows)
-            arguments["timestep"] = torch.full((len(x),), timestep / family.timestep_scale, device=x.device, dtype=torch.float32)
-            output = self.fn_ref.original_forward(**{**arguments, "return_dict": False})
+            arguments["timestep"] = timestep_of(timestep, x, family)
+            with bare(denoiser_of(self.pipe)):
+                output = call_denoiser(forward, family, {**arguments, "return_dict": False})
             return self.to_noise(unpack_latents(output[0], patch_rows), x, timestep)
 
         return denoise

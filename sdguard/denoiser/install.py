@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -9,8 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import HookFunctionReference
 from torch import nn
 
+from sdguard.denoiser.bare import compiled_call, forget
 from sdguard.denoiser.families import denoiser_of
 from sdguard.denoiser.hook import DenoiserHook, Watcher
 from sdguard.denoiser.text_encoding import Encoder
@@ -40,7 +43,14 @@ def restored(instance: Any, names: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def attached(denoiser: nn.Module, hook: ModelHook) -> Iterator[None]:
-    """Within the block ``hook`` stands around ``denoiser``."""
+    """Within the block ``hook`` stands around ``denoiser``; around its compiled call, where it is compiled in place."""
+    if (compiled := compiled_call(denoiser)) is not None:  # what compiled its forward would compile the hook too
+        hook.fn_ref = HookFunctionReference()
+        hook.fn_ref.original_forward = compiled
+        with restored(denoiser, ("_compiled_call_impl",)):
+            vars(denoiser)["_compiled_call_impl"] = functools.partial(hook.new_forward, denoiser)
+            yield
+        return
     # the registry leaves itself and a bound forward behind on a module that had neither
     with restored(denoiser, ("forward", "_diffusers_hook")):
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
@@ -69,4 +79,8 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
     pipe, hook = encoder.pipe, DenoiserHook(watcher, encoder)
     denoiser = denoiser_of(pipe)
     with lock_of(denoiser), attached(denoiser, hook), wrapped(pipe.scheduler, hook.wrappers):
-        yield
+        try:
+            yield
+        except BaseException:
+            forget(denoiser)
+            raise

@@ -6,6 +6,7 @@ run, and one profile serves all settings of a model. Where a run's own first cal
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdguard.denoiser.bare import bare, uncompiled
+from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import pack_latents, unpack_latents
 from sdguard.denoiser.text_encoding import Encoder
@@ -42,12 +45,15 @@ def reference_timestep(scheduler: Any) -> float:
 
 def latent_shape(pipe: Any) -> tuple[int, int, int]:
     """Channels, height and width of the latents that make a picture of the model's own size."""
-    side, family = default_size(pipe), family_of(pipe)
+    height, width = (side // int(pipe.vae_scale_factor) for side in default_size(pipe))
+    patch = 2 if family_of(pipe).packed_latents else 1
     # masks, masked pictures and depth maps stand behind the latents' own channels
-    channels = int(pipe.vae.config.latent_channels)
-    side //= int(pipe.vae_scale_factor)
-    side -= side % (2 if family.packed_latents else 1)
-    return channels, side, side
+    return int(pipe.vae.config.latent_channels), height - height % patch, width - width % patch
+
+
+def has_text_encoders(pipe: Any) -> bool:
+    """Whether a pipeline has a text encoder left; they may be dropped once prompts are encoded."""
+    return any(getattr(pipe, name, None) is not None for name in ENCODERS)
 
 
 def setup_of(pipe: Any) -> str | None:
@@ -81,8 +87,9 @@ def state_of(encoder: Encoder) -> tuple[Any, ...]:
 def null_condition(encoder: Encoder, length: int) -> Tensor:
     """The model's own empty prompt, ``[1, T (+ 1), E]``, for token embeddings of ``length`` T.
 
-    It is kept for as long as the text encoders are what they were, and when they are gone. Where the prompt has several windows (weighted
-    or long prompts of other libraries) it is repeated: cross-attention gives the same for keys and values that come twice.
+    It is kept for as long as the text encoders are what they were, and when they are gone; one of zeros is known without them. Where the
+    prompt has several windows (weighted or long prompts of other libraries) it is repeated: cross-attention gives the same for keys and
+    values that come twice.
     Cost: that of `state_of`, and an encoding where the state is new.
 
     Raises:
@@ -90,8 +97,13 @@ def null_condition(encoder: Encoder, length: int) -> Tensor:
     """
     pipe = encoder.pipe
     known, state = _null_conditions.setdefault(denoiser_of(pipe), {}), state_of(encoder)
+    if not state and length not in known and pipe.config.get("force_zeros_for_empty_prompt"):
+        return torch.zeros(1, length + 1, max(family_of(pipe).widths(pipe)))
     if not state and length not in known:
-        raise ValueError(f"{type(pipe).__name__} has no text encoder left, so that its empty prompt is not known.")
+        raise ValueError(
+            f"{type(pipe).__name__} has no text encoder left, and its empty prompt is not known: prompts are to be encoded by the guarded "
+            "pipeline's encode_prompt, or the encoders to be dropped from the guarded pipeline."
+        )
     if length not in known or (state and known[length][0] != state):
         known[length] = state, encoder.both([""])[1]
     found = known[length][1]
@@ -109,6 +121,22 @@ def null_condition(encoder: Encoder, length: int) -> Tensor:
     return torch.cat([tokens, found[:, has:]], dim=1)
 
 
+def keep_null_condition(pipe: Any, given: dict[str, Any] | None = None, length: int | None = None) -> None:
+    """Encode the empty prompt now, for runs after a pipeline's text encoders are dropped.
+
+    ``given`` are the arguments that prompts have been encoded with, to ``length`` tokens; without them it is encoded where none is known.
+    What cannot be encoded stays unknown, as the run that asks for it will say.
+    """
+    encoder = Encoder(pipe, given or {})
+    if denoiser_of(pipe) is None or not has_text_encoders(pipe):
+        return
+    with contextlib.suppress(Exception):
+        if length is None and not _null_conditions.get(denoiser_of(pipe)):
+            length = encoder.both([""])[1].shape[1] - bool(family_of(pipe).pooled)
+        if length is not None:
+            null_condition(encoder, length)
+
+
 def same_texts(found: Tensor, wanted: Tensor) -> bool:
     """Whether two text conditions, ``[n, T, E]`` and ``[n or 1, T, E]``, are those of the same texts, within `SAME`."""
     if found.shape[1:] != wanted.shape[1:]:
@@ -123,7 +151,7 @@ class ReferenceCall:
 
     Attributes:
         pipe: the pipeline.
-        forward: the denoiser's forward pass.
+        forward: the denoiser's forward pass, not compiled.
         adapters: what goes to the attention layers: the scale of LoRA, where the call has one.
         dtype: of latents and conditions.
         level_at: the noise level of any timestep.
@@ -138,7 +166,9 @@ class ReferenceCall:
     @classmethod
     def of(cls, pipe: Any, condition: Tensor, adapters: dict[str, Any] | None = None) -> ReferenceCall:
         """The reference call of a pipeline outside any run, in the precision of ``condition``."""
-        return cls(pipe, denoiser_of(pipe), adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep))
+        return cls(
+            pipe, uncompiled(denoiser_of(pipe)), adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep)
+        )
 
     def arguments(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
         """All arguments of the denoiser but its timestep, for latents ``[B, C, H, W]`` and a packed text condition ``[B, T (+ 1), E]``."""
@@ -171,8 +201,9 @@ class ReferenceCall:
         """The noise prediction, ``[B, C, H, W]``, fp32; rows do not hang on their ``places`` here."""
         family = family_of(self.pipe)
         arguments = self.arguments(x, condition)
-        steps = torch.full((len(x),), timestep / family.timestep_scale, device=x.device, dtype=torch.float32)
-        output = self.forward(**arguments, timestep=steps, return_dict=False)[0]
+        arguments |= {"timestep": timestep_of(timestep, x, family), "return_dict": False}
+        with bare(denoiser_of(self.pipe)):
+            output = call_denoiser(self.forward, family, arguments)[0]
         if family.packed_latents:
             output = unpack_latents(output, x.shape[2] // 2)
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))

@@ -7,6 +7,8 @@ that stands here. An argument that has none is refused, since one that is passed
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
@@ -206,6 +208,23 @@ def check(pipe: Any, given: Mapping[str, Any]) -> None:
             )
         if decision.effect == "refused":
             raise ValueError(f"A guarded call of {cls.__name__} does not take {name}: {decision.reason}.")
+
+
+class _Checked(BaseException):
+    """Ends a call once the pipeline has checked it."""
+
+
+def check_inputs(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Have a pipeline check a call as it does itself before all else; raises what it raises. Nothing is evaluated, drawn or changed."""
+
+    def checked(*args: Any, **kwargs: Any) -> None:
+        pipe.check_inputs(*args, **kwargs)
+        raise _Checked
+
+    twin = copy.copy(pipe)
+    vars(twin)["check_inputs"] = checked
+    with contextlib.suppress(_Checked):
+        twin(*args, **kwargs)
 
 
 def limits(given: Mapping[str, Any]) -> list[str]:

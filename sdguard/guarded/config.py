@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from sdguard.decision.profile import Profile
 from sdguard.decision.store import OnUnknown
 from sdguard.steering import METHODS
 from sdguard.steering.wording import Rewriter
 
 if TYPE_CHECKING:
-    from sdguard.decision.profile import Profile
     from sdguard.guarded.report import GuardReport
     from sdguard.observation import Observation
 
@@ -30,8 +31,9 @@ class GuardConfig:
             withholds it; ``"observe"`` reports it and changes nothing.
         false_positive_rate: share of ordinary prompts that may be flagged; the threshold is the conformal one for it.
         on_failure: what happens to a sample that could not be judged, or was steered and did not pass verification:
-            ``"withhold"`` blanks its image, ``"pass"`` lets the unsteered sample through, ``"raise"`` raises
-            `MemorizationError`. All three are in the report.
+            ``"withhold"`` blanks its image, ``"pass"`` lets the sample through as it stands, ``"raise"`` raises
+            `MemorizationError`. All three are in the report. With ``mode="block"`` nothing passes; ``"raise"`` raises there for whatever
+            is flagged.
         profile: a `Profile`, the path of one, or the name of one in the user's cache. By default the profile that comes with the
             model, else the newest cached one of this model. A profile of another model is refused.
         on_unknown: what happens where no profile of the model is known. ``"calibrate"`` makes one before the first run goes on;
@@ -54,6 +56,7 @@ class GuardConfig:
 
     Raises:
         ValueError: a field has a value it cannot have.
+        TypeError: a field has a value of a kind it cannot have.
     """
 
     mode: Mode = "steer"
@@ -78,9 +81,24 @@ class GuardConfig:
             raise ValueError(f"on_unknown is {self.on_unknown!r}; it must be 'calibrate', 'background', 'first_call_only' or 'raise'.")
         if self.rate_per not in ("image", "prompt"):
             raise ValueError(f"rate_per is {self.rate_per!r}; it must be 'image' or 'prompt'.")
+        if not isinstance(self.false_positive_rate, Real):
+            raise TypeError(f"false_positive_rate is {self.false_positive_rate!r}; it must be a number.")
         if not 0 < self.false_positive_rate < 1:
             raise ValueError(f"false_positive_rate is {self.false_positive_rate}; it must lie between 0 and 1.")
         if isinstance(self.calibration_prompts, str) or (self.calibration_prompts is not None and len(self.calibration_prompts) == 0):
             raise ValueError("calibration_prompts has to be a list of prompts, at least four.")
+        if isinstance(self.steering, str):
+            raise TypeError(f"steering is {self.steering!r}; it must be a list of names, as [{self.steering!r}].")
+        if not isinstance(self.profile, Profile | Path | str | None):
+            raise TypeError(f"profile is {self.profile!r}; it must be a Profile, or the path or name of one.")
+        for name in ("rewriter", "on_call"):
+            if not (callable(getattr(self, name)) or getattr(self, name) is None):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be something to call.")
         if unknown := [name for name in self.steering or () if name not in METHODS]:
             raise ValueError(f"steering has {unknown[0]!r}; there are {', '.join(METHODS)}.")
+
+
+def check_config(config: Any) -> None:
+    """Raise `TypeError`, in one sentence, for what is no `GuardConfig`; None stands for the default."""
+    if config is not None and not isinstance(config, GuardConfig):
+        raise TypeError(f"A guard is configured by a GuardConfig, as GuardConfig(mode='observe'), and not by {config!r}.")

@@ -11,14 +11,14 @@ from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import Tensor, nn
 
 from sdguard.correction import Correction
-from sdguard.denoiser.calls import PER_ROW, DenoiserCall, concat_calls, snapshot
+from sdguard.denoiser.calls import PER_ROW, DenoiserCall, by_name, call_denoiser, concat_calls, snapshot
 from sdguard.denoiser.families import GUIDANCE, denoiser_of, family_of
 from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.install import attached, wrapped
 from sdguard.denoiser.reference_call import same_texts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.arguments import lora_scale
-from sdguard.guarded.config import GuardConfig
+from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, profile_of
 from sdguard.observation import Observation
@@ -51,7 +51,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
         reports: of the last run; empty until its first call has been judged.
 
     Raises:
-        TypeError: the pipeline's class is not supported; the message names it.
+        TypeError: the pipeline's class is not supported, or ``guard`` is no `GuardConfig`; one sentence.
         ValueError: in a run: it is no text-to-image run of a whole schedule, or has other prompts than said.
         ProfileError: in a run: the profile given is another model's, or calibration is forbidden and none is known.
         MemorizationError: in a run, with ``on_failure="raise"``.
@@ -63,6 +63,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
         if not isinstance(pipe, ModularPipeline):
             raise TypeError(f"{type(pipe).__name__} is no modular pipeline: it is guarded by sdguard.guard.")
         family_of(pipe)
+        check_config(guard)
         super().__init__(**guidance)
         self.pipe, self.guard, self.inputs = pipe, guard or GuardConfig(), inputs or {}
         self.prompts: str | list[str] | None = None
@@ -182,11 +183,12 @@ class GuiderHook(DenoiserHook):
         if self.is_foreign_call(kwargs):
             return self.fn_ref.original_forward(*args, **kwargs)
         self.detach()
-        kwargs = self.by_name(args, kwargs)
+        kwargs = by_name(args, kwargs, self.family)
         if not self.calls:
             self.begin_step(kwargs, len(kwargs[self.family.sample]))
-            kwargs = self.with_corrected_conditions(kwargs)
-        output = self.fn_ref.original_forward(**kwargs)
+            kwargs, output = self.evaluate(kwargs)
+        else:
+            output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
         self.calls.append(snapshot(kwargs, output[0]))
         return output
 

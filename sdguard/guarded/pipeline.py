@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from diffusers import DiffusionPipeline
 from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
-from sdguard.denoiser.families import family_of, is_modular
+from sdguard.denoiser.families import check_pipeline, family_of, is_modular
 from sdguard.denoiser.install import watched
+from sdguard.denoiser.reference_call import ENCODERS, keep_null_condition
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.guarded.arguments import check, limits, lora_scale
-from sdguard.guarded.config import GuardConfig
+from sdguard.guarded.arguments import check, check_inputs, limits, lora_scale
+from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, blank, profile_of
 
@@ -38,15 +40,26 @@ class GuardedPipeline(wrapt.ObjectProxy):
         config: how to guard, by default `GuardConfig()`.
 
     Raises:
-        TypeError: the pipeline's class is not supported, or it is a modular pipeline; the message names it.
+        TypeError: the pipeline's class, scheduler or denoiser is not supported, it is a modular one, or ``config`` is no `GuardConfig`;
+            one sentence.
     """
 
+    #: the class of the pipeline inside.
+    pipeline_class: type | None = None
+
+    def __new__(cls, pipe: Any, config: GuardConfig | None = None) -> GuardedPipeline:
+        # what cannot be called is no pipeline, as will be said
+        kind = class_for(pipe.__class__) if cls is GuardedPipeline and callable(pipe) else cls
+        made: GuardedPipeline = super().__new__(kind, pipe, config)
+        return made
+
     def __init__(self, pipe: Any, config: GuardConfig | None = None) -> None:
+        check_config(config)
         if is_modular(pipe):
             raise TypeError(
                 f"{type(pipe).__name__} is a modular pipeline: it is guarded by its guider, sdguard.guarded.guider.GuardedGuidance."
             )
-        family_of(pipe)
+        check_pipeline(pipe)
         super().__init__(pipe)
         self._self_config = config or GuardConfig()
         self._self_reports: list[GuardReport] = []
@@ -54,7 +67,43 @@ class GuardedPipeline(wrapt.ObjectProxy):
     @classmethod
     def from_pretrained(cls, path: str | Path, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
         """``DiffusionPipeline.from_pretrained`` with the same arguments, under guard."""
-        return cls(DiffusionPipeline.from_pretrained(path, **kwargs), guard)
+        check_config(guard)
+        return cls.of(DiffusionPipeline.from_pretrained(path, **kwargs), guard)
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
+        """The ``from_single_file`` of the class of a guarded pipeline with the same arguments, under guard; it is called on one."""
+        if cls.pipeline_class is None:
+            raise TypeError(
+                "A single file does not say which pipeline it is of: sdguard.guard(StableDiffusionPipeline.from_single_file(...))."
+            )
+        check_config(guard)
+        return cls.of(cls.pipeline_class.from_single_file(path, **kwargs), guard)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
+        """A pipeline of the parts of another, of the same class as that, or of the guarded one on which this is called.
+
+        It is guarded as ``guard`` says, by default as ``pipe`` is where it is guarded. ``kwargs`` are those of diffusers' ``from_pipe``.
+        """
+        inner, config = unguard(pipe), pipe.guard_config if isinstance(pipe, GuardedPipeline) else None
+        return cls.of((cls.pipeline_class or type(inner)).from_pipe(inner, **kwargs), guard or config)  # type: ignore[attr-defined]
+
+    @classmethod
+    def of(cls, pipe: Any, config: GuardConfig | None) -> GuardedPipeline:
+        """A guarded stand-in for a pipeline of whatever class."""
+        return (GuardedPipeline if cls.pipeline_class else cls)(pipe, config)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The pipeline's parts. It warns, as whatever is made of them, by ``from_pipe`` for one, is not guarded."""
+        warnings.warn(
+            "A pipeline that is made of a guarded one's components is not guarded: sdguard.guard(...) guards it; sdguard.unguard(pipe) "
+            "gives components without this warning.",
+            stacklevel=2,
+        )
+        found: dict[str, Any] = self.__wrapped__.components
+        return found
 
     @property
     def guard_config(self) -> GuardConfig:
@@ -91,11 +140,37 @@ class GuardedPipeline(wrapt.ObjectProxy):
         save_profiles(self.__wrapped__, Path(save_directory))
         self.__wrapped__.save_pretrained(save_directory, *args, **kwargs)
 
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's own ``encode_prompt``; the empty prompt is encoded too and kept, for runs after the text encoders are dropped."""
+        pipe = self.__wrapped__
+        found = pipe.encode_prompt(*args, **kwargs)
+        call = signature_of(type(pipe).encode_prompt).bind(pipe, *args, **kwargs)
+        call.apply_defaults()
+        given = {name: call.arguments[name] for name in ("max_sequence_length",) if name in call.arguments}
+        keep_null_condition(pipe, {**given, family_of(pipe).scale: {"scale": call.arguments.get("lora_scale")}}, found[0].shape[1])
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ENCODERS and value is None:
+            keep_null_condition(self.__wrapped__)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in ENCODERS:
+            keep_null_condition(self.__wrapped__)
+        super().__delattr__(name)
+
     def __copy__(self) -> GuardedPipeline:
         return GuardedPipeline(copy.copy(self.__wrapped__), self._self_config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedPipeline:
         return GuardedPipeline(copy.deepcopy(self.__wrapped__, memo), self._self_config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GuardedPipeline, (self.__wrapped__, self._self_config)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the pipeline under guard; takes and returns what the pipeline does, and ``output.guard`` has the reports.
@@ -105,14 +180,19 @@ class GuardedPipeline(wrapt.ObjectProxy):
 
         Raises:
             ProfileError: the profile given is another model's, or none is known with ``on_unknown="raise"``.
-            ValueError: an argument that would blind the guard; the message names it.
+            ValueError: an argument that would blind the guard, the message names it; and whatever the pipeline itself says of a wrong call.
+            TypeError: ``guard`` is among the arguments, or the pipeline has been changed into one that cannot be guarded.
             MemorizationError: with ``on_failure="raise"``.
         """
+        if "guard" in kwargs:
+            raise TypeError("A call takes no guard: it is chosen where the pipeline is guarded, by sdguard.guard(pipe, GuardConfig(...)).")
         pipe, config = self.__wrapped__, self._self_config
         call = signature_of(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
         check(pipe, given)
+        check_pipeline(pipe)  # it may have another scheduler by now
+        check_inputs(pipe, args, kwargs)
         encoder = Encoder(pipe, given)
         prompts = prompts_of(given)
         run = GuardedRun(config, self.profile(given), prompts, encoder, limits(given))
@@ -137,17 +217,21 @@ class GuardedPipeline(wrapt.ObjectProxy):
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 
-def prompts_of(given: dict[str, Any]) -> list[str | None]:
-    """The prompt of each image of a call; None where the call was given embeddings.
+@functools.cache
+def class_for(kind: type) -> type[GuardedPipeline]:
+    """`GuardedPipeline` for pipelines of class ``kind``, whose call has the signature and the documentation of theirs."""
 
-    Raises:
-        ValueError: there is neither, or the prompt is no text.
-    """
+    @functools.wraps(kind.__call__)
+    def call(self: GuardedPipeline, *args: Any, **kwargs: Any) -> Any:
+        return GuardedPipeline.__call__(self, *args, **kwargs)
+
+    held = {"__call__": call, "pipeline_class": kind, "__module__": __name__, "__doc__": GuardedPipeline.__doc__}
+    return type(GuardedPipeline.__name__, (GuardedPipeline,), held)
+
+
+def prompts_of(given: dict[str, Any]) -> list[str | None]:
+    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings."""
     prompt = given["prompt"]
-    if prompt is None and given.get("prompt_embeds") is None:
-        raise ValueError("Provide either `prompt` or `prompt_embeds`: there is nothing to generate from.")
-    if not isinstance(prompt, (str, list, tuple, type(None))):
-        raise ValueError(f"`prompt` has to be a text or a list of texts, not {type(prompt).__name__}.")
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:

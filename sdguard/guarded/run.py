@@ -68,8 +68,10 @@ class GuardedRun:
         #: what was asked of steering and what it has tried, by row
         self.steering: dict[int, tuple[SteeringInput, Outcome]] = {}
         self.seen: Observation | None = None
-        #: how many of `LOOKS_LOG_SNR` are over
-        self.looks = 0
+        #: how many of `LOOKS_LOG_SNR` are over, and whether the picture was seen
+        self.looks, self.ended = 0, False
+        #: as the hook goes on counting them, ``[B]``
+        self.evaluations = torch.zeros(len(prompts), dtype=torch.long)
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
@@ -98,19 +100,34 @@ class GuardedRun:
             self.judge(observation, self.reports)
             self.log_scores()
         elif observation.new_condition:
-            for report in self.reports:  # what was steered by something else than its text has another text now
-                if report.verdict == "steered" and self.corrections[report.row].condition is None:
-                    report.verdict, report.score, report.flagged_at = "clean", None, None
-            self.judge(observation, [report for report in self.reports if report.verdict == "clean"])
+            textless = [row for row in self.steered if self.corrections[row].condition is None]
+            self.judge(observation, [report for report in self.reports if report.verdict == "clean" or report.row in textless])
+            for row in textless:  # what was steered by something else than its text has another text now, and is what it was, or worse
+                if self.reports[row].verdict == "flagged":
+                    self.reports[row].flagged_at = None
         self.watch_steered(observation)
         self.act(observation, [report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None])
-        for report, evaluations in zip(self.reports, observation.evaluations.tolist(), strict=True):
-            report.extra_evaluations = evaluations
+        self.evaluations = observation.evaluations
+        self.count()
         if self.config.on_call:
             self.config.on_call(self.shown(observation), self.reports)
 
+    def count(self) -> None:
+        """Note what was spent on each image so far."""
+        for report, evaluations in zip(self.reports, self.evaluations.tolist(), strict=True):
+            report.extra_evaluations = evaluations
+
     def finish(self) -> None:
-        """Settle the images of a run whose first call was never seen, wherever it was made: what was not read is not clean."""
+        """Settle the images of a run whose first call was never seen, wherever it was made: what was not read is not clean.
+
+        Nor is that steered whose picture was not asked: where the scheduler's last step was not taken, it is what the last call promises.
+        """
+        if self.steered and not self.ended and self.seen is not None:
+            here = self.corrected(self.seen, list(range(len(self.reports)))) if self.seen.level.log_snr >= LOOKS_LOG_SNR[-1] else None
+            if here is None:
+                self.flag_again(self.steered)
+            self.made(self.seen.x if here is None else denoised(here.x, here.prediction, here.level))
+        self.count()
         unseen = [report for report in self.reports if report.score is None and not report.error]
         if unseen:
             self.fail(unseen, RuntimeError("the guard saw no call of the denoiser"))
@@ -241,15 +258,20 @@ class GuardedRun:
         """Go on with what has not been tried on steered rows that the run has shown to come back; their run is made again up to here."""
         for row in rows:
             flagged, outcome = self.steering[row]
+            report, at = self.reports[row], self.reports[row].flagged_at
             self.flag_again([row])
+            found = {name: value for name, value in (report.steering or {}).items() if name not in outcome.summary()}
+            outcome.attempts[-1].update(found)
+            report.steering = outcome.summary()
             try:
                 with able_to_descend():
                     (outcome,) = try_in_order(flagged, self.methods, [outcome])
             except Exception as error:  # as in judge
-                self.fail([self.reports[row]], error)
+                self.fail([report], error)
                 continue
             self.steering[row] = flagged, outcome
-            self.take(self.reports[row], outcome)
+            self.take(report, outcome)
+            report.flagged_at = at if report.verdict == "steered" else None
 
     def flag_again(self, rows: list[int]) -> None:
         """Withdraw what was called steered."""
@@ -263,56 +285,74 @@ class GuardedRun:
         return [report.row for report in self.reports if report.verdict == "steered"]
 
     def watch_steered(self, observation: Observation) -> None:
-        """Hold steered rows against what they were steered away from, and once against all that the denoiser knows by heart.
+        """Hold steered rows against what they were steered away from, and against all that the denoiser knows by heart.
 
         Denoised estimates that are the avoided picture's, once there is as much signal as noise, withdraw the steering. Before, at the
         first calls from `LOOKS_LOG_SNR` on, what the text draws from there is asked to come back from noise; where it does, the next
         correction is tried. Cost: 1 evaluation an image and look, that of a rule, and of what is tried again.
         """
-        over = sum(observation.level.log_snr >= look for look in LOOKS_LOG_SNR)
-        due, self.looks = over > self.looks, over
         if not observation.step:
             return
+        over = sum(observation.level.log_snr >= look for look in LOOKS_LOG_SNR)
+        due, self.looks, refuted = over > self.looks, over, []
         if (rows := self.steered) and due:
-            here = observation.select(torch.tensor(rows))
-            self.steer_again(self.memorized(rows, here, denoised(here.x, here.eps_c, here.level)))
-        if (rows := self.steered) and observation.level.log_snr >= LOG_SNR:
-            here = replace(observation.select(torch.tensor(rows)), rules=tuple(self.corrections[row].rule for row in rows))
+            here = self.corrected(observation, rows)
+            ruled = torch.tensor([rule is not None for rule in here.rules], device=here.x.device).view(-1, 1, 1, 1)
+            drawn = torch.where(ruled, here.prediction, here.eps_c)  # what a rule follows, and else the text alone
+            refuted = self.memorized(rows, denoised(here.x, drawn, here.level))
+            self.steer_again(refuted)
+        if (rows := [row for row in self.steered if row not in refuted]) and observation.level.log_snr >= LOG_SNR:
+            here = self.corrected(observation, rows)
             self.flag_again(self.resembling(rows, denoised(here.x, here.prediction, here.level)))
+
+    def corrected(self, observation: Observation, rows: list[int]) -> Observation:
+        """Rows of a call under the rules that they follow."""
+        rules = [self.corrections[row].rule if row in self.corrections else None for row in rows]
+        return replace(observation.select(torch.tensor(rows)), rules=tuple(rules))
 
     def made(self, latents: Tensor) -> None:
         """Withdraw steering where the run's own picture ``[B, C, H, W]`` is the avoided one, or any that comes back from noise.
 
         Cost: 2 evaluations for each steered image.
         """
+        self.ended = True
         if rows := self.steered:
             self.flag_again(self.resembling(rows, latents[rows]))
-        if (rows := self.steered) and self.seen is not None:
-            here = self.seen.select(torch.tensor(rows))
-            conditions = [self.corrections[row].condition for row in rows]
-            held = [own if new is None else new.to(own) for own, new in zip(here.condition, conditions, strict=True)]
-            here, pictures = replace(here, condition=torch.stack(held)), latents[rows].to(here.x)
-            self.flag_again(sorted({*self.memorized(rows, here, pictures), *self.memorized(rows, here, pictures, LESS_NOISED_LOG_SNR)}))
-            for row in rows:
-                self.reports[row].extra_evaluations = int(here.evaluations[row])
+        for log_snr in (NOISED_LOG_SNR, LESS_NOISED_LOG_SNR):
+            if rows := self.steered:
+                self.flag_again(self.memorized(rows, latents[rows], log_snr))
+        self.count()
         for report in self.reports:
             if report.verdict == "flagged" and report.flagged_at is None:
                 report.flagged_at = max(map(len, report.series.values()), default=1) - 1
                 self.settle(report)
 
-    def memorized(self, rows: list[int], here: Observation, pictures: Tensor, log_snr: float = NOISED_LOG_SNR) -> list[int]:
+    def memorized(self, rows: list[int], pictures: Tensor, log_snr: float = NOISED_LOG_SNR) -> list[int]:
         """Which of the rows have a picture ``[n, C, H, W]`` that comes back from noise: one that is known by heart, whichever it is.
 
-        From less noise, half as far from a perfect return is asked for. Cost: 1 evaluation.
+        It is asked at the reference call, under the text that the row follows: of a mask or a ControlNet everything would come back. From
+        less noise, half as far from a perfect return is asked for. Where it cannot be asked, they are flagged. Cost: 1 evaluation.
         """
         assert self.profile is not None
-        with torch.no_grad():
-            timestep = timestep_at(here, log_snr, highest=self.steering[rows[0]][0].observation.timestep)
-            values = recurrence(here, pictures, timestep).tolist()
+        try:
+            with torch.no_grad():
+                values = [self.recurrence_of(row, picture, log_snr) for row, picture in zip(rows, pictures, strict=True)]
+        except Exception as error:  # as in judge
+            self.flag_again(rows)
+            self.fail([self.reports[row] for row in rows], error)
+            return []
         limit = self.profile.recurrence_limit()
         if log_snr == NOISED_LOG_SNR:
             return self.noted("recurrence_on_the_run", rows, values, limit)
         return self.noted("recurrence_from_less_noise", rows, values, (1 + limit) / 2)
+
+    def recurrence_of(self, row: int, picture: Tensor, log_snr: float) -> float:
+        """The recurrence of one row's picture ``[C, H, W]`` under the text that it follows. Cost: 1 evaluation."""
+        here, held = self.steering[row][0].observation, self.corrections[row].condition
+        if held is not None:
+            here = replace(here, condition=held.unsqueeze(0).to(here.condition))
+        picture = of_size(picture.unsqueeze(0).to(here.x), here.x)
+        return recurrence(here, picture, timestep_at(here, log_snr)).item()
 
     def resembling(self, rows: list[int], pictures: Tensor) -> list[int]:
         """Which of the rows have a picture, ``[n, C, H, W]``, that their own text draws from another noise. Cost: none.
@@ -322,26 +362,32 @@ class GuardedRun:
         """
         assert self.profile is not None
         avoided = torch.stack([self.avoided[row] for row in rows]).to(pictures)
-        if pictures.shape != avoided.shape:
-            pictures = F.interpolate(pictures, size=avoided.shape[-2:], mode="area")
-        return self.noted("resemblance_on_the_run", rows, correlation(pictures, avoided).tolist(), self.profile.agreement_limit())
+        values = correlation(of_size(pictures, avoided), avoided).tolist()
+        return self.noted("resemblance_on_the_run", rows, values, self.profile.agreement_limit())
 
     def noted(self, name: str, rows: list[int], values: list[float], limit: float) -> list[int]:
-        """Which of the rows have a value over ``limit``; the highest of a run is kept in the report."""
+        """Which of the rows have a value that is not under ``limit``; the highest of a run is kept in the report."""
         for row, value in zip(rows, values, strict=True):
             steering = self.reports[row].steering or {}
-            self.reports[row].steering = {**steering, name: max(value, steering.get(name, -1.0))}
-        return [row for row, value in zip(rows, values, strict=True) if value > limit]
+            highest = max(value, steering.get(name) or -1.0) if math.isfinite(value) else None
+            self.reports[row].steering = {**steering, name: highest}
+        return [row for row, value in zip(rows, values, strict=True) if not value <= limit]
 
     def settle(self, report: GuardReport) -> None:
         """What becomes of an image that is still flagged; errors count as flagged."""
         if report.verdict != "flagged" or self.config.mode == "observe":
             return
-        if self.config.mode == "steer" and self.config.on_failure == "raise":
-            why = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
-            raise MemorizationError(f"Image {report.row}: {report.error or f'predicted to be memorized, and {why}'}.")
+        if self.config.on_failure == "raise":
+            unsteered = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
+            why = "predicted to be memorized" + (f", and {unsteered}" if self.config.mode == "steer" else "")
+            raise MemorizationError(f"Image {report.row}: {report.error or why}.")
         if self.config.mode == "block" or self.config.on_failure == "withhold":
             report.verdict = "withheld"
+
+
+def of_size(pictures: Tensor, like: Tensor) -> Tensor:
+    """``pictures`` ``[B, C, H, W]`` brought to the size of ``like``'s."""
+    return pictures if pictures.shape[-2:] == like.shape[-2:] else F.interpolate(pictures, size=like.shape[-2:], mode="area")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.geometry.reference import reference_end
 from sdguard.steering import METHODS
-from sdguard.steering.fallback import attempt
+from sdguard.steering.fallback import attempt_each
 from sdguard.steering.method import SteeringInput
 
 #: share of the prompts that a method has to cure to be tried at all: what mostly fails costs more than it keeps.
@@ -54,9 +54,9 @@ def learn_methods(
             flagged = SteeringInput.of(observation, list(some), Encoder(pipe), profile)
             for name, method in METHODS.items():
                 before = observation.evaluations.clone()
-                tried = attempt(flagged, method)
+                tried = attempt_each(flagged, method)
                 costs = (observation.evaluations - before).tolist()
-                verified = [(entry[1], cost) for entry, cost in zip(tried, costs, strict=True) if entry]
+                verified = [(entry[1], cost) for entry, cost in zip(tried, costs, strict=True) if isinstance(entry, tuple)]
                 found[name] += [(v.passed, cost, v.moved["prediction"], v.alignment if v.passed else math.nan) for v, cost in verified]
         if progress:
             progress(start + len(some), len(memorized))

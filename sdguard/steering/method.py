@@ -45,7 +45,8 @@ class SteeringInput:
         here, observation = observation, observation.at_reference.differentiable()
         own_noise = here.x.shape == observation.x.shape and torch.equal(here.x, observation.x) and here.timestep == observation.timestep
         kind = depiction(profile.words)
-        return cls(observation, prompts, encoder, profile, [wordings(p, kind, rewriter) if p else [] for p in prompts], own_noise)
+        offered = [wordings(prompt or "", kind, rewriter) for prompt in prompts]
+        return cls(observation, prompts, encoder, profile, offered, own_noise)
 
     @property
     def target(self) -> float:

@@ -26,6 +26,8 @@ def neutral(flagged: SteeringInput) -> Tensor:
         mean = flagged.encoder(evenly(short, AVERAGED)).float().mean(dim=0)
     except Exception:  # text encoders that were taken out of the pipeline, of whatever kind
         return null
+    if len(null) > len(mean) and len(null) % len(mean) == 0:
+        mean = mean.repeat(len(null) // len(mean), 1)  # prompts of several windows, as other libraries make them
     return mean.to(null) if mean.shape == null.shape else null
 
 

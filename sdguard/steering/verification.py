@@ -73,7 +73,7 @@ def verify(flagged: SteeringInput, corrections: Sequence[Correction]) -> list[Ve
     candidate = corrected(flagged.observation, corrections)
     limit = flagged.profile.detail_limit()
     described = zip(guidance_detail(candidate).tolist(), movement(flagged.observation, candidate), strict=True)
-    found = [Verification(detail, moved, memorized=detail > limit) for detail, moved in described]
+    found = [Verification(detail, moved, memorized=not detail <= limit) for detail, moved in described]
     return asked(flagged, candidate, asked(flagged, candidate, found, drawn_ahead), kept)
 
 
@@ -98,7 +98,7 @@ def drawn_ahead(flagged: SteeringInput, candidate: Observation, found: list[Veri
     stayed = correlation(ahead, reference_end(observation, 0)).tolist()
 
     def answered(verification: Verification, recurrence: float, agreement: float) -> Verification:
-        memorized = recurrence > profile.recurrence_limit() or agreement > profile.agreement_limit()
+        memorized = not (recurrence <= profile.recurrence_limit() and agreement <= profile.agreement_limit())
         return replace(verification, recurrence=recurrence, agreement_with_uncorrected=agreement, memorized=memorized)
 
     return list(map(answered, found, returned, stayed))
@@ -108,10 +108,17 @@ def kept(flagged: SteeringInput, candidate: Observation, found: list[Verificatio
     """Does the picture ahead still show what the prompt says? Where no text is known: does the condition still pull?"""
     weakest = -EMPTIED * quantile([-value for value in reversed(flagged.profile.values["guidance_norm"])], PULLING)
     pulls = guidance_norm(candidate).tolist()
+    limit = flagged.profile.alignment_limit()
+    aligned = alignments(flagged, picture_ahead(candidate))
     return [
-        replace(verification, alignment=t, aligned=pull >= weakest if math.isnan(t) else t >= flagged.profile.alignment_limit())
-        for verification, t, pull in zip(found, alignments(flagged, picture_ahead(candidate)), pulls, strict=True)
+        replace(verification, alignment=t, aligned=t >= limit if has_text(prompt) else pull >= weakest)
+        for verification, t, pull, prompt in zip(found, aligned, pulls, flagged.prompts, strict=True)
     ]
+
+
+def has_text(prompt: str | None) -> bool:
+    """Whether there are words to ask a picture for."""
+    return bool(prompt and prompt.split())
 
 
 def picture_ahead(candidate: Observation) -> Tensor:
@@ -124,7 +131,7 @@ def alignments(flagged: SteeringInput, pictures: Tensor) -> list[float]:
 
     The subject is asked for as any picture of it would be, never in the words of a cure.
     """
-    rows = [row for row, prompt in enumerate(flagged.prompts) if prompt]
+    rows = [row for row, prompt in enumerate(flagged.prompts) if has_text(prompt)]
     values = [math.nan] * len(flagged.prompts)
     if rows:
         kind = depiction(flagged.profile.words)

@@ -8,13 +8,17 @@ of a word list of the language, not of some hundred prompts.
 from __future__ import annotations
 
 import functools
+import logging
 import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from spellchecker import SpellChecker
 
 from sdguard.words import bare
+
+logger = logging.getLogger(__name__)
 
 #: what ends a phrase: a mark behind a word.
 ENDS = ",;:|.!?)"
@@ -48,9 +52,13 @@ class Wording:
     @classmethod
     def of(cls, text: str, prompt: str) -> Wording:
         """``text`` as a wording of ``prompt``."""
-        found = {bare(word) for word in text.split()}
-        words = list(filter(None, map(bare, prompt.split())))
-        return cls(text, [word for word in words if word in found], [word for word in words if word not in found])
+        left = Counter(map(bare, text.split()))
+        kept: list[str] = []
+        dropped: list[str] = []
+        for word in filter(None, map(bare, prompt.split())):
+            (kept if left[word] else dropped).append(word)
+            left[word] -= 1
+        return cls(text, kept, dropped)
 
 
 @functools.cache
@@ -94,7 +102,7 @@ def shortened(words: Sequence[str], gone: Set[int]) -> str:
         kept += [words[i] for i in left]
         if kept and phrase[-1] not in left and words[phrase[-1]][-1] in ENDS and kept[-1][-1] not in ENDS:
             kept[-1] += words[phrase[-1]][-1]
-    return " ".join(kept).strip(string.whitespace + ENDS)
+    return " ".join(kept).strip(string.whitespace + ENDS.replace(")", ""))
 
 
 def shortenings(prompt: str) -> list[str]:
@@ -116,12 +124,14 @@ def depiction(frequency: Mapping[str, int]) -> str:
 
 
 def framed(text: str, kind: str) -> str:
-    """``text`` as what a picture of a ``kind`` shows, unless it says so itself."""
-    first, *others = text.split()
-    if DEPICTIONS & {bare(word) for word in (first, *others[:2])}:
-        return text
+    """``text`` as what a picture of a ``kind`` shows; where it names what it is a picture in itself, that is another now."""
+    words = text.split()
     article = "an" if kind[0] in "aeiou" else "a"
-    return " ".join([article, kind, "of", first.lower() if first.lower() in ARTICLES else first, *others])
+    for i, word in enumerate(words[:3]):
+        if bare(word) in DEPICTIONS and words[i + 1 : i + 2] == ["of"]:
+            return " ".join([article, kind, *words[i + 1 :]])
+    first = words[0].lower() if words[0].lower() in ARTICLES else words[0]
+    return " ".join([article, kind, "of", first, *words[1:]])
 
 
 def wordings(prompt: str, kind: str, rewriter: Rewriter | None = None) -> list[Wording]:
@@ -132,8 +142,23 @@ def wordings(prompt: str, kind: str, rewriter: Rewriter | None = None) -> list[W
     Somepalli et al. 2023 (2305.20086) put random words in and Ross et al. 2024 (2411.00113) have a language model rewrite the words that
     are to blame; here the frame around the prompt is an ordinary one, and nothing goes that need not.
     """
-    texts = [*(rewriter(prompt) if rewriter else ()), *(framed(text, kind) for text in shortenings(prompt))]
-    return [Wording.of(text, prompt) for text in dict.fromkeys(texts) if text and text != prompt]
+    if not prompt.split():
+        return []
+    texts = [*rewritten(prompt, rewriter), *(framed(text, kind) for text in shortenings(prompt))]
+    return [Wording.of(text, prompt) for text in dict.fromkeys(texts) if text.split() != prompt.split()]
+
+
+def rewritten(prompt: str, rewriter: Rewriter | None) -> list[str]:
+    """What a rewriter offers for a prompt; where it fails, or what it gives is no text, that is logged, and there is the rest."""
+    try:
+        offered = rewriter(prompt) if rewriter else ()
+    except Exception:  # of whatever kind: sdguard's own wordings are there yet
+        logger.exception("sdguard: the rewriter failed")
+        return []
+    texts = [offered] if isinstance(offered, str) else list(offered or ())
+    if junk := [text for text in texts if not (isinstance(text, str) and text.split())]:
+        logger.warning("sdguard: the rewriter offered %r, which is no text", junk[0])
+    return [text for text in texts if text not in junk]
 
 
 def subject(prompt: str, kind: str) -> str:

@@ -458,35 +458,40 @@ def test_a_denoiser_is_never_missing(pipe: Any) -> None:
     assert not same_model(bare, bare)
 
 
-class Packed(Tensor):
+class Wrapped(Tensor):
     """Values as a quantisation library keeps them: integers and a scale, in a tensor that has neither memory nor a version."""
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor) -> Packed:
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Wrapped:
         return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[no-any-return,attr-defined]
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         self.codes, self.scale = codes, scale
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["codes", "scale"], None
-
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
-            return Packed(args[0].codes, args[0].scale)
+            return cls(args[0].codes, args[0].scale)
         raise AssertionError(f"{func} on a quantised tensor")
+
+
+class Packed(Wrapped):
+    """One that says which its parts are."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scale"], None
 
 
 class Blocks(nn.Parameter):
     """Values as GGUF keeps them: bytes under a class of their own."""
 
 
+@pytest.mark.parametrize("kind", [Packed, Wrapped])
 @pytest.mark.parametrize("part", ["codes", "scale"])
-def test_a_quantised_tensor_is_named_and_looked_at_in_its_parts(part: str, pipe: Any) -> None:
-    pipe.unet.conv_in.weight = nn.Parameter(Packed(torch.arange(288, dtype=torch.int8).view(8, 4, 3, 3), torch.ones(8)), False)
+def test_a_quantised_tensor_is_named_and_looked_at_in_its_parts(part: str, kind: type[Wrapped], pipe: Any) -> None:
+    pipe.unet.conv_in.weight = nn.Parameter(kind(torch.arange(288, dtype=torch.int8).view(8, 4, 3, 3), torch.ones(8)), False)
     before = identity(pipe)
-    assert before["patches"] == ["unet: Packed in conv_in"]
+    assert before["patches"] == [f"unet: {kind.__name__} in conv_in"]
     getattr(pipe.unet.conv_in.weight, part).data += 1
     assert not same_model(identity(pipe), before)
 

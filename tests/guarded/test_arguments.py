@@ -16,10 +16,12 @@ from diffusers.models import attention_processor
 from diffusers.models.transformers import transformer_sd3
 from diffusers.models.unets import unet_2d_condition
 from diffusers.utils import peft_utils
+from families import PIPELINES, build
 from PIL import Image
 
+import sdguard
 from sdguard.denoiser.families import FAMILIES
-from sdguard.guarded.arguments import ARGUMENTS, ENTRIES, by_name, check, limits, lora_scale, undecided
+from sdguard.guarded.arguments import ARGUMENTS, ENTRIES, by_name, check, check_inputs, limits, lora_scale, undecided
 
 CLASSES = [cls for name in FAMILIES if not issubclass(cls := getattr(diffusers, name), ModularPipeline)]
 ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")
@@ -177,3 +179,25 @@ def test_a_call_may_say_nothing_of_the_scale_of_lora(given: dict[str, Any]) -> N
 
 def test_a_scale_that_the_pipeline_does_not_hear_does_not_count() -> None:
     assert lora_scale({"cross_attention_kwargs": None, "kwargs": {"joint_attention_kwargs": {"scale": 0.5}}}) is None
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_call_is_checked_by_the_pipeline_itself_before_anything_is_done(
+    name: str, embedded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says is its own; nothing is calibrated, encoded, drawn or changed by then."""
+    pipe = build(name, embedded.tokenizer)
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    ran: list[Any] = []
+    for part in modules:
+        part.register_forward_pre_hook(lambda module, given: ran.append(module))
+    before, state, given = dict(vars(pipe)), torch.get_rng_state(), {"prompt": "a cat", **PIPELINES[name][1]()}
+    check_inputs(pipe, (), given)
+    with pytest.raises(ValueError, match="has to be of type") as plain:
+        pipe(**{**given, "prompt": 3})
+    with pytest.raises(ValueError, match="has to be of type") as guarded:
+        sdguard.guard(pipe)(**{**given, "prompt": 3})
+    assert str(guarded.value) == str(plain.value)
+    assert not ran
+    assert vars(pipe) == before
+    assert torch.equal(torch.get_rng_state(), state)

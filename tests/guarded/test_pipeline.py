@@ -142,9 +142,10 @@ def test_steering_is_withdrawn_in_runs_of_any_kind(
 def words_in_turn(flagged: SteeringInput, methods: Any, outcomes: Any = None) -> list[Outcome]:
     """Steering that passes with each prompt's first word, and when it is asked again with its second."""
     texts = [str(prompt).split()[1 if outcomes else 0] for prompt in flagged.prompts]
+    before = [outcome.attempts for outcome in outcomes or [Outcome()] * len(texts)]
     return [
-        Outcome(Correction({}, condition=condition), [{"method": "rewording", "wording": text}])
-        for condition, text in zip(flagged.encoder(texts), texts, strict=True)
+        Outcome(Correction({}, condition=condition), [*tried, {"method": "rewording", "wording": text}])
+        for condition, text, tried in zip(flagged.encoder(texts), texts, before, strict=True)
     ]
 
 
@@ -163,7 +164,9 @@ def test_what_the_run_refutes_is_corrected_again_from_the_beginning(
     output = call(sdguard.guard(tiny, GuardConfig(profile=profile)))
     assert output.guard[row].verdict == "steered"
     assert output.guard[row].steering["passed"]["wording"] == PROMPTS[row].split()[1]
-    assert output.guard[row].steering["recurrence_on_the_run"] == 1e9
+    assert output.guard[row].steering["attempts"][0]["recurrence_on_the_run"] == 1e9
+    assert output.guard[row].steering["recurrence_on_the_run"] == 0.0
+    assert output.guard[row].flagged_at == 0
     np.testing.assert_allclose(output.images[row], expected[row], atol=2e-3)
     assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != row)
 
@@ -185,8 +188,71 @@ def test_a_finished_picture_that_comes_back_from_noise_is_withheld(
     output = call(sdguard.guard(tiny, GuardConfig(profile=profile)), num_inference_steps=8, output_type="latent")
     report = output.guard[row]
     assert (report.verdict, report.steering["passed"]) == ("withheld", None)
-    assert len(seen) == looks + 2  # from two noise levels
+    assert len(seen) == looks + 1
     assert output.images[row].abs().max() == 0
+
+
+@pytest.mark.parametrize(("last", "value", "verdict"), [(1, 0.0, "withheld"), (6, 0.0, "steered"), (6, 1e9, "withheld")])
+def test_a_run_that_is_interrupted_is_steered_only_if_its_last_estimate_says_so(
+    last: int, value: float, verdict: str, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight steps, ended before there is an outline to ask of, or with one; its picture is never made by the scheduler's last step."""
+    profile, row = flag_strongest(tiny, profile_for, agreement=2.0)
+
+    def stop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= last
+        return values
+
+    calls: list[int] = []
+
+    def late(here: Any, pictures: torch.Tensor, timestep: float) -> torch.Tensor:
+        calls.append(len(pictures))
+        return torch.full((len(pictures),), value if len(calls) > len(run_module.LOOKS_LOG_SNR) else 0.0)
+
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
+    monkeypatch.setattr(run_module, "recurrence", late)
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile)), num_inference_steps=8, callback_on_step_end=stop)
+    assert output.guard[row].verdict == verdict
+    assert (output.images[row].max() == 0) == (verdict == "withheld")
+
+
+def test_another_text_does_not_make_clean_what_another_noise_has_steered(
+    tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steered by a noise, then given an ordinary prompt by a callback: it stays watched, and what comes back is withheld."""
+    profile, row = flag_strongest(tiny, profile_for, agreement=-1.0)
+    condition, null = tiny.encode_prompt(PROMPTS, "cpu", 1, True)
+    weak = condition[[min(i for i in range(3) if i != row)]].expand(3, -1, -1)
+
+    def bring(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "prompt_embeds": torch.cat([null, weak])} if step == 1 else values
+
+    def own_noise(flagged: SteeringInput, methods: Any, outcomes: Any = None) -> list[Outcome]:
+        return [Outcome(Correction({}, x=x), [{"method": "SAIL"}]) for x in flagged.observation.x]
+
+    monkeypatch.setattr(run_module, "try_in_order", own_noise)
+    extra = {"callback_on_step_end": bring, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    output = call(sdguard.guard(tiny, GuardConfig(profile=profile)), **extra)
+    assert output.guard[row].verdict == "withheld"
+
+
+@pytest.mark.parametrize("value", [float("nan"), RuntimeError("no luck")], ids=str)
+def test_a_picture_of_which_that_cannot_be_asked_is_withheld(
+    value: Any, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, row = flag_strongest(tiny, profile_for)
+
+    def unreadable(here: Any, pictures: torch.Tensor, timestep: float) -> torch.Tensor:
+        if isinstance(value, Exception):
+            raise value
+        return torch.full((len(pictures),), value)
+
+    monkeypatch.setattr(run_module, "try_in_order", always_passes)
+    monkeypatch.setattr(run_module, "recurrence", unreadable)
+    plain, output = call(tiny).images, call(sdguard.guard(tiny, GuardConfig(profile=profile)))
+    assert output.guard[row].verdict == "withheld"
+    assert output.images[row].max() == 0
+    assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != row)
 
 
 @pytest.mark.parametrize("in_inference_mode", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from sdguard.steering.wording import (
     ARTICLES,
     DEPICTIONS,
+    Wording,
     depiction,
     framed,
     names,
@@ -20,7 +22,7 @@ from sdguard.steering.wording import (
     subject,
     word_list,
     wordings,
-)
+)  # fmt: skip
 from sdguard.words import bare
 
 word_list()  # read from its file here, not within a timed example
@@ -83,7 +85,8 @@ def test_a_frame_is_put_around_what_has_none() -> None:
     assert framed("A dog", "picture") == "a picture of a dog"
     assert framed("Marvel", "image") == "an image of Marvel"
     for kind in DEPICTIONS:
-        assert framed(f"a {kind} of a dog", "photo") == f"a {kind} of a dog"
+        assert framed(f"a {kind} of a dog", "photo") == "a photo of a dog"  # a prompt is put otherwise too where it has a frame
+    assert framed("nike logo shirt", "photo") == "a photo of nike logo shirt"
 
 
 def test_the_frame_is_the_one_ordinary_prompts_use() -> None:
@@ -93,6 +96,34 @@ def test_the_frame_is_the_one_ordinary_prompts_use() -> None:
 
 def test_the_subject_is_the_first_phrase() -> None:
     assert subject("a yam, forest on hermes", "picture") == "a picture of a yam"
-    assert subject("photo of a yam with forest background", "picture") == "photo of a yam"
+    assert subject("photo of a yam with forest background", "picture") == "a picture of a yam"
     assert ARTICLES  # those that bind the words behind them
     assert shortened(["a", "yam,", "forest"], {2}) == "a yam"
+
+
+def test_a_word_is_kept_as_often_as_it_is_there() -> None:
+    (first, *_) = wordings("a cat on a mat", "photo")
+    assert (first.kept, first.dropped) == (["a", "cat", "on", "a", "mat"], [])
+    last = Wording.of("a photo of a cat", "a cat on a mat in a photo")
+    assert (last.kept, last.dropped) == (["a", "cat", "a", "photo"], ["on", "mat", "in", "a"])
+
+
+@pytest.mark.parametrize(
+    ("offered", "expected"),
+    [("a zebra", ["a zebra"]), (None, []), (["", " ", "a fox"], ["a fox"]), ([1, ["x"]], []), (["a lion "], [])],
+    ids=str,
+)
+def test_what_a_rewriter_gives_is_taken_as_texts_or_left_out(offered: Any, expected: list[str]) -> None:
+    own = [wording.text for wording in wordings("a lion", "photo")]
+    assert [wording.text for wording in wordings("a lion", "photo", lambda prompt: offered)] == [*expected, *own]
+
+
+def test_a_rewriter_that_fails_leaves_the_rest() -> None:
+    def broken(prompt: str) -> list[str]:
+        raise RuntimeError("no luck")
+
+    assert wordings("a lion", "photo", broken) == wordings("a lion", "photo")
+
+
+def test_a_prompt_without_words_has_no_wording() -> None:
+    assert wordings(" ", "photo") == []

@@ -1,0 +1,154 @@
+"""A denoiser bare of what makes its calls fast: compilation, and what keeps parts of one call for the next.
+
+The guard's own evaluations come in batches of other sizes, at other timesteps and with gradients: each would be compiled anew, and would
+overwrite what the run under way has kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
+from torch import Tensor, nn
+
+#: the package of DeepCache, whose helper stands in the closures of forwards that it has replaced.
+DEEP_CACHE = "DeepCache"
+
+
+def is_cache(hook: ModelHook) -> bool:
+    """Whether a hook is of a cache: its class, or another that is defined beside it, says that it has a state."""
+    beside = vars(sys.modules[type(hook).__module__]).values()
+    return any(isinstance(other, type) and getattr(other, "_is_stateful", False) for other in beside)
+
+
+class Around(NamedTuple):
+    """What has been put around a denoiser and the modules in it.
+
+    Attributes:
+        registries: of diffusers' hooks.
+        references: what holds the forwards that hooks of caches have replaced.
+        helpers: of DeepCache, which have replaced forwards.
+        compiled: what holds a compiled call or forward of a module, under which name, and what stands there where nothing is compiled.
+    """
+
+    registries: list[Any]
+    references: list[Any]
+    helpers: list[Any]
+    compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]]
+
+
+def around(denoiser: nn.Module) -> Around:
+    """What has been put around a denoiser and the modules in it. Cost: a millisecond for SDXL."""
+    registries: list[Any] = []
+    forwards: list[Callable[..., Any]] = []
+    compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]] = []
+    modules = [denoiser]
+    for module in modules:  # by hand, since nn.Module.modules takes several times as long
+        held = vars(module)
+        modules.extend(filter(None, held["_modules"].values()))
+        if "_diffusers_hook" in held:
+            registries.append(held["_diffusers_hook"])
+        if "forward" in held:
+            forwards.append(held["forward"])
+            if (plain := not_compiled(held["forward"])) is not held["forward"]:
+                compiled.append((held, "forward", plain))
+        if held.get("_compiled_call_impl") is not None:
+            compiled.append((held, "_compiled_call_impl", None))
+    hooked = (pair for of in registries for pair in zip(map(of.hooks.get, of._hook_order), of._fn_refs, strict=True))
+    return Around(registries, [reference for hook, reference in hooked if is_cache(hook)], helpers_in(forwards), compiled)
+
+
+def not_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass as it was before `torch.compile` wrapped it."""
+    if isinstance(forward, partial):  # a hook's, which bears the marks of what it stands around
+        return forward
+    found: Callable[..., Any] = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return found
+
+
+def helpers_in(forwards: list[Any]) -> list[Any]:
+    """The helpers of DeepCache in the closures of forwards that it has replaced."""
+    theirs = [of for of in forwards if getattr(of, "__module__", "").partition(".")[0] == DEEP_CACHE]
+    held = [cell.cell_contents for forward in theirs for cell in getattr(forward, "__closure__", None) or ()]
+    return list({id(helper): helper for helper in held if hasattr(helper, "cached_output")}.values())
+
+
+def has_caches(denoiser: nn.Module) -> bool:
+    """Whether parts of a denoiser's calls are kept for the next."""
+    found = around(denoiser)
+    return bool(found.references or found.helpers)
+
+
+@contextmanager
+def weights_kept(registries: list[Any]) -> Iterator[None]:
+    """Within the block gradients keep the weights as they were used, where hooks cast them to a storage precision after each forward."""
+    casting = any(isinstance(hook, LayerwiseCastingHook) for registry in registries for hook in registry.hooks.values())
+    if not casting or not torch.is_grad_enabled():
+        yield
+        return
+
+    def keep(tensor: Tensor) -> Tensor:  # the cast replaces what a parameter holds; this goes on holding it
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+class AnyTimestep:
+    """What equals every timestep, so that DeepCache finds each in its schedule, as the first."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """A module as it was before `torch.compile` wrapped it."""
+    return module._modules.get("_orig_mod") or module
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """The call of a module that is compiled in place, None of any other."""
+    return vars(module).get("_compiled_call_impl")
+
+
+@contextmanager
+def bare(denoiser: nn.Module) -> Iterator[None]:
+    """Within the block a denoiser computes all that it is asked for, by its own code; what is kept of other calls is not used or changed.
+
+    Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
+    """
+    registries, references, helpers, compiled = around(denoiser)
+    before = [(of, dict(vars(of))) for of in (*references, *helpers)]
+    for reference in references:
+        reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+        reference.post_forward = lambda module, output: output
+        reference.forward = reference.original_forward or reference.forward
+    for helper in helpers:
+        pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=[AnyTimestep()]))
+        vars(helper).update(pipe=pipe, start_timestep=None, cached_output={})
+    calls = [held[name] for held, name, _ in compiled]
+    for held, name, plain in compiled:
+        held[name] = plain
+    try:
+        with weights_kept(registries):
+            yield
+    finally:
+        for (held, name, _), call in zip(compiled, calls, strict=True):
+            held[name] = call
+        for of, was in before:
+            vars(of).update(was)
+
+
+def forget(denoiser: nn.Module) -> None:
+    """Empty the caches, as a pipeline does at the end of its run; for one that does not come to it."""
+    for registry in around(denoiser).registries:
+        registry.reset_stateful_hooks(recurse=False)

@@ -1,0 +1,167 @@
+"""A guarded pipeline as an object: what others ask of it, copy, store and make of it; and what a user may get wrong in guarding one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import pydoc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+from families import PIPELINES, build, call, modular, profile_for
+
+import sdguard
+from sdguard import GuardConfig, GuardedPipeline, MemorizationError
+
+OBSERVE = GuardConfig("observe")
+
+
+@pytest.fixture
+def pipe(embedded: Any) -> Any:
+    return build("StableDiffusionPipeline", embedded.tokenizer)
+
+
+@pytest.fixture
+def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration's profile is taken as it is, whatever model it was made for."""
+    monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_call_says_what_it_takes(name: str, embedded: Any) -> None:
+    """To servers that pass on what the signature knows, whichever way they ask for it."""
+    plain = build(name, embedded.tokenizer)
+    guarded = sdguard.guard(plain, OBSERVE)
+    assert inspect.signature(guarded.__call__) == inspect.signature(plain.__call__)
+    assert inspect.signature(type(guarded).__call__) == inspect.signature(type(plain).__call__)
+    assert guarded.__call__.__doc__ == plain.__call__.__doc__
+    assert "num_inference_steps" in pydoc.render_doc(guarded.__call__)
+
+
+@pytest.mark.usefixtures("_given_profile")
+def test_what_a_server_passes_on_arrives(pipe: Any) -> None:
+    guarded = sdguard.guard(pipe, GuardConfig("observe", profile=profile_for(1e6)))
+    request = {"num_inference_steps": 2, "height": 24, "queue": "fast"}
+    known = {name: value for name, value in request.items() if name in inspect.signature(guarded.__call__).parameters}
+    output = call(guarded, **known)
+    assert output.images.shape == call(pipe, **known).images.shape
+    assert len(output.guard[0].series["guidance_norm"]) == 2
+
+
+@pytest.mark.usefixtures("_given_profile")
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda guarded: pickle.loads(pickle.dumps(guarded))], ids=["copy", "deep", "pickle"]
+)
+def test_a_copy_is_guarded_alike(again: Any, pipe: Any) -> None:
+    guarded = sdguard.guard(pipe, GuardConfig("observe", profile=profile_for(1e6)))
+    made = again(guarded)
+    assert isinstance(made, GuardedPipeline)
+    assert made.guard_config == guarded.guard_config
+    assert np.array_equal(call(made).images, call(pipe).images)
+
+
+def test_a_pipeline_that_a_guarded_one_makes_is_guarded(pipe: Any) -> None:
+    guarded: Any = sdguard.guard(pipe, OBSERVE)
+    other: Any = sdguard.guard(build("StableDiffusionImg2ImgPipeline", pipe.tokenizer), GuardConfig("block"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made = {
+            "of its class": GuardedPipeline.from_pipe(guarded),
+            "of a plain one": GuardedPipeline.from_pipe(pipe, guard=GuardConfig("block")),
+            "on another": other.from_pipe(guarded),
+        }
+    assert all(isinstance(one, GuardedPipeline) for one in made.values())
+    assert [one.guard_config.mode for one in made.values()] == ["observe", "block", "observe"]
+    assert isinstance(made["on another"], diffusers.StableDiffusionImg2ImgPipeline)
+    assert isinstance(made["of its class"], diffusers.StableDiffusionPipeline)
+    assert all(one.unet is pipe.unet for one in made.values())
+
+
+def test_a_class_of_guarded_pipelines_makes_its_own(pipe: Any) -> None:
+    class Mine(GuardedPipeline):
+        pass
+
+    assert type(Mine.from_pipe(pipe)) is Mine
+
+
+@pytest.mark.parametrize("kind", [diffusers.StableDiffusionImg2ImgPipeline, diffusers.AutoPipelineForImage2Image])
+def test_a_pipeline_that_diffusers_makes_of_a_guarded_one_comes_with_a_warning(kind: Any, pipe: Any) -> None:
+    guarded = sdguard.guard(pipe, OBSERVE)
+    with pytest.warns(UserWarning, match="is not guarded"):
+        made = kind.from_pipe(guarded)
+    assert not isinstance(made, GuardedPipeline)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kind.from_pipe(sdguard.unguard(guarded))
+
+
+def test_a_single_file_is_guarded_where_a_pipeline_says_what_it_is_of(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarded: Any = sdguard.guard(pipe, OBSERVE)
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", classmethod(lambda cls, path, **kwargs: pipe))
+    made = guarded.from_single_file("model.safetensors", guard=GuardConfig("block"))
+    assert isinstance(made, GuardedPipeline)
+    assert made.guard_config.mode == "block"
+    with pytest.raises(TypeError, match=r"sdguard.guard\(StableDiffusionPipeline.from_single_file"):
+        GuardedPipeline.from_single_file("model.safetensors")
+
+
+@pytest.mark.parametrize("config", ["observe", {"mode": "observe"}, GuardConfig, 0.01])
+def test_what_is_no_configuration_is_refused_at_once(config: Any, pipe: Any) -> None:
+    for make in (
+        lambda: sdguard.guard(pipe, config),
+        lambda: GuardedPipeline(pipe, config),
+        lambda: GuardedPipeline.from_pretrained("nowhere", guard=config),
+        lambda: sdguard.GuardedGuidance(modular("StableDiffusionXLModularPipeline", pipe.tokenizer), config),
+    ):
+        with pytest.raises(TypeError, match="is configured by a GuardConfig"):
+            make()
+
+
+@pytest.mark.parametrize(
+    "name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler", "IPNDMScheduler"]
+)
+def test_a_scheduler_whose_noise_levels_are_unknown_is_refused_before_any_run(name: str, pipe: Any) -> None:
+    guarded, known = sdguard.guard(pipe), pipe.scheduler
+    pipe.scheduler = getattr(diffusers, name)()
+    for refuse in (lambda: sdguard.guard(pipe), lambda: call(guarded)):
+        with pytest.raises(TypeError, match=f"{name} has no alphas_cumprod"):
+            refuse()
+    pipe.scheduler = type(known).from_config(known.config, prediction_type="score")
+    with pytest.raises(TypeError, match="prediction type 'score' is not known"):
+        sdguard.guard(pipe)
+
+
+def test_a_denoiser_that_is_no_module_is_refused(pipe: Any) -> None:
+    unet = pipe.unet
+    pipe.unet = lambda *args, **kwargs: unet(*args, **kwargs)
+    with pytest.raises(TypeError, match="is a function and no torch module"):
+        sdguard.guard(pipe)
+
+
+@pytest.mark.parametrize(
+    "field", [{"steering": "rewording"}, {"profile": 3}, {"rewriter": "gpt"}, {"on_call": [1]}, {"false_positive_rate": "0.01"}], ids=str
+)
+def test_a_field_of_another_kind_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"^{next(iter(field))} is "):
+        GuardConfig(**field)
+
+
+def test_a_call_chooses_no_guard(pipe: Any) -> None:
+    with pytest.raises(TypeError, match="A call takes no guard"):
+        call(sdguard.guard(pipe), guard=OBSERVE)
+
+
+@pytest.mark.usefixtures("_given_profile")
+def test_what_is_blocked_can_be_raised(pipe: Any) -> None:
+    guarded = sdguard.guard(pipe, GuardConfig("block", on_failure="raise", profile=profile_for(1e-9)))
+    with pytest.raises(MemorizationError, match=r"^Image 0: predicted to be memorized\.$"):
+        call(guarded)
+
+
+def test_a_profile_may_be_given_by_its_path() -> None:
+    assert GuardConfig(profile=Path("profile.json")).profile == Path("profile.json")
