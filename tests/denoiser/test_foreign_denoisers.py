@@ -94,7 +94,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
         threshold=0.5, max_skip_steps=3, retention_ratio=0.0, num_inference_steps=6, mag_ratios=torch.ones(6)
     ),
 }
-STEPS = {"num_inference_steps": 6}
+STEPS: dict[str, Any] = {"num_inference_steps": 6}
 
 
 def cached_flux(embedded: Any, cache: str | None) -> Any:

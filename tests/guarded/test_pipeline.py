@@ -231,7 +231,7 @@ def test_another_text_does_not_make_clean_what_another_noise_has_steered(
         return [Outcome(Correction({}, x=x), [{"method": "SAIL"}]) for x in flagged.observation.x]
 
     monkeypatch.setattr(run_module, "try_in_order", own_noise)
-    extra = {"callback_on_step_end": bring, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    extra: dict[str, Any] = {"callback_on_step_end": bring, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     output = call(sdguard.guard(tiny, GuardConfig(profile=profile)), **extra)
     assert output.guard[row].verdict == "withheld"
 

@@ -47,7 +47,7 @@ def test_a_call_says_what_it_takes(name: str, embedded: Any) -> None:
 def test_what_a_server_passes_on_arrives(pipe: Any) -> None:
     guarded = sdguard.guard(pipe, GuardConfig("observe", profile=profile_for(1e6)))
     request = {"num_inference_steps": 2, "height": 24, "queue": "fast"}
-    known = {name: value for name, value in request.items() if name in inspect.signature(guarded.__call__).parameters}
+    known: dict[str, Any] = {name: value for name, value in request.items() if name in inspect.signature(guarded.__call__).parameters}
     output = call(guarded, **known)
     assert output.images.shape == call(pipe, **known).images.shape
     assert len(output.guard[0].series["guidance_norm"]) == 2
