@@ -160,6 +160,15 @@ class Profile:
         """The alignment that ``share`` of ordinary prompts stay above: what a steered sample must reach."""
         return -quantile([-value for value in reversed(self.values["alignment"])], share)
 
+    def limits(self) -> dict[str, float]:
+        """What steered samples are held to, by name."""
+        return {
+            "detail": self.detail_limit(),
+            "recurrence": self.recurrence_limit(),
+            "agreement_with_uncorrected": self.agreement_limit(),
+            "alignment": self.alignment_limit(),
+        }
+
     def at(self, name: str, timestep: float) -> tuple[float, float]:
         """Mean and standard deviation of a signal of `SERIES` at ``timestep``, interpolated between the calls it was measured at."""
         order = np.argsort(self.timesteps)

@@ -27,7 +27,8 @@ class GuardReport:
         extra_evaluations: denoiser evaluations spent on this image beyond the pipeline's own; a gradient counts as one more.
         flagged_at: index of the denoiser call at which it was flagged; above 0 for a text condition that came later, or for steering that
             was withdrawn on the run.
-        steering: what was tried: ``attempts``, each with its ``method``, what it did and what verification found, and
+        steering: what was tried: ``attempts``, each with its ``method``, what it did, what verification found (None where it was not
+            asked any more) and what it ``failed`` on; the ``limits`` that was held to; and
             ``passed``, the one that passed or None; where one did, the highest values that the run and its picture have had:
             ``recurrence_on_the_run`` and ``recurrence_from_less_noise`` (see `sdguard.geometry.reference.recurrence`), and
             ``resemblance_on_the_run``, the correlation with the picture that was steered away from.
@@ -70,10 +71,17 @@ class GuardReport:
                 return f"Predicted to be memorized: {pull}; {'steering came back to it' if came_back else 'nothing was changed'}."
             case "steered":
                 how = (self.steering or {})["passed"]
-                lost = f" (without {', '.join(how['dropped'])})" if how.get("dropped") else ""
-                way = f"reworded to “{how['wording']}”{lost}" if how["method"] == "rewording" else f"steered by {how['method']}"
-                return f"Predicted to be memorized: {pull}; {way}, verified ahead and on the picture."
-        return f"Predicted to be memorized: {pull}; withheld."
+                way = "" if how["method"] == "rewording" else f"steered by {how['method']}"
+                if "share" in how:
+                    way += f", {how['share']:.0%} of the way to ordinary prompts"
+                if "wording" in how:
+                    lost = f" (without {', '.join(how['dropped'])})" if how.get("dropped") else ""
+                    way += f"{', ' if way else ''}reworded to “{how['wording']}”{lost}"
+                unasked = "" if how.get("alignment", 0.0) is not None else "; whether it shows what was asked for is not known"
+                return f"Predicted to be memorized: {pull}; {way}, verified ahead and on the picture{unasked}."
+        tried = len((self.steering or {}).get("attempts", []))
+        failed = f"{tried} correction{'s' * (tried > 1)} tried and none held; " if tried else ""
+        return f"Predicted to be memorized: {pull}; {failed}withheld."
 
     def to_json(self) -> str:
         """The report as a JSON object."""

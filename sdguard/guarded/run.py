@@ -51,7 +51,14 @@ def profile_of(pipe: Any, config: GuardConfig, adapter_scale: float | None = Non
 
 
 class MemorizationError(RuntimeError):
-    """With ``on_failure="raise"``: a sample could not be judged, or could not be steered away from a memorized picture."""
+    """With ``on_failure="raise"``: a sample could not be judged, or could not be steered away from a memorized picture.
+
+    ``reports`` has what is known of every image of the call.
+    """
+
+    def __init__(self, message: str, reports: Sequence[GuardReport] = ()) -> None:
+        super().__init__(message)
+        self.reports = list(reports)
 
 
 class GuardedRun:
@@ -249,7 +256,8 @@ class GuardedRun:
 
     def take(self, report: GuardReport, outcome: Outcome) -> None:
         """Put what steering has come to for an image into force, and into its report."""
-        report.steering = {**(report.steering or {}), **outcome.summary()}
+        assert self.profile is not None
+        report.steering = {**(report.steering or {}), **outcome.summary(), "limits": self.profile.limits()}
         if outcome.correction is not None:
             self.corrections[report.row] = outcome.correction
             report.verdict = "steered"
@@ -260,7 +268,7 @@ class GuardedRun:
             flagged, outcome = self.steering[row]
             report, at = self.reports[row], self.reports[row].flagged_at
             self.flag_again([row])
-            found = {name: value for name, value in (report.steering or {}).items() if name not in outcome.summary()}
+            found = {name: value for name, value in (report.steering or {}).items() if name not in ("limits", *outcome.summary())}
             outcome.attempts[-1].update(found)
             report.steering = outcome.summary()
             try:
@@ -380,7 +388,7 @@ class GuardedRun:
         if self.config.on_failure == "raise":
             unsteered = "no steering passed verification" if self.profile else "without a profile it cannot be steered"
             why = "predicted to be memorized" + (f", and {unsteered}" if self.config.mode == "steer" else "")
-            raise MemorizationError(f"Image {report.row}: {report.error or why}.")
+            raise MemorizationError(f"Image {report.row}: {report.error or why}.", self.reports)
         if self.config.mode == "block" or self.config.on_failure == "withhold":
             report.verdict = "withheld"
 

@@ -57,9 +57,17 @@ class Verification:
         """Not memorized and still on the prompt."""
         return self.aligned and not self.memorized
 
+    @property
+    def failed(self) -> str | None:
+        """The question that it did not pass, if any."""
+        if self.memorized:
+            return "detail" if math.isnan(self.recurrence) and math.isnan(self.agreement_with_uncorrected) else "recurrence or agreement"
+        return None if self.aligned else "alignment"
+
     def entry(self) -> dict[str, Any]:
         """For the report; what is not known is None."""
-        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
+        known = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
+        return {**known, "aligned": None if self.memorized else self.aligned, "failed": self.failed}
 
 
 def verify(flagged: SteeringInput, corrections: Sequence[Correction]) -> list[Verification]:

@@ -156,9 +156,9 @@ def rewritten(prompt: str, rewriter: Rewriter | None) -> list[str]:
         logger.exception("sdguard: the rewriter failed")
         return []
     texts = [offered] if isinstance(offered, str) else list(offered or ())
-    if junk := [text for text in texts if not (isinstance(text, str) and text.split())]:
+    if junk := [text for text in texts if not isinstance(text, str)]:
         logger.warning("sdguard: the rewriter offered %r, which is no text", junk[0])
-    return [text for text in texts if text not in junk]
+    return [text for text in texts if isinstance(text, str) and text.split()]
 
 
 def subject(prompt: str, kind: str) -> str:

@@ -327,9 +327,10 @@ def test_on_failure_pass_lets_the_unsteered_image_through(tiny: Any, profile_for
 def test_on_failure_raise_raises_and_leaves_the_pipeline_usable(tiny: Any, profile_for: MakeProfile) -> None:
     profile, row = flag_strongest(tiny, profile_for, agreement=-1.0)
     plain = call(tiny).images
-    with pytest.raises(MemorizationError, match=f"Image {row}"):
+    with pytest.raises(MemorizationError, match=f"Image {row}") as raised:
         call(sdguard.guard(tiny, GuardConfig(profile=profile, on_failure="raise")))
     assert np.array_equal(call(tiny).images, plain)
+    assert [report.row for report in raised.value.reports] == [0, 1, 2]
 
 
 def test_observe_changes_nothing(tiny: Any, profile_for: MakeProfile) -> None:

@@ -26,6 +26,9 @@ def test_the_reason_names_what_happened(verdict: str, says: str) -> None:
             {"method": "rewording", "wording": "a photo of a cat", "dropped": ["on", "mars"]},
             "“a photo of a cat” (without on, mars), verified",
         ),
+        ({"method": "neutral blend", "share": 0.7, "alignment": None}, "70% of the way to ordinary prompts, verified"),
+        ({"method": "neutral blend", "share": 0.7, "alignment": None}, "whether it shows what was asked for is not known."),
+        ({"method": "attractive-repulsive guidance", "wording": "a cat"}, "steered by attractive-repulsive guidance, reworded to “a cat”"),
         ({"method": "embedding descent"}, "steered by embedding descent, verified ahead and on the picture"),
     ],
 )
@@ -40,3 +43,10 @@ def test_the_reason_names_what_steered(passed: dict[str, str], says: str) -> Non
 
 def test_an_error_is_the_reason() -> None:
     assert GuardReport(None, 0, "withheld", error="out of memory").reason == "Could not be judged (out of memory); withheld."
+
+
+def test_a_withheld_image_says_what_was_tried() -> None:
+    steering = {"passed": None, "attempts": [{"method": "rewording"}, {"method": "neutral blend"}]}
+    report = GuardReport("a cat", 0, "withheld", score=3.0, threshold=2.5, p_value=0.001, steering=steering)
+    assert "2 corrections tried and none held; withheld" in report.reason
+    assert "tried" not in GuardReport("a cat", 0, "withheld", score=3.0, threshold=2.5, p_value=0.001).reason

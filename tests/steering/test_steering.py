@@ -396,6 +396,7 @@ def test_what_fails_one_question_is_asked_no_other(observe: Observe) -> None:
     assert (observation.evaluations - before).tolist()[0] == 1
     assert found[0].memorized
     assert math.isnan(found[0].recurrence)
+    assert [found[0].entry()[name] for name in ("failed", "aligned", "alignment")] == ["detail", None, None]
 
 
 def test_a_memorized_picture_no_method_escapes_is_never_called_steered(observe: Observe) -> None:
