@@ -22,9 +22,9 @@ NOISED_LOG_SNR, LESS_NOISED_LOG_SNR = -2.4, -1.66
 LEAST_RISE = 2.0
 
 
-def timestep_at(observation: Observation, wanted: float, highest: float | None = None) -> float:
-    """The timestep whose log-SNR is ``wanted``, to the whole number, by bisection below ``highest`` or the observation's own."""
-    low, high = 0.0, observation.timestep if highest is None else highest
+def timestep_at(observation: Observation, wanted: float) -> float:
+    """The timestep whose log-SNR is ``wanted``, to the whole number, by bisection below the observation's own."""
+    low, high = 0.0, observation.timestep
     while high - low > 0.5:
         middle = (low + high) / 2
         low, high = (middle, high) if observation.level_at(middle).log_snr > wanted else (low, middle)

@@ -43,7 +43,7 @@ class GuardConfig:
         rate_per: what the false-positive rate is of: ``"image"``, so that of several pictures of one ordinary prompt each may be flagged
             at it; or ``"prompt"``: the chance that any is, by Bonferroni's correction for the pictures that a call makes of a prompt.
         steering: names of the methods to be tried, in order (`sdguard.steering.METHODS`). By default the order the profile has
-            learnt, else rewording, then descent on the responsible tokens, then on the whole embedding.
+            learnt, else that of `sdguard.steering.fallback.DEFAULT`.
         rewriter: gives wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts that the profile has to be made of, which then goes before one that came with the
             model. By default any; where one is made, those that come with the model or with sdguard.

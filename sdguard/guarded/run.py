@@ -130,10 +130,10 @@ class GuardedRun:
         Nor is that steered whose picture was not asked: where the scheduler's last step was not taken, it is what the last call promises.
         """
         if self.steered and not self.ended and self.seen is not None:
-            here = self.corrected(self.seen, list(range(len(self.reports)))) if self.seen.level.log_snr >= LOOKS_LOG_SNR[-1] else None
-            if here is None:
+            if self.seen.level.log_snr < LOOKS_LOG_SNR[-1]:  # there is no outline yet that could be asked
                 self.flag_again(self.steered)
-            self.made(self.seen.x if here is None else denoised(here.x, here.prediction, here.level))
+            here = self.corrected(self.seen, list(range(len(self.reports))))
+            self.made(denoised(here.x, here.prediction, here.level))
         self.count()
         unseen = [report for report in self.reports if report.score is None and not report.error]
         if unseen:

@@ -13,10 +13,12 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-
-from spellchecker import SpellChecker
+from typing import TYPE_CHECKING
 
 from sdguard.words import bare
+
+if TYPE_CHECKING:
+    from spellchecker import SpellChecker
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,6 @@ DEPICTIONS = frozenset(
 #: a subject of more words than this, and without an article that would bind them, is tried by its first half too.
 LONG_SUBJECT = 3
 ARTICLES = frozenset(("a", "an", "the"))
-
 
 #: wordings of a prompt, the most faithful first: a language model, for one.
 Rewriter = Callable[[str], Sequence[str]]
@@ -63,7 +64,9 @@ class Wording:
 
 @functools.cache
 def word_list() -> SpellChecker:
-    """The English words."""
+    """The English words. They are read when something is reworded, and never on the clean path."""
+    from spellchecker import SpellChecker
+
     return SpellChecker(language="en", distance=1)
 
 
