@@ -3,6 +3,7 @@
 import typer
 
 from benchmarks import audit, cures, detection, development, leave_one_out, matrix, overhead, prompt_sets, report, settings, steering
+from benchmarks.zoo import commands as zoo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
 app.command("detection")(detection.main)
@@ -15,6 +16,7 @@ app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
+app.add_typer(zoo.app, name="zoo")
 app.command("report")(report.main)
 
 if __name__ == "__main__":
