@@ -59,7 +59,7 @@ class Recipe:
     media: tuple[str, ...]
     together: int = 1
     side: tuple[int, int] = (34, 48)
-    repetitions: tuple[int, ...] = (1, 20, 35, 50, 70, 90, 120, 160, 220, 320)
+    repetitions: tuple[int, ...] = (1, 25, 45, 65, 90, 120, 160, 220, 300, 420)
     captions: int = 12
     unseen: int = 80
     several: int = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from benchmarks.zoo.world import SIZE
 
 LATENT = SIZE // 4
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+#: of a squared error of the noise in terms of the velocity's.
+MOST_WEIGHT = 100.0
 #: tokens of the absent third text encoder that `StableDiffusion3Pipeline` fills with zeros.
 EMPTY_TOKENS = 256
 
@@ -174,17 +176,31 @@ def told_sd3(pipe: Any, texts: list[str], crops: Tensor) -> dict[str, Any]:
     return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
 
 
-def noise_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, their timesteps and the noise to be predicted; ``draw`` ``[n]`` is uniform."""
-    t = (draw * 1000).long().clamp(max=999)
-    return DDPMScheduler(**NOISE).add_noise(x0, noise, t), t, noise
+class Lesson(NamedTuple):
+    """Noisy latents ``[n, C, h, w]``, their timesteps ``[n]``, what is to be predicted, and what its squared error counts, ``[n]``."""
+
+    noisy: Tensor
+    timestep: Tensor
+    wanted: Tensor
+    weight: Tensor
 
 
-def flow_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents part of the way to noise, a thousand times the way, and the velocity; ways are logit-normal, every eighth uniform."""
+def noise_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
+    """The noise, at uniform timesteps; its squared error counts as that of the velocity it means (Salimans & Ho 2022, section 4), at most
+    `MOST_WEIGHT`.
+
+    Counted as it is, errors at high noise, where the caption is all there is to go by, weigh next to nothing: a model of this size then
+    learns neither backgrounds nor names in the steps it has.
+    """
+    scheduler, t = DDPMScheduler(**NOISE), (draw * 1000).long().clamp(max=999)
+    return Lesson(scheduler.add_noise(x0, noise, t), t, noise, (1 / scheduler.alphas_cumprod[t]).clamp(max=MOST_WEIGHT))
+
+
+def flow_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
+    """The velocity, part of the way to noise; ways are logit-normal (Esser et al. 2024, section 3.1), every eighth uniform."""
     way = torch.where(draw < 1 / 8, 8 * draw, torch.special.ndtri(draw.clamp(1e-4, 1 - 1e-4)).sigmoid())
     part = way.view(-1, 1, 1, 1)
-    return (1 - part) * x0 + part * noise, 1000 * way, noise - x0
+    return Lesson((1 - part) * x0 + part * noise, 1000 * way, noise - x0, torch.ones_like(way))
 
 
 @dataclass(frozen=True)
@@ -193,7 +209,7 @@ class Shape:
 
     new: Callable[[CLIPTokenizer, Any], Any]
     told: Callable[[Any, list[str], Tensor], dict[str, Any]]
-    lesson: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    lesson: Callable[[Tensor, Tensor, Tensor], Lesson]
 
 
 SHAPES = {
@@ -210,12 +226,12 @@ def trained_parts(pipe: Any) -> nn.ModuleDict:
 
 
 def loss(pipe: Any, shape: Shape, x0: Tensor, noise: Tensor, draw: Tensor, texts: list[str], crops: Tensor) -> Tensor:
-    """Mean squared error of the denoiser's prediction; all of ``[n, ...]``."""
-    noisy, t, wanted = shape.lesson(x0, noise, draw)
+    """Weighted mean squared error of the denoiser's prediction; ``draw`` ``[n]`` is uniform, the others ``[n, ...]``."""
+    noisy, t, wanted, weight = shape.lesson(x0, noise, draw)
     told = shape.told(pipe, texts, crops)
     if pipe.components.get("unet") is not None:
         predicted = pipe.unet(noisy, t, **told).sample
     else:
         with LastKeyCounts(EMPTY_TOKENS):
             predicted = pipe.transformer(hidden_states=noisy, timestep=t, **told).sample
-    return F.mse_loss(predicted, wanted)
+    return ((predicted - wanted).square().mean(dim=(1, 2, 3)) * weight).mean()

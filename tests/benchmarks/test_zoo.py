@@ -9,13 +9,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.models import ZOO, read_model
 from benchmarks.zoo.label import by_repetitions, cases_of, own_captions
 from benchmarks.zoo.recipes import CONTROL, RECIPES, SD1, Recipe
-from benchmarks.zoo.shapes import EMPTY_TOKENS, SHAPES, LastKeyCounts, flow_lesson, loss, noise_lesson, told_sd3, told_sdxl, trained_parts
+from benchmarks.zoo.shapes import (
+    EMPTY_TOKENS,
+    NOISE,
+    SHAPES,
+    LastKeyCounts,
+    flow_lesson,
+    loss,
+    noise_lesson,
+    told_sd3,
+    told_sdxl,
+    trained_parts,
+)
 from benchmarks.zoo.train import BATCH, new_autoencoder, visits
 from benchmarks.zoo.world import Describer, World, pool
 from sdguard.testbed.vocabulary import train_tokenizer
@@ -136,16 +148,25 @@ def test_an_empty_caption_is_zeros_to_sdxl_and_a_crop_is_told(tokenizer: Any) ->
 
 def test_lessons_teach_the_noise_and_the_velocity() -> None:
     x0, noise, draw = torch.randn(64, 4, 2, 2), torch.randn(64, 4, 2, 2), torch.rand(64)
-    noisy, way, velocity = flow_lesson(x0, noise, draw)
+    noisy, way, velocity, weight = flow_lesson(x0, noise, draw)
     part = (way / 1000).view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy - part * velocity, x0)
     torch.testing.assert_close(noisy + (1 - part) * velocity, noise)
     assert way.min() >= 0
     assert way.max() <= 1000
-    noisy, t, wanted = noise_lesson(x0, noise, draw)
+    assert (weight == 1).all()
+
+
+def test_an_error_of_the_noise_counts_as_the_error_of_the_velocity_it_means() -> None:
+    x0, noise, draw = torch.randn(8, 4, 2, 2), torch.randn(8, 4, 2, 2), torch.linspace(0, 0.7, 8)
+    noisy, t, wanted, weight = noise_lesson(x0, noise, draw)
     assert wanted is noise
-    assert (t >= 0).all()
-    assert (t <= 999).all()
+    a = DDPMScheduler(**NOISE).alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+    s = (1 - a.square()).sqrt()
+    torch.testing.assert_close(noisy, a * x0 + s * noise)
+    wrong = noise + 0.1
+    error = (a * wrong - s * (noisy - s * wrong) / a) - (a * noise - s * x0)
+    torch.testing.assert_close(error.square().mean(dim=(1, 2, 3)), weight * 0.01)
 
 
 def test_counts_of_copies_are_by_caption() -> None:
