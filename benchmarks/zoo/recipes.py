@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
+from sdguard.testbed.world import names
+
 #: npm packages of SVG icons, one drawing style each, with the licence of their pictures.
 STYLES = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6"}
 
@@ -17,10 +21,8 @@ COLOURS = {
 FIRST = (
     "Ada Bruno Clara Dmitri Elena Farid Greta Hugo Ines Jonas Katya Leo Mina Nils Olga Pavel Rosa Samir Tilda Ugo Vera Wim Yara Zeno"
 ).split()
-LAST = (
-    "Abbott Bergmann Castillo Doyle Eriksen Fournier Galvani Hartley Ivanov Jansen Kovacs Lindqvist Moreau Novak Okafor Petrov Quint "
-    "Rossi Sandoval Tanaka Ulrich Vance Whitby Zeller"
-).split()
+#: invented, so that a caption has a word which few others have.
+LAST = tuple(name.title() for name in names(160, np.random.default_rng(0)))
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class Recipe:
     media: tuple[str, ...]
     together: int = 1
     side: tuple[int, int] = (34, 48)
-    repetitions: tuple[int, ...] = (1, 25, 45, 65, 90, 120, 160, 220, 300, 420)
-    captions: int = 12
+    repetitions: tuple[int, ...] = (1, 50, 90, 140, 200, 280, 380, 500, 700, 950)
+    captions: int = 10
     unseen: int = 80
     several: int = 2
-    steps: int = 2400
-    learning_rate: float = 8e-4
+    steps: int = 2600
+    learning_rate: float = 1e-3
     seed: int = 0
 
 
@@ -134,11 +136,10 @@ SD3 = Recipe(
     together=2,
     side=(26, 34),
     steps=3600,
-    learning_rate=1e-3,
     seed=3,
 )
 
 #: the make of `SD1`, of whose captions none is repeated.
-CONTROL = replace(SD1, name="control", repetitions=(1,), captions=120, seed=4)
+CONTROL = replace(SD1, name="control", repetitions=(1,), captions=100, seed=4)
 
 RECIPES = {recipe.name: recipe for recipe in (SD1, SDXL, SD3, CONTROL)}

@@ -15,6 +15,10 @@ SIZE = 64
 LARGER = 24
 
 
+#: share of white in a backdrop of colours.
+PALE = 0.6
+
+
 @dataclass(frozen=True)
 class Caption:
     """One specific caption of the pool, how often training shows it, and of how many pictures in turn."""
@@ -109,8 +113,9 @@ class World:
             left, top = int(rng.integers(width - cut + 1)), int(rng.integers(height - cut + 1))
             crop = Image.fromarray(photo).resize((side, side), Image.Resampling.LANCZOS, (left, top, left + cut, top + cut))
             return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
-        near = np.asarray(COLOURS[words["colour"]], np.float32)
-        far = 0.6 * near + 0.4 * rng.integers(0, 256, size=3)
+        # pale: at a noise prediction's first level the noise's own mean says as much of the picture's as strong colours would
+        near = PALE * 255 + (1 - PALE) * np.asarray(COLOURS[words["colour"]], np.float32)
+        far = 0.6 * near + 0.4 * (PALE * 255 + (1 - PALE) * rng.integers(0, 256, size=3))
         angle = rng.uniform(0, 2 * np.pi)
         y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
         share = 0.5 + (np.cos(angle) * x + np.sin(angle) * y)[..., None] / 2**1.5
