@@ -1,6 +1,7 @@
 """The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``, ``audit``, ``demo``.
 
-Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
+Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld, or
+with --on-failure raise none delivered because of one.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdguard.cli.audit import app as audit
-from sdguard.cli.errors import one_sentence
+from sdguard.cli.errors import WITHHELD, one_sentence
 from sdguard.cli.profiles import app as profiles
 from sdguard.cli.progress import progress_bars
 from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.config import GuardConfig
 
-WITHHELD = 3
 SHOWN = 20
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")

@@ -94,6 +94,8 @@ class GuardConfig:
         for name in ("rewriter", "on_call"):
             if not (callable(getattr(self, name)) or getattr(self, name) is None):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be something to call.")
+        if self.steering is not None and not self.steering:
+            raise ValueError("steering is empty: leave it out for the profile's order, or use mode='block' to withhold what is flagged.")
         if unknown := [name for name in self.steering or () if name not in METHODS]:
             raise ValueError(f"steering has {unknown[0]!r}; there are {', '.join(METHODS)}.")
 

@@ -60,6 +60,14 @@ def test_json_goes_to_standard_output(tmp_path: Path) -> None:
     assert json.loads(result.stdout)[0]["prompt"] == "a cat"
 
 
+def test_what_is_raised_in_place_of_a_memorized_image_has_that_exit_code_too(tmp_path: Path, memorized: dict[str, Any]) -> None:
+    seed = str(memorized["copied_seeds"][0])
+    result = generate(memorized["text"], "--out", str(tmp_path), "--mode", "block", "--on-failure", "raise", "--seed", seed)
+    assert result.exit_code == 3
+    assert "\n" not in result.stderr.strip()
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_a_withheld_image_has_its_own_exit_code(tmp_path: Path, memorized: dict[str, Any]) -> None:
     result = generate(memorized["text"], "--out", str(tmp_path), "--mode", "block", "--seed", str(memorized["copied_seeds"][0]))
     assert result.exit_code == 3
