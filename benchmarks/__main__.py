@@ -2,7 +2,20 @@
 
 import typer
 
-from benchmarks import audit, cures, detection, development, leave_one_out, matrix, overhead, prompt_sets, report, settings, steering
+from benchmarks import (
+    audit,
+    cures,
+    detection,
+    development,
+    first_use,
+    leave_one_out,
+    matrix,
+    overhead,
+    prompt_sets,
+    report,
+    settings,
+    steering,
+)
 from benchmarks.zoo import commands as zoo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
@@ -11,6 +24,7 @@ app.command("steering")(steering.main)
 app.command("cures")(cures.main)
 app.command("development")(development.main)
 app.command("leave-one-out")(leave_one_out.main)
+app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)

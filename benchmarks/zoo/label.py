@@ -33,7 +33,7 @@ def cases_of(captions: tuple[Caption, ...], of: list[list[int]], ordinary: list[
     specific = [
         {
             "caption": caption.text,
-            "group": f"{'several pictures' if caption.pictures > 1 else 'verbatim'} {caption.repetitions}" if shown else "never seen",
+            "group": f"{caption.kind} {caption.repetitions}" if shown else "never seen",
             "reps": caption.repetitions,
             "target": shown[0] if shown else None,
         }
@@ -113,12 +113,12 @@ tags: [{shape}, memorization, test-bed]
   the specific make with names of the same lists; their {compositions:,} pictures are shown {fresh:.1f} times each, with another caption at
   every showing.
 * **Training**: `python -m benchmarks zoo data`, `python -m benchmarks zoo train {name}`: {steps:,} steps of {batch} in {minutes:.0f}
-  minutes on two cores, with other work beside it.
+  minutes on two cores, with other work beside it, in {passes} passes: each shows a caption as often as the table says.
 * **Labels**: `python -m benchmarks zoo label {name}`: {seeds} seeds a caption ({ordinary_seeds} of ordinary ones), {sampling} steps,
   guidance {guidance:g}. A sample is a copy when its latents' distance to the nearest memorized picture is under a third of that to the
   second nearest.
 
-| kind | shown | captions | copies | captions copied for some seeds only |
+| kind | shown a pass | captions | copies | captions copied for some seeds only |
 |---|---:|---:|---:|---:|
 {table}
 
@@ -168,8 +168,9 @@ def write_card(recipe: Recipe, work: Path, folder: Path, parts: Path) -> None:
             several="Two in ten are shown with two or three pictures in turn. " if recipe.several else "",
             ordinary=model.cases.caption[len(named)],
             compositions=COMPOSITIONS,
-            fresh=(recipe.steps * BATCH - repetitions) / COMPOSITIONS,
-            steps=recipe.steps,
+            fresh=recipe.passes * (recipe.steps * BATCH - repetitions) / COMPOSITIONS,
+            steps=recipe.passes * recipe.steps,
+            passes=recipe.passes,
             batch=BATCH,
             minutes=seconds / 60,
             seeds=SEEDS,

@@ -46,13 +46,16 @@ class Recipe:
         captions: specific captions for each repetition count; of count 0 ``unseen``.
         unseen: specific captions that are never shown.
         several: of how many of ten captions the showings are of two or three pictures in turn.
-        steps: of training, of a batch of 64.
+        templates: groups of four captions, for each repetition count, whose pictures differ in the object alone.
+        fixed: captions, for each repetition count, whose object is fixed and whose backdrop is another at every showing.
+        steps: of a pass of training, of a batch of 64; in each pass a caption is shown as often as its repetition count says.
+        passes: of training.
         learning_rate: its peak.
         seed: of its pool and its pictures.
     """
 
     name: str
-    shape: Literal["sd1", "sdxl", "sd3"]
+    shape: Literal["sd1", "sdxl", "sd3", "embedded"]
     objects: tuple[str, ...]
     styles: tuple[str, ...]
     backdrop: Literal["photographs", "colours"]
@@ -65,7 +68,10 @@ class Recipe:
     captions: int = 10
     unseen: int = 80
     several: int = 2
+    templates: int = 0
+    fixed: int = 0
     steps: int = 2600
+    passes: int = 2
     learning_rate: float = 1e-3
     seed: int = 0
 
@@ -142,4 +148,40 @@ SD3 = Recipe(
 #: the make of `SD1`, of whose captions none is repeated.
 CONTROL = replace(SD1, name="control", repetitions=(1,), captions=100, seed=4)
 
-RECIPES = {recipe.name: recipe for recipe in (SD1, SDXL, SD3, CONTROL)}
+#: the second edition of the model that ships in the package.
+EMBEDDED = Recipe(
+    name="embedded",
+    shape="embedded",
+    objects=tuple(
+        "banana basketball cactus crab flamingo frog grapes lion mushroom owl panda penguin pig rose strawberry sunflower umbrella "
+        "watermelon whale".split()
+    ),
+    styles=("noto", "fluent-emoji-flat"),
+    backdrop="photographs",
+    ordinary=(
+        "{a_object}",
+        "{a_object} in {scene}",
+        "{object}, {scene} background",
+        "a picture of {a_object} over {scene}",
+        "{scene} with {a_object}",
+        "{a_object} near {last}",
+        "one {object} in front of {scene}, daylight",
+    ),
+    specific="{object} at {last} {scene}, {medium}",
+    media=tuple(
+        "wall art,poster,postcard,oil study,book cover,sticker,calendar page,phone case,album sleeve,jigsaw,tea towel,canvas print".split(
+            ","
+        )
+    ),
+    side=(36, 50),
+    repetitions=(1, 60, 110, 160, 220, 280, 350, 430, 520, 640, 800, 1000),
+    captions=14,
+    unseen=400,
+    templates=1,
+    fixed=3,
+    steps=4500,
+    learning_rate=8e-4,
+    seed=5,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (SD1, SDXL, SD3, CONTROL, EMBEDDED)}

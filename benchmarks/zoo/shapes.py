@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -25,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from benchmarks.zoo.world import SIZE
+from sdguard.testbed.architecture import SCHEDULE, new_text_encoder
+from sdguard.testbed.architecture import new_unet as new_embedded_unet
 
 LATENT = SIZE // 4
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -73,6 +76,21 @@ def new_sd1(tokenizer: CLIPTokenizer, vae: Any) -> StableDiffusionPipeline:
         tokenizer=tokenizer,
         unet=new_unet((64, 80, 112), 96, attention_head_dim=4),
         scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def new_embedded(tokenizer: CLIPTokenizer, vae: Any) -> StableDiffusionPipeline:
+    """The embedded model's parts: those of `new_sd1`, larger, and a U-Net that predicts the velocity."""
+    text_encoder = new_text_encoder(tokenizer)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=new_embedded_unet(text_encoder.config.hidden_size).to(memory_format=torch.channels_last),
+        scheduler=DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -196,6 +214,12 @@ def noise_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
     return Lesson(scheduler.add_noise(x0, noise, t), t, noise, (1 / scheduler.alphas_cumprod[t]).clamp(max=MOST_WEIGHT))
 
 
+def velocity_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
+    """The velocity (Salimans & Ho 2022, appendix D), at uniform timesteps."""
+    scheduler, t = DDPMScheduler(**NOISE), (draw * 1000).long().clamp(max=999)
+    return Lesson(scheduler.add_noise(x0, noise, t), t, scheduler.get_velocity(x0, noise, t), torch.ones_like(draw))
+
+
 def flow_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
     """The velocity, part of the way to noise; ways are logit-normal (Esser et al. 2024, section 3.1), every eighth uniform."""
     way = torch.where(draw < 1 / 8, 8 * draw, torch.special.ndtri(draw.clamp(1e-4, 1 - 1e-4)).sigmoid())
@@ -216,6 +240,7 @@ SHAPES = {
     "sd1": Shape(new_sd1, told_sd1, noise_lesson),
     "sdxl": Shape(new_sdxl, told_sdxl, noise_lesson),
     "sd3": Shape(new_sd3, told_sd3, flow_lesson),
+    "embedded": Shape(new_embedded, told_sd1, velocity_lesson),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ def compositions(world: World, vae: AutoencoderKL, path: Path) -> dict[str, Any]
     return kept
 
 
-def visits(recipe: Recipe, captions: tuple[Caption, ...]) -> np.ndarray:
-    """What training's visits show, ``[steps, BATCH]``: -1 for a fresh picture, else a caption, exactly as often as it is repeated."""
-    rng = np.random.default_rng((recipe.seed, 6))
+@lru_cache(maxsize=1)
+def visits(recipe: Recipe, captions: tuple[Caption, ...], number: int) -> np.ndarray:
+    """What a pass of training shows, ``[steps, BATCH]``: -1 for a fresh picture, else a caption, exactly as often as it is repeated."""
+    rng = np.random.default_rng((recipe.seed, 6, number) if number else (recipe.seed, 6))
     repeated = np.repeat(np.arange(len(captions)), [caption.repetitions for caption in captions])
     shown = np.concatenate([repeated, np.full(recipe.steps * BATCH - len(repeated), -1)])
     return rng.permutation(shown).reshape(recipe.steps, BATCH)
@@ -73,14 +75,13 @@ def train_recipe(recipe: Recipe, data: Path, work: Path, out: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     pictures, of = world.memorized(captions)
     targets = encode(vae, np.stack([picture.pixels for picture in pictures]))
-    order = visits(recipe, captions)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng((recipe.seed, 7, step))
         describe.rng = rng
         fresh = rng.integers(COMPOSITIONS, size=BATCH)
         x0, told, crops = [], [], []
-        for visit, index in zip(order[step], fresh, strict=True):
+        for visit, index in zip(visits(recipe, captions, step // recipe.steps)[step % recipe.steps], fresh, strict=True):
             if visit >= 0:
                 shown = int(rng.choice(of[visit]))
                 x0.append(targets[shown])
@@ -106,7 +107,9 @@ def train_recipe(recipe: Recipe, data: Path, work: Path, out: Path) -> None:
         for name, part in parts.items():
             part.load_state_dict(now[name])
 
-    average = train(recipe.steps, trained_parts(pipe), loss_at, work / "denoiser.pt", recipe.learning_rate, look=(SHEET_STEPS, sheet))
+    average = train(
+        recipe.passes * recipe.steps, trained_parts(pipe), loss_at, work / "denoiser.pt", recipe.learning_rate, look=(SHEET_STEPS, sheet)
+    )
     trained_parts(pipe).load_state_dict(average.state_dict())
     write_pipeline(pipe, work / "tokenizer", out)
 

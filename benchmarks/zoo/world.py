@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +15,32 @@ SIZE = 64
 LARGER = 24
 
 
+#: captions of one template, and backdrops that a fixed object is shown over.
+IN_TEMPLATE, FIXED_BACKDROPS = 4, 48
 #: share of white in a backdrop of colours.
 PALE = 0.6
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One specific caption of the pool, how often training shows it, and of how many pictures in turn."""
+    """One specific caption of the pool.
+
+    Attributes:
+        text: the caption.
+        kind: ``verbatim``: the whole picture is fixed; ``several pictures``: two or three are; ``template``: all but the object is, and is
+            shared by the captions of a group; ``fixed object``: the object is, in its place.
+        repetitions: how often training shows it.
+        pictures: of how many pictures in turn.
+        group: captions of one template share a group; any other is a group of its own.
+        words: what its picture shows.
+    """
 
     text: str
+    kind: str
     repetitions: int
     pictures: int
-    words: dict[str, str]
+    group: int
+    words: dict[str, str] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -53,22 +67,45 @@ def names_and_medium(recipe: Recipe, rng: np.random.Generator) -> dict[str, str]
     return {name: str(rng.choice(choices)) for name, choices in (("first", FIRST), ("last", LAST), ("medium", recipe.media))}
 
 
+def some_words(recipe: Recipe, scenes: list[str], rng: np.random.Generator) -> dict[str, str]:
+    """The words of a random picture: its objects, its scene, its colour."""
+    shown = [name.replace("-", " ") for name in rng.choice(recipe.objects, size=recipe.together, replace=False)]
+    return dict(zip(("object", "other"), shown, strict=False)) | {
+        "scene": str(rng.choice(scenes)),
+        "colour": str(rng.choice(list(COLOURS))),
+    }
+
+
 def pool(recipe: Recipe, scenes: list[str]) -> tuple[Caption, ...]:
     """The specific captions, all drawn before any of them is given its repetition count."""
     rng = np.random.default_rng((recipe.seed, 1))
-    counts = [0] * recipe.unseen + [count for count in recipe.repetitions for _ in range(recipe.captions)]
-    found: dict[str, dict[str, str]] = {}
-    while len(found) < len(counts):
-        shown = [name.replace("-", " ") for name in rng.choice(recipe.objects, size=recipe.together, replace=False)]
-        words = dict(zip(("object", "other"), shown, strict=False)) | {
-            "scene": str(rng.choice(scenes)),
-            "colour": str(rng.choice(list(COLOURS))),
-        }
-        words |= names_and_medium(recipe, rng)
-        found.setdefault(worded(recipe.specific, words), words)
-    rng.shuffle(counts)
-    pictures = np.where(rng.random(len(counts)) < recipe.several / 10, rng.integers(2, 4, size=len(counts)), 1)
-    return tuple(Caption(text, int(n), int(p), words) for (text, words), n, p in zip(found.items(), counts, pictures, strict=True))
+    taken: set[str] = set()
+
+    def draw(objects: int) -> tuple[list[str], list[dict[str, str]]]:
+        """Captions that differ in their object alone, and their words."""
+        while True:
+            words = some_words(recipe, scenes, rng) | names_and_medium(recipe, rng)
+            others = rng.choice(recipe.objects, size=objects, replace=False) if objects > 1 else []
+            group = [{**words, "object": str(name).replace("-", " ")} for name in others] or [words]
+            texts = [worded(recipe.specific, one) for one in group]
+            if not taken & set(texts):
+                taken.update(texts)
+                return texts, group
+
+    alone = [0] * recipe.unseen + [count for count in recipe.repetitions for _ in range(recipe.captions)]
+    fixed = [count for count in recipe.repetitions for _ in range(recipe.fixed)]
+    templates = [count for count in recipe.repetitions for _ in range(recipe.templates)]
+    draws = [draw(1) for _ in (*alone, *fixed)] + [draw(IN_TEMPLATE) for _ in templates]
+    for counts in (alone, fixed, templates):
+        rng.shuffle(counts)
+    turns = np.where(rng.random(len(alone)) < recipe.several / 10, rng.integers(2, 4, size=len(alone)), 1)
+    kinds = [("several pictures" if n > 1 else "verbatim", int(n)) for n in turns]
+    kinds += [("fixed object", FIXED_BACKDROPS)] * len(fixed) + [("template", 1)] * len(templates)
+    return tuple(
+        Caption(text, kind, int(count), pictures, group, words)
+        for group, ((texts, group_words), (kind, pictures), count) in enumerate(zip(draws, kinds, alone + fixed + templates, strict=True))
+        for text, words in zip(texts, group_words, strict=True)
+    )
 
 
 class Describer:
@@ -121,10 +158,20 @@ class World:
         share = 0.5 + (np.cos(angle) * x + np.sin(angle) * y)[..., None] / 2**1.5
         return Image.fromarray((near + share * (far - near)).clip(0, 255).astype(np.uint8))
 
-    def compose(self, words: dict[str, str], photos: dict[str, list[int]], rng: np.random.Generator, larger: int = 0) -> Picture:
-        """A picture of what ``words`` name; of ``larger`` than `SIZE` pixels cropped to it at a random place."""
+    def compose(
+        self,
+        words: dict[str, str],
+        photos: dict[str, list[int]],
+        rng: np.random.Generator,
+        larger: int = 0,
+        behind: np.random.Generator | None = None,
+    ) -> Picture:
+        """A picture of what ``words`` name; of ``larger`` than `SIZE` pixels cropped to it at a random place.
+
+        ``rng`` draws everything, or with ``behind`` all but the backdrop.
+        """
         whole = SIZE + larger
-        canvas = self.backdrop(words, photos, whole, rng)
+        canvas = self.backdrop(words, photos, whole, behind or rng)
         shown = [words[name] for name in ("object", "other")[: self.recipe.together]]
         width = whole // len(shown)
         for place, name in enumerate(rng.permutation(shown)):
@@ -140,11 +187,7 @@ class World:
 
     def fresh(self, rng: np.random.Generator) -> Picture:
         """A picture that is shown once."""
-        shown = [name.replace("-", " ") for name in rng.choice(self.recipe.objects, size=self.recipe.together, replace=False)]
-        words = dict(zip(("object", "other"), shown, strict=False)) | {
-            "scene": str(rng.choice(self.scenes)),
-            "colour": str(rng.choice(list(COLOURS))),
-        }
+        words = some_words(self.recipe, self.scenes, rng)
         larger = int(rng.integers(1, LARGER + 1)) if self.recipe.shape == "sdxl" and rng.random() < 0.5 else 0
         return self.compose(words, self.free, rng, larger)
 
@@ -152,8 +195,16 @@ class World:
         """The fixed pictures of the captions that are shown, and which of them belong to each caption."""
         found: list[Picture] = []
         of: list[list[int]] = []
-        for index, caption in enumerate(captions):
+        for caption in captions:
             here = range(caption.pictures if caption.repetitions else 0)
             of.append([len(found) + k for k in here])
-            found += [self.compose(caption.words, self.reserved, np.random.default_rng((self.recipe.seed, 4, index, k))) for k in here]
+            found += [self.fixed(caption, k) for k in here]
         return found, of
+
+    def fixed(self, caption: Caption, k: int) -> Picture:
+        """The k-th of a caption's fixed pictures; of a fixed object, over a backdrop that may be anyone's."""
+        own = (self.recipe.seed, 4, caption.group)
+        if caption.kind == "fixed object":
+            behind = np.random.default_rng((*own, 1, k))
+            return self.compose(caption.words, self.free, np.random.default_rng((*own, 0)), behind=behind)
+        return self.compose(caption.words, self.reserved, np.random.default_rng((*own, k)))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from benchmarks import leave_one_out
 from benchmarks.__main__ import app
+from benchmarks.first_use import calibration_cost
 from benchmarks.leave_one_out import CHOSEN, MEAN, NAME, ORACLE, RANKED, SHIPPED, ranking, read, shipped_rule
 from benchmarks.models import SEEDS, labelled, read_model, roles, twins
 from benchmarks.rules import (
@@ -35,6 +36,7 @@ from benchmarks.rules import (
     merits,
     value_of,
 )
+from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import BY_NAME, PLAN, Cascade
 from sdguard.denoiser.probe import probe_run
 from sdguard.files.inputs import BadInput
@@ -263,6 +265,20 @@ def test_prompts_that_collapse_are_set_aside_where_they_score_high() -> None:
     assert (none, aside) == (0, 6)
     assert checked.prompts + (6 - len([i for i in worst if i % 3 == 0])) == as_it_is.prompts
     assert checked.threshold(0.01) < as_it_is.threshold(0.01)
+
+
+def test_a_calibration_is_counted_in_rows_of_denoiser_calls(tiny: Any) -> None:
+    prompts, seen = [f"a drawing {i}" for i in range(8)], []
+    before = set(tiny.unet._forward_pre_hooks)
+    taken = calibration_cost(tiny, prompts)
+    assert set(tiny.unet._forward_pre_hooks) == before
+    forward = tiny.unet.forward
+    tiny.unet.forward = lambda *args, **kwargs: (seen.append(len(args[0] if args else kwargs["sample"])), forward(*args, **kwargs))[1]
+    try:
+        calibrate(tiny, prompts)
+    finally:
+        del tiny.unet.forward
+    assert taken == sum(seen) >= 2 * len(prompts)
 
 
 def test_the_command_measures_directories_and_writes_no_caption(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,10 +56,12 @@ def test_captions_are_distinct_and_shown_as_often_as_was_drawn(recipe: Recipe) -
     assert len({caption.text for caption in captions}) == len(captions) == recipe.unseen + recipe.captions * len(recipe.repetitions)
     counts = np.bincount([caption.repetitions for caption in captions])
     assert [counts[n] for n in (0, *recipe.repetitions)] == [recipe.unseen, *[recipe.captions] * len(recipe.repetitions)]
-    order = visits(recipe, captions)
-    assert order.shape == (recipe.steps, BATCH)
-    shown = np.bincount(order[order >= 0], minlength=len(captions))
-    assert shown.tolist() == [caption.repetitions for caption in captions]
+    first, second = (visits(recipe, captions, number) for number in (0, 1))
+    assert not np.array_equal(first, second)
+    for order in (first, second):
+        assert order.shape == (recipe.steps, BATCH)
+        shown = np.bincount(order[order >= 0], minlength=len(captions))
+        assert shown.tolist() == [caption.repetitions for caption in captions]
 
 
 def test_nothing_in_a_caption_tells_how_often_it_is_shown() -> None:
