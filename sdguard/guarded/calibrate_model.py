@@ -84,6 +84,7 @@ def calibrate_model(
     device: str | None = None,
     lora: str | None = None,
     lora_scale: float = 1.0,
+    skip_empty: bool = False,
 ) -> Calibrated | None:
     """Calibrate a model (`load_pipeline`'s name) and keep the profile; a killed calibration goes on.
 
@@ -94,6 +95,7 @@ def calibrate_model(
         false_positive_rate: what the profile has to support.
         out: where the profile goes; None for the user's cache.
         progress: called with what is being done, how many prompts are done and how many there are.
+        skip_empty: leave out rows of these files without text, and have the log say how many.
         dtype, device, lora, lora_scale: as `load_for_calibration`; by default the weights' own precision, and the GPU where there is one.
 
     Returns:
@@ -106,7 +108,7 @@ def calibrate_model(
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     state = processes()
     pipe = load_for_calibration(model, device or state.device, dtype, lora, lora_scale)
-    chosen = list(prompts_by_row(prompts).values()) if prompts else ordinary_prompts(pipe)
+    chosen = list(prompts_by_row(prompts, skip_empty=skip_empty).values()) if prompts else ordinary_prompts(pipe)
     if count is not None:
         if count > len(chosen):
             raise BadInput(f"--n asks for {count} prompts, and there are {len(chosen)}.")
@@ -114,7 +116,7 @@ def calibrate_model(
     rate, (scored, needed) = false_positive_rate, scored_and_needed(len(chosen), false_positive_rate)
     if scored < needed:
         raise BadInput(f"A false-positive rate of {rate:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored.")
-    known = list(prompts_by_row(memorized).values()) if memorized else []
+    known = list(prompts_by_row(memorized, skip_empty=skip_empty).values()) if memorized else []
     own = identity(pipe)
     path = out or cache_path(own, chosen)
     if out:
