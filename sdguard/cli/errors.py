@@ -16,11 +16,12 @@ BAD_INPUT = 1
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Ends the command with what went wrong in one sentence and exit code 1; with ``SDGUARD_DEBUG`` set, with the traceback."""
+    from sdguard.files.atomic import CannotWrite
     from sdguard.guarded.run import MemorizationError
 
     try:
         yield
-    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError, CannotWrite) as error:
         if os.environ.get("SDGUARD_DEBUG"):
             raise
         Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)

@@ -70,8 +70,8 @@ def generate_command(
         ensure_writable(out)
         seeds = list(range(seed, seed + n))
         images, twins, rows = generate_guarded(pipe, prompts, seeds, compare, **default_setting(model, steps, guidance))
-    files = picture_files(images, twins)
-    save_pictures(out, files, rows)
+        files = picture_files(images, twins)
+        save_pictures(out, files, rows)
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
     else:
@@ -171,7 +171,7 @@ def explain_command(
         setting = default_setting(model, steps, guidance)
         found = explain(pipe, prompt, seed, **setting)
         picture = unguarded_picture(pipe, prompt, seed, **setting)
-    save_pictures(out, {"explain.png": explanation_sheet(picture, found)}, asdict(found), "explain.json")
+        save_pictures(out, {"explain.png": explanation_sheet(picture, found)}, asdict(found), "explain.json")
     table = Table("word", "norm that goes without it", "share of the gradient", title=f"guidance norm {found.guidance_norm:.3g}")
     strongest = max(1e-9, *found.left_out)
     for word, fall, share in zip(found.words, found.left_out, found.gradient, strict=True):

@@ -80,7 +80,8 @@ def read_csv(path: Path) -> pd.DataFrame:
     It is separated by what its header uses most outside quotes, or by what a first line ``sep=`` of a spreadsheet names.
 
     Raises:
-        ValueError: a header that is none, too long, or does not tell the separator, a row with more or fewer fields than it, or a quote out of place; with the line.
+        ValueError: a header that is none, too long, or does not tell the separator; a row with more or fewer fields than it, or a quote
+            out of place, with the line.
     """
     pd = import_pandas()
     with open_text(path) as file:
@@ -177,7 +178,7 @@ def json_object(number: int, line: str) -> dict[str, Any]:
 
 
 def read_parquet(path: Path) -> pd.DataFrame:
-    """A parquet file, indexed by row from 0 whatever index pandas had written into it, which is a column like the others if it has a name."""
+    """A parquet file, indexed by row from 0; an index that pandas wrote into it is a column like the others, if it has a name."""
     import_pandas()
     import pyarrow as pa
     from pyarrow import parquet

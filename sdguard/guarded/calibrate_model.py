@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from sdguard.decision.cache import alone, cache_folder, cache_path, keep_in_cache, name_of, why_unwritable
+from sdguard.decision.cache import alone, cache_folder, cache_path, cannot_be_written, keep_in_cache, name_of, told_of_cache, why_unwritable
 from sdguard.decision.calibration import calibrate, evenly, split
 from sdguard.decision.identity import identity
 from sdguard.decision.known_profiles import known_profile
@@ -122,8 +122,9 @@ def calibrate_model(
     if out:
         ensure_writable(path.parent)
     elif trouble := why_unwritable(path.parent):
-        raise BadInput(f"The cache {cache_folder()} cannot be written to ({trouble}): SDGUARD_CACHE names another folder, --out a file.")
+        raise BadInput(cannot_be_written(trouble))
     with ExitStack() as held:
+        held.enter_context(told_of_cache())
         if state.is_main_process:
             held.enter_context(alone(path))
         state.wait_for_everyone()
@@ -168,5 +169,6 @@ def calibrate_from_log(model: str, log: Path, *, memorized_share: float, false_p
     if out:
         profile.save(path)
     else:
-        keep_in_cache(profile, path)
+        with told_of_cache():
+            keep_in_cache(profile, path)
     return Calibrated(path, profile, found=False)
