@@ -2,7 +2,7 @@
 
 import typer
 
-from benchmarks import audit, cures, detection, development, leave_one_out, matrix, overhead, prompt_sets, report, settings, steering
+from benchmarks import audit, cures, detection, development, fuzz, leave_one_out, matrix, overhead, prompt_sets, report, settings, steering
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
 app.command("detection")(detection.main)
@@ -11,6 +11,7 @@ app.command("cures")(cures.main)
 app.command("development")(development.main)
 app.command("leave-one-out")(leave_one_out.main)
 app.command("settings")(settings.main)
+app.command("fuzz")(fuzz.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("prompt-sets")(prompt_sets.main)

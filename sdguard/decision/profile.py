@@ -43,7 +43,7 @@ def digest_of(prompts: Sequence[str]) -> str:
 
 def scores_needed(false_positive_rate: float) -> int:
     """How many scores of ordinary prompts a false-positive rate needs at least."""
-    return math.ceil(1 / false_positive_rate) - 1
+    return math.ceil(min(1 / false_positive_rate, sys.float_info.max)) - 1  # the smallest floats have no finite inverse
 
 
 @dataclass(frozen=True)
