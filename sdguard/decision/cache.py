@@ -152,7 +152,7 @@ def told_of_cache() -> Iterator[None]:
         raise
 
 
-def cannot_be_written(why: str) -> str:
+def cannot_be_written(why: str | None) -> str:
     """The sentence about a cache that cannot be written to."""
     return f"The cache {cache_folder()} cannot be written to ({why}): make room, or let SDGUARD_CACHE name another folder."
 

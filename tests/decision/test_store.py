@@ -271,7 +271,7 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_the_profile_is_not_lost(
 
 
 def test_a_disk_that_fills_up_during_a_calibration_is_one_sentence_and_what_was_measured_is_kept(
-    tiny: Any, made_of: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written, prompts = resumable.write_bytes, [f"a cat number {i}" for i in range(40)]
 
