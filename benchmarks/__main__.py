@@ -8,6 +8,7 @@ from benchmarks import (
     detection,
     development,
     first_use,
+    fuzz,
     leave_one_out,
     matrix,
     overhead,
@@ -26,6 +27,7 @@ app.command("development")(development.main)
 app.command("leave-one-out")(leave_one_out.main)
 app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
+app.command("fuzz")(fuzz.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("prompt-sets")(prompt_sets.main)

@@ -19,11 +19,12 @@ def one_sentence() -> Iterator[None]:
 
     The exit code is 3 where an image could not be delivered because it is memorized, else 1.
     """
+    from sdguard.files.atomic import CannotWrite
     from sdguard.guarded.run import MemorizationError
 
     try:
         yield
-    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError, CannotWrite) as error:
         if os.environ.get("SDGUARD_DEBUG"):
             raise
         Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
