@@ -138,6 +138,7 @@ class Observation:
         denoise: evaluates the captured call again.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image so far; shared by derived observations' rows.
         rows: ``[B]``, which rows of the run these are.
+        dtype: precision in which the denoiser takes a point: whatever is asked of it is rounded to that first.
         denoiser: the network itself, for signals that read features inside it.
         past_norms: ``[B, calls before this one]``, the guidance norm at each of them.
         rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
@@ -162,6 +163,7 @@ class Observation:
     evaluations: Tensor
     rows: Tensor
     denoiser: nn.Module | None = None
+    dtype: torch.dtype = torch.float32
     past_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
     rules: tuple[Rule | None, ...] = ()
     memo: dict[tuple[int, Hashable], Tensor] | None = None
@@ -256,6 +258,7 @@ class Observation:
 
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
+        x = self.as_taken(x)
         eps_c, eps_u = self.both_branches(x, timestep)
         norms = torch.cat([self.past_norms, self.guidance_norm[:, None].to(self.past_norms)], dim=1)
         level, step = self.level_at(timestep), self.step + 1
@@ -263,8 +266,13 @@ class Observation:
 
     def from_start(self, x: Tensor) -> Observation:
         """This very call from another ``x_t``. Cost: 2 evaluations per image."""
+        x = self.as_taken(x)
         eps_c, eps_u = self.both_branches(x, self.timestep)
         return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, memo={})
+
+    def as_taken(self, x: Tensor) -> Tensor:
+        """A point as the denoiser takes it, so that its noise is told from what the denoiser has seen."""
+        return x.to(self.dtype).to(x.dtype)
 
     def both_branches(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""

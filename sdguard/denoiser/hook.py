@@ -27,7 +27,7 @@ from sdguard.denoiser.calls import (
 )
 from sdguard.denoiser.families import denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
-from sdguard.denoiser.latents import condition_of, embeddings_of, pack_latents, unpack_latents, with_condition
+from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_latents, unpack_latents, with_condition
 from sdguard.denoiser.record import RunRecord
 from sdguard.denoiser.reference_call import (
     ReferenceCall,
@@ -223,6 +223,7 @@ class DenoiserHook(ModelHook):
             evaluations=record.evaluations,
             rows=rows,
             denoiser=module,
+            dtype=dtype_taken(call.kwargs[self.family.sample]),
             past_norms=record.past_norms,
             memo={},
             origin=record.origin,
