@@ -48,6 +48,15 @@ def prediction_type(scheduler: Any) -> str:
     return str(getattr(scheduler.config, "prediction_type", "epsilon"))
 
 
+def level_of_sigma(sigma: float, flow: bool) -> NoiseLevel:
+    """The noise level of a scheduler's ``sigma`` above 0: ``s / a``, or in flow matching s."""
+    if flow:
+        sigma = min(sigma, 1 - LEAST_SIGNAL)
+        return NoiseLevel(1 - sigma, sigma)
+    alpha = max(1 / (1 + sigma**2), LEAST_SIGNAL**2)
+    return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5)
+
+
 def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
     """The noise level a scheduler gives ``timestep``; log-SNR is interpolated between whole timesteps.
 
@@ -57,8 +66,7 @@ def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
         TypeError: the scheduler has neither ``alphas_cumprod`` nor flow-matching sigmas.
     """
     if is_flow(scheduler):
-        sigma = min(timestep / scheduler.config.num_train_timesteps, 1 - LEAST_SIGNAL)
-        return NoiseLevel(1 - sigma, sigma)
+        return level_of_sigma(timestep / scheduler.config.num_train_timesteps, flow=True)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"{type(scheduler).__name__} has no alphas_cumprod, so its noise levels are unknown to sdguard.")
     alphas = scheduler.alphas_cumprod
