@@ -48,6 +48,15 @@ def prediction_type(scheduler: Any) -> str:
     return str(getattr(scheduler.config, "prediction_type", "epsilon"))
 
 
+def level_of_sigma(sigma: float, flow: bool) -> NoiseLevel:
+    """The noise level of a scheduler's ``sigma`` above 0: ``s / a``, or in flow matching s."""
+    if flow:
+        sigma = min(sigma, 1 - LEAST_SIGNAL)
+        return NoiseLevel(1 - sigma, sigma)
+    alpha = max(1 / (1 + sigma**2), LEAST_SIGNAL**2)
+    return NoiseLevel(alpha**0.5, (1 - alpha) ** 0.5)
+
+
 def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
     """The noise level a scheduler gives ``timestep``; log-SNR is interpolated between whole timesteps.
 
@@ -57,8 +66,7 @@ def noise_level(scheduler: Any, timestep: float) -> NoiseLevel:
         TypeError: the scheduler has neither ``alphas_cumprod`` nor flow-matching sigmas.
     """
     if is_flow(scheduler):
-        sigma = min(timestep / scheduler.config.num_train_timesteps, 1 - LEAST_SIGNAL)
-        return NoiseLevel(1 - sigma, sigma)
+        return level_of_sigma(timestep / scheduler.config.num_train_timesteps, flow=True)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"{type(scheduler).__name__} has no alphas_cumprod, so its noise levels are unknown to sdguard.")
     alphas = scheduler.alphas_cumprod
@@ -138,6 +146,7 @@ class Observation:
         denoise: evaluates the captured call again.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image so far; shared by derived observations' rows.
         rows: ``[B]``, which rows of the run these are.
+        dtype: precision in which the denoiser takes a point: whatever is asked of it is rounded to that first.
         denoiser: the network itself, for signals that read features inside it.
         past_norms: ``[B, calls before this one]``, the guidance norm at each of them.
         rules: one entry a row, what takes guidance's place for it or None; empty where no row has one.
@@ -162,6 +171,7 @@ class Observation:
     evaluations: Tensor
     rows: Tensor
     denoiser: nn.Module | None = None
+    dtype: torch.dtype = torch.float32
     past_norms: Tensor = field(default_factory=lambda: torch.zeros(0))
     rules: tuple[Rule | None, ...] = ()
     memo: dict[tuple[int, Hashable], Tensor] | None = None
@@ -256,6 +266,7 @@ class Observation:
 
     def at(self, x: Tensor, timestep: float) -> Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
+        x = self.as_taken(x)
         eps_c, eps_u = self.both_branches(x, timestep)
         norms = torch.cat([self.past_norms, self.guidance_norm[:, None].to(self.past_norms)], dim=1)
         level, step = self.level_at(timestep), self.step + 1
@@ -263,8 +274,13 @@ class Observation:
 
     def from_start(self, x: Tensor) -> Observation:
         """This very call from another ``x_t``. Cost: 2 evaluations per image."""
+        x = self.as_taken(x)
         eps_c, eps_u = self.both_branches(x, self.timestep)
         return replace(self, x=x, eps_c=eps_c, eps_u=eps_u, memo={})
+
+    def as_taken(self, x: Tensor) -> Tensor:
+        """A point as the denoiser takes it, so that its noise is told from what the denoiser has seen."""
+        return x.to(self.dtype).to(x.dtype)
 
     def both_branches(self, x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """``(eps_c, eps_u)`` of the same rows and conditions elsewhere. Cost: 2 evaluations per image."""

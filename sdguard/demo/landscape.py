@@ -110,12 +110,16 @@ def plane(score: Callable[[Tensor], Tensor], centre: Tensor, flattest: Tensor, s
     return offsets.double().numpy(), along, across
 
 
-def slice_of(score: Score, centre: Tensor, scale: float, start: Tensor, iterations: int = FINE_ITERATIONS) -> Slice:
+def slice_of(
+    score: Score, centre: Tensor, scale: float, start: Tensor, iterations: int = FINE_ITERATIONS, dtype: torch.dtype = torch.float32
+) -> Slice:
     """The `Slice` of the density of ``score`` around ``centre`` ``[1, ...]`` at noise of standard deviation ``scale``.
+
+    ``dtype`` is the precision in which the network takes its input.
 
     Cost: ``2 * iterations + SIDE**2 + 4`` score evaluations.
     """
-    product = difference_product(score, centre)
+    product = difference_product(score, centre, dtype=dtype)
     sharpest, flattest = extreme_directions(product, start, iterations)
     offsets, along, across = plane(score, centre, flattest, sharpest, scale)
     heights, rest = potential(along, across, scale * float(offsets[1] - offsets[0]))
@@ -154,7 +158,7 @@ def finish(found: Landscape, last: Observation, emit: Emit) -> None:
     for done, timestep in enumerate(LEVELS):
         level, score = last.level_at(timestep), last.score("conditional", timestep)
         y = level.a * sample
-        estimate = trace(difference_product(score, y), [probe(y, draw) for draw in range(2)])
+        estimate = trace(difference_product(score, y, dtype=last.dtype), [probe(y, draw) for draw in range(2)])
         found.levels.append(timestep)
         for row, value in enumerate(flipd(score, estimate.value, y, level).tolist()):
             found.lid[row].append(value)
@@ -168,7 +172,7 @@ def finish(found: Landscape, last: Observation, emit: Emit) -> None:
             return here.select(torch.zeros(len(x), dtype=torch.long)).score("conditional", found.chosen)(x)
 
         centre = level.a * sample[row : row + 1]
-        found.slices.append(slice_of(score, centre, level.s, probe(centre)))
+        found.slices.append(slice_of(score, centre, level.s, probe(centre), dtype=last.dtype))
 
 
 def landscape(model: Model, prompts: list[str], setting: Setting, step: int, emit: Emit) -> None:

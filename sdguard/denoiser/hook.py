@@ -27,7 +27,7 @@ from sdguard.denoiser.calls import (
 )
 from sdguard.denoiser.families import denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
-from sdguard.denoiser.latents import condition_of, embeddings_of, pack_latents, unpack_latents, with_condition
+from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_latents, unpack_latents, with_condition
 from sdguard.denoiser.record import RunRecord
 from sdguard.denoiser.reference_call import (
     ReferenceCall,
@@ -155,11 +155,11 @@ class DenoiserHook(ModelHook):
 
     def begin_step(self, kwargs: dict[str, Any], images: int) -> None:
         """Note that a step of ``images`` images begins."""
-        sample, timestep = kwargs[self.family.sample], torch.as_tensor(kwargs["timestep"]).flatten()[0].cpu()
+        sample, timestep = kwargs[self.family.sample], kwargs["timestep"]
         if not self.record.timesteps:
             patch_rows = int(kwargs["img_ids"][..., 1].max()) + 1 if self.family.packed_latents else 0
             self.record.begin(self.pipe.scheduler, images, sample.dtype, patch_rows)
-        self.record.timesteps.append(timestep * self.family.timestep_scale)
+        self.record.note_timestep(lambda: float(torch.as_tensor(timestep).flatten()[0]) * self.family.timestep_scale)
         self.record.guidance_scales.append(self.guidance)
         self.record.note_embeddings(embeddings_of(kwargs, self.family), len(sample) - images)
 
@@ -211,7 +211,7 @@ class DenoiserHook(ModelHook):
         seen = Observation(
             step=record.step,
             timestep=timestep,
-            level=record.level_at(timestep),
+            level=record.levels[-1],
             x=x,
             eps_c=eps_c,
             eps_u=eps_u,
@@ -223,6 +223,7 @@ class DenoiserHook(ModelHook):
             evaluations=record.evaluations,
             rows=rows,
             denoiser=module,
+            dtype=dtype_taken(call.kwargs[self.family.sample]),
             past_norms=record.past_norms,
             memo={},
             origin=record.origin,

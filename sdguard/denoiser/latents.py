@@ -23,6 +23,12 @@ def unpack_latents(sample: Tensor, patch_rows: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
+def dtype_taken(sample: Tensor) -> torch.dtype:
+    """The precision in which a denoiser computes with its sample: the sample's own, or autocast's."""
+    device = sample.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sample.dtype
+
+
 def pack_latents(latents: Tensor, patch_rows: int) -> Tensor:
     """Latents as the denoiser takes them: the inverse of `unpack_latents`."""
     if not patch_rows:

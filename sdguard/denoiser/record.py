@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdguard.denoiser.schedulers import clone_scheduler
+from sdguard.denoiser.schedulers import ScheduledCall, clone_scheduler, next_call, scheduled_calls
 from sdguard.observation import NoiseLevel, Observation, noise_level
 
 
@@ -30,7 +31,8 @@ class RunRecord:
         patch_rows: height of the latents in patches where they travel as a sequence, else 0.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image.
         origin: the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
-        timesteps: of each call, the scheduler's.
+        timesteps: of each call, the scheduler's, on the CPU.
+        levels: of each call, the noise level.
         guidance_scales: of each call; a callback may change it in mid-run.
         norms: of each call, the guidance norm of every image, ``[B]``.
         first: the observation of the first call that was observed.
@@ -47,6 +49,7 @@ class RunRecord:
     evaluations: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     origin: Tensor | None = None
     timesteps: list[Tensor] = field(default_factory=list)
+    levels: list[NoiseLevel] = field(default_factory=list)
     guidance_scales: list[float] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     first: Observation | None = None
@@ -55,6 +58,9 @@ class RunRecord:
     half_made: bool = False
     new_condition: bool = False
     _embeddings: tuple[Tensor | None, ...] = ()
+    _schedule: list[ScheduledCall] = field(default_factory=list)
+    _listed: list[float] = field(default_factory=list)
+    _place: int = -1
     _levels: dict[float, NoiseLevel] = field(default_factory=dict)
 
     def begin(self, scheduler: Any, images: int, dtype: torch.dtype, patch_rows: int) -> None:
@@ -63,9 +69,33 @@ class RunRecord:
         self.dtype, self.patch_rows = dtype, patch_rows
         with torch.inference_mode(False):  # it is counted in that mode and outside of it
             self.evaluations = torch.zeros(images, dtype=torch.long)
-        # all at once: one by one, between calls of the network, each would take several times as long
-        self._levels = {t: noise_level(scheduler, t) for t in scheduler.timesteps.tolist()}
-        self.last_timestep = next(reversed(self._levels), None)
+        self._schedule = scheduled_calls(scheduler)
+        self._listed = [call.timestep.item() for call in self._schedule]
+        self._levels = {timestep: call.level for timestep, call in zip(self._listed, self._schedule, strict=True)}
+        self.last_timestep = self._listed[-1] if self._listed else None
+
+    def note_timestep(self, given: Callable[[], float]) -> None:
+        """Note the timestep and the noise level of the call under way, by the scheduler's own list, or as ``given`` beyond its end.
+
+        What is ``given`` to the denoiser lies on its device and may be rounded to its precision. It is asked for only where the scheduler
+        does not say how far it has come: at the first call, and after a timestep that its list repeats.
+        """
+        listed, counted = self._listed, next_call(self.scheduler)
+        if counted is not None:
+            self._place = counted
+        elif 0 <= self._place < len(listed) and listed.count(listed[self._place]) == 1:
+            self._place += 1
+        else:
+            asked = given()
+            self._place = min(range(len(listed)), key=lambda place: abs(listed[place] - asked))
+        if self._place < len(listed):
+            timestep, level = self._schedule[self._place]
+        else:
+            timestep = torch.tensor(given())
+            level = noise_level(self.scheduler, timestep.item())
+        self.timesteps.append(timestep)
+        self.levels.append(level)
+        self._levels[timestep.item()] = level  # of several calls at one rounded timestep, the one under way
 
     @property
     def images(self) -> int:
@@ -83,7 +113,7 @@ class RunRecord:
         return torch.stack(self.norms, 1) if self.norms else torch.zeros(self.images, 0)
 
     def level_at(self, timestep: float) -> NoiseLevel:
-        """The noise level of any timestep of the run's scheduler."""
+        """The noise level of any timestep of the run's scheduler; of one that is in its list, that of the latents at the call."""
         if timestep not in self._levels:
             self._levels[timestep] = noise_level(self.scheduler, timestep)
         return self._levels[timestep]

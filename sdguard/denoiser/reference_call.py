@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdguard.denoiser.bare import bare, uncompiled
 from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
-from sdguard.denoiser.latents import pack_latents, unpack_latents
+from sdguard.denoiser.latents import dtype_taken, pack_latents, unpack_latents
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.noise import independent_noise
 from sdguard.observation import NoiseLevel, Observation, is_flow, noise_level, prediction_type, to_noise
@@ -216,7 +216,8 @@ class ReferenceCall:
         Cost: 2 evaluations an image, counted.
         """
         rows, timestep = torch.arange(len(x)), reference_timestep(self.pipe.scheduler) if timestep is None else timestep
-        null = null.to(condition).expand_as(condition)
+        null, dtype = null.to(condition).expand_as(condition), dtype_taken(x.to(self.dtype))
+        x = x.to(dtype).to(x.dtype)  # what the denoiser is given
         both = self.denoise(torch.cat([x, x]), timestep, torch.cat([null, condition]), torch.cat([rows, rows]))
         eps_u, eps_c = both.chunk(2)
         evaluations += 2
@@ -235,6 +236,7 @@ class ReferenceCall:
             evaluations=evaluations,
             rows=rows,
             denoiser=denoiser_of(self.pipe),
+            dtype=dtype,
             memo={},
         )
 

@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sdguard.observation import NoiseLevel, is_flow, level_of_sigma, noise_level
+
+
+class ScheduledCall(NamedTuple):
+    """A call of the denoiser as a scheduler has planned it.
+
+    Attributes:
+        timestep: as it stands in the scheduler's list, a scalar on the CPU.
+        level: the noise level of the latents then.
+    """
+
+    timestep: Tensor
+    level: NoiseLevel
+
+
+def scheduled_calls(scheduler: Any) -> list[ScheduledCall]:
+    """The denoiser's calls of a run, one for each of a scheduler's timesteps.
+
+    Noise levels are those of the scheduler's own sigmas where it has them, since some round the timesteps that go with these: by 4% with
+    Karras sigmas, by a third with exponential ones. Schedulers that evaluate between their sigmas round nothing.
+    """
+    timesteps, flow = scheduler.timesteps.cpu(), is_flow(scheduler)
+    sigmas = getattr(scheduler, "sigmas", None)
+    known = sigmas is not None and len(sigmas) > len(timesteps) and not hasattr(scheduler, "sigmas_interpol")
+    of_calls = torch.as_tensor(sigmas)[: len(timesteps)].tolist() if known else [0.0] * len(timesteps)
+    # all at once: one by one, between calls of the network, each would take several times as long
+    return [
+        ScheduledCall(timestep, level_of_sigma(sigma, flow) if sigma > 0 else noise_level(scheduler, t))
+        for timestep, t, sigma in zip(timesteps.unbind(), timesteps.tolist(), of_calls, strict=True)
+    ]
+
+
+def next_call(scheduler: Any) -> int | None:
+    """Which of its timesteps a scheduler is at, from 0; None where it does not count them or has not begun."""
+    index = getattr(scheduler, "step_index", None)
+    return getattr(scheduler, "begin_index", None) if index is None else index
 
 
 def clone_scheduler(scheduler: Any) -> Any:

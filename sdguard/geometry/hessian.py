@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sdguard.geometry.displacement import displaced, step_in
 from sdguard.geometry.rowwise import dot, expand_like, norm
 from sdguard.observation import Observation
 
@@ -41,17 +42,25 @@ def exact_product(score: Score, x: Tensor) -> HessianProduct:
     return product
 
 
-def difference_product(score: Score, x: Tensor, known: Tensor | None = None, step: float = 4e-3) -> HessianProduct:
+def difference_product(
+    score: Score, x: Tensor, known: Tensor | None = None, step: float = 4e-3, dtype: torch.dtype = torch.float32
+) -> HessianProduct:
     """``v -> H v`` by a difference along ``v``; works with every attention kernel, in half precision, compiled.
 
-    The point moves by ``step`` times its own norm, whatever the length of ``v``. The difference is central, at 2 score evaluations
-    a product, or one-sided, at 1, where the score at ``x`` is ``known``.
+    The point moves by ``step`` times its own norm, whatever the length of ``v``, or further where the network takes its input in a
+    ``dtype`` that is too coarse for that; what is divided by is how far it has moved in that. The difference is central, at 2 score
+    evaluations a product, or one-sided, at 1, where the score at ``x`` is ``known``.
     """
+    step = step_in(dtype, step)
 
     def product(v: Tensor) -> Tensor:
         length = norm(v).clamp_min(1e-30)
         h = expand_like(step * norm(x).clamp_min(1e-30) / length, x)
-        return (score(x + h * v) - score(x - h * v)) / (2 * h) if known is None else (score(x + h * v) - known) / h
+        ahead, share = displaced(x, h * v, dtype)
+        if known is not None:
+            return (score(ahead) - known) / (share * h)
+        behind, share_back = displaced(x, -h * v, dtype)
+        return (score(ahead) - score(behind)) / ((share + share_back) * h)
 
     return product
 
@@ -59,7 +68,7 @@ def difference_product(score: Score, x: Tensor, known: Tensor | None = None, ste
 def branch_product(observation: Observation, branch: Literal["conditional", "unconditional"]) -> HessianProduct:
     """``v -> H v`` of one branch at the observation's own point, by one-sided differences. Cost: 1 evaluation a product."""
     eps = observation.eps_c if branch == "conditional" else observation.eps_u
-    return difference_product(observation.score(branch), observation.x, known=-eps / observation.level.s)
+    return difference_product(observation.score(branch), observation.x, known=-eps / observation.level.s, dtype=observation.dtype)
 
 
 class Estimate(NamedTuple):

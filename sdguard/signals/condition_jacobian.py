@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sdguard.geometry.displacement import displaced
 from sdguard.geometry.rowwise import norm
 from sdguard.observation import Observation
 from sdguard.signals.signal import Signal
@@ -16,9 +17,10 @@ def condition_jacobian(observation: Observation) -> Tensor:
     this takes the slope at the prompt. Cost: 1 evaluation. Blind to a memorization that holds over a whole
     neighbourhood of the prompt, where the slope is small.
     """
-    nearer = observation.condition - STEP * (observation.condition - observation.null_condition)
+    text, null = observation.condition.float(), observation.null_condition.float()
+    nearer, share = displaced(text, -STEP * (text - null), observation.dtype)
     observation.count_nfe(1)
-    return norm(observation.eps_c - observation.conditional(observation.x, observation.timestep, nearer)) / STEP
+    return norm(observation.eps_c - observation.conditional(observation.x, observation.timestep, nearer)) / (STEP * share.flatten())
 
 
 CONDITION_JACOBIAN = Signal("condition_jacobian", condition_jacobian, cost=1)

@@ -17,7 +17,7 @@ STEPS = 5
 def dimension(observation: Observation, y: Tensor, timestep: float, branch: Branch) -> Tensor:
     """FLIPD at ``y`` of one branch, ``[B]``, by a central difference with one probe. Cost: 3 evaluations, 6 guided."""
     score = observation.score(branch, timestep)
-    estimate = trace(difference_product(score, y), [probe(observation.x)])
+    estimate = trace(difference_product(score, y, dtype=observation.dtype), [probe(observation.x)])
     return flipd(score, estimate.value, y, observation.level_at(timestep))
 
 

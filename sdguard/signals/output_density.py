@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sdguard.geometry.displacement import displaced, step_in
 from sdguard.geometry.hessian import branch_product
 from sdguard.geometry.rollout import ROLLOUT_STEPS, probe, short_rollout
 from sdguard.geometry.rowwise import norm
@@ -34,8 +35,9 @@ def output_density_ahead(observation: Observation) -> Tensor:
     ``||g(x + hv) - g(x)||**2 / h**2``. The constant log density of ``x_T`` is left out. Cost: 18 evaluations, two short rollouts.
     Blind to a collapse in a few directions only.
     """
-    v, h = probe(observation.x), STEP
-    moved = norm(short_rollout(observation, observation.x + h * v) - short_rollout(observation)) / h
+    v, h = probe(observation.x), step_in(observation.dtype, STEP)
+    start, share = displaced(observation.x, h * v, observation.dtype)
+    moved = norm(short_rollout(observation, start) - short_rollout(observation)) / (h * share.flatten())
     return -(moved.square() / v[0].numel()).clamp_min(1e-30).log() / 2
 
 

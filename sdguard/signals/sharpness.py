@@ -18,7 +18,7 @@ def sharpness(observation: Observation) -> Tensor:
     mean of what is drawn and not its spread.
     """
     known = -observation.difference / observation.level.s
-    product = difference_product(observation.score("contrast"), observation.x, known, step=1 / 128)
+    product = difference_product(observation.score("contrast"), observation.x, known, step=1 / 128, dtype=observation.dtype)
     return norm(product(known)).square()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdguard.correction import Correction
 from sdguard.explain.attribution import norm_gradient, token_shares
+from sdguard.geometry.displacement import displaced, step_in
 from sdguard.geometry.rollout import probe
 from sdguard.geometry.rowwise import dot, norm
 from sdguard.observation import Observation
@@ -36,12 +37,13 @@ def lid_gradient(observation: Observation, condition: Tensor, step: float = 4e-3
     One probe, a one-sided difference of relative length ``step``. Cost: 4 evaluations.
     """
     v = probe(observation.x)
-    h = step * norm(observation.x).view(-1, 1, 1, 1) / norm(v).view(-1, 1, 1, 1)
+    h = step_in(observation.dtype, step) * norm(observation.x).view(-1, 1, 1, 1) / norm(v).view(-1, 1, 1, 1)
+    moved, share = displaced(observation.x, h * v, observation.dtype)
     with torch.enable_grad():
         condition = condition.detach().float().requires_grad_()
         eps = observation.conditional(observation.x, observation.timestep, condition)
-        ahead = observation.conditional(observation.x + h * v, observation.timestep, condition)
-        lost = observation.level.s * dot(v, (ahead - eps) / h)
+        ahead = observation.conditional(moved, observation.timestep, condition)
+        lost = observation.level.s * dot(v, (ahead - eps) / (share * h))
         (gradient,) = torch.autograd.grad(lost.sum(), condition)
     observation.count_nfe(4)
     return norm(eps.detach() - observation.eps_u), gradient

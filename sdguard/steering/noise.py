@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
+from sdguard.geometry.displacement import displaced, step_in
 from sdguard.geometry.rollout import independent_start
 from sdguard.geometry.rowwise import expand_like, norm
 from sdguard.observation import Observation
@@ -55,7 +56,8 @@ def sharpness(observation: Observation, x: Tensor) -> Tensor:
     Cost: 4 evaluations.
     """
     d = contrast(observation, x)
-    return norm(contrast(observation, x + along(d, x, LOOK)) - d).square()
+    moved, share = displaced(x, along(d, x, step_in(observation.dtype, LOOK)), observation.dtype)
+    return (norm(contrast(observation, moved) - d) / share.flatten()).square()
 
 
 def sail(flagged: SteeringInput) -> list[Correction | None]:
