@@ -10,6 +10,7 @@ from benchmarks import (
     first_use,
     fuzz,
     leave_one_out,
+    load,
     matrix,
     overhead,
     prompt_sets,
@@ -28,6 +29,7 @@ app.command("leave-one-out")(leave_one_out.main)
 app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
 app.command("fuzz")(fuzz.main)
+app.command("load")(load.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("prompt-sets")(prompt_sets.main)
