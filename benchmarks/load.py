@@ -1,8 +1,9 @@
 """The demo's server under load: ``python -m benchmarks load`` asks it as many clients at once would, and looks at its memory.
 
-The app runs in a process of its own on the embedded model. *Mixed up?* Each of ``--clients`` clients, all at once, asks for prompts and seeds of
-its own; every answer has to be what the same request gave alone. *Memory*: ``--requests`` requests in all; the app's resident memory is read
-after each tenth of them. *Fair?* Latencies by client. Writes ``results/load.json``; ends with exit code 1 if an answer was another's.
+The app runs in a process of its own on the embedded model. *Mixed up?* Each of ``--clients`` clients, all at once, asks for prompts and
+seeds of its own; every answer has to be what the same request gave alone. *Memory*: ``--requests`` requests in all; the app's resident
+memory is read after each tenth of them. *Fair?* Latencies by client. Writes ``results/load.json``; ends with exit code 1 if an answer was
+another's.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def measure(clients: int, count: int, bar: Progress) -> dict[str, Any]:
             for part in range(rounds):
                 each = count * (part + 1) // rounds - count * part // rounds
                 shares = [each * (k + 1) // clients - each * k // clients for k in range(clients)]
-                found = pool.map(lambda k: one_client(address, k, shares[k], asked, alone), range(clients))
-                for taken, bad in found:
+                waiting = [pool.submit(one_client, address, k, share, asked, alone) for k, share in enumerate(shares)]
+                for taken, bad in (client.result() for client in waiting):
                     seconds.append(taken)
                     wrong += bad
                 memory.append(resident(pid))
