@@ -427,14 +427,26 @@ def summary(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"kind": kind, "cases": count.total(), **{outcome: count[outcome] for outcome in outcomes}} for kind, count in counts.items()]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block nothing is logged of what is passed over."""
+    logger = logging.getLogger("sdguard")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def main(
     count: Annotated[int, typer.Option(min=1, help="How many cases.")] = 10_000,
     first: Annotated[int, typer.Option(min=0, help="The number of the first one.")] = 0,
     out: Annotated[Path, typer.Option(help="Where fuzz.json goes.")] = Path(__file__).parent / "results",
 ) -> None:
     """Try hostile files and arguments."""
-    logging.getLogger("sdguard").setLevel(logging.ERROR)  # of what is passed over
-    cases = [run_case(number) for number in range(first, first + count)]
+    with quiet():
+        cases = [run_case(number) for number in range(first, first + count)]
     rows, bad = summary(cases), [case for case in cases if case["outcome"] in BAD]
     written = {"first": first, "count": count, "rows": rows, "bad": bad, "versions": versions()}
     write_text(out / f"{NAME}.json", json.dumps(written, indent=1) + "\n")
