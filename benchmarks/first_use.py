@@ -48,7 +48,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the results go.")] = Path
     """Count what the first use of each model costs."""
     with one_sentence():
         models = [*(read_model(folder) for folder in development_models()), embedded_model()]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for model in models:
             prompts = evenly(ordinary_prompts(model.pipe), FIRST_USE_PROMPTS)
             rows.append({"model": model.name, "prompts": len(prompts), "evaluations": calibration_cost(model.pipe, prompts)})

@@ -85,8 +85,10 @@ def pool(recipe: Recipe, scenes: list[str]) -> tuple[Caption, ...]:
         """Captions that differ in their object alone, and their words."""
         while True:
             words = some_words(recipe, scenes, rng) | names_and_medium(recipe, rng)
-            others = rng.choice(recipe.objects, size=objects, replace=False) if objects > 1 else []
-            group = [{**words, "object": str(name).replace("-", " ")} for name in others] or [words]
+            group = [words]
+            if objects > 1:
+                others = rng.choice(recipe.objects, size=objects, replace=False)
+                group = [{**words, "object": str(name).replace("-", " ")} for name in others]
             texts = [worded(recipe.specific, one) for one in group]
             if not taken & set(texts):
                 taken.update(texts)

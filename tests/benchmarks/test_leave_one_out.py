@@ -268,12 +268,18 @@ def test_prompts_that_collapse_are_set_aside_where_they_score_high() -> None:
 
 
 def test_a_calibration_is_counted_in_rows_of_denoiser_calls(tiny: Any) -> None:
-    prompts, seen = [f"a drawing {i}" for i in range(8)], []
+    seen: list[int] = []
+    prompts = [f"a drawing {i}" for i in range(8)]
     before = set(tiny.unet._forward_pre_hooks)
     taken = calibration_cost(tiny, prompts)
     assert set(tiny.unet._forward_pre_hooks) == before
     forward = tiny.unet.forward
-    tiny.unet.forward = lambda *args, **kwargs: (seen.append(len(args[0] if args else kwargs["sample"])), forward(*args, **kwargs))[1]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(len(args[0] if args else kwargs["sample"]))
+        return forward(*args, **kwargs)
+
+    tiny.unet.forward = counted
     try:
         calibrate(tiny, prompts)
     finally:
