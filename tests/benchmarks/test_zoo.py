@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.models import ZOO, read_model
 from benchmarks.zoo.label import by_repetitions, cases_of, own_captions
-from benchmarks.zoo.recipes import CONTROL, LAST, RECIPES, SD1, Recipe
+from benchmarks.zoo.recipes import CONTROL, EMBEDDED, LAST, RECIPES, SD1, Recipe
 from benchmarks.zoo.shapes import (
     EMPTY_TOKENS,
     NOISE,
@@ -29,7 +29,7 @@ from benchmarks.zoo.shapes import (
     trained_parts,
 )
 from benchmarks.zoo.train import BATCH, new_autoencoder, visits
-from benchmarks.zoo.world import Describer, World, pool
+from benchmarks.zoo.world import FIXED_BACKDROPS, IN_TEMPLATE, Describer, World, pool
 from sdguard.testbed.vocabulary import train_tokenizer
 
 SCENES = ["city", "fields", "sea"]
@@ -41,6 +41,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("zoo") / "pictures.npz"
     wanted = {f"{style}/{name}" for recipe in RECIPES.values() for style in recipe.styles for name in recipe.objects}
     arrays: dict[str, Any] = {name: rng.integers(0, 256, (96, 96, 4), np.uint8) for name in sorted(wanted)}
+    for name in wanted:
+        arrays[name][..., 3] = 255
     np.savez(path, photos=rng.integers(0, 256, (12, 180, 360, 3), np.uint8), scenes=np.array(SCENES * 4), **arrays)
     return path
 
@@ -53,9 +55,10 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 
 def test_captions_are_distinct_and_shown_as_often_as_was_drawn(recipe: Recipe) -> None:
     captions = pool(recipe, SCENES)
-    assert len({caption.text for caption in captions}) == len(captions) == recipe.unseen + recipe.captions * len(recipe.repetitions)
+    each = recipe.captions + recipe.fixed + IN_TEMPLATE * recipe.templates
+    assert len({caption.text for caption in captions}) == len(captions) == recipe.unseen + each * len(recipe.repetitions)
     counts = np.bincount([caption.repetitions for caption in captions])
-    assert [counts[n] for n in (0, *recipe.repetitions)] == [recipe.unseen, *[recipe.captions] * len(recipe.repetitions)]
+    assert [counts[n] for n in (0, *recipe.repetitions)] == [recipe.unseen, *[each] * len(recipe.repetitions)]
     first, second = (visits(recipe, captions, number) for number in (0, 1))
     assert not np.array_equal(first, second)
     for order in (first, second):
@@ -101,6 +104,23 @@ def test_memorized_pictures_are_the_same_at_every_making_and_each_caption_has_it
     cases = cases_of(captions, of, ["a dog"])
     assert {case["target"] is None for case in cases if not case["reps"]} == {True}
     assert [case["group"] for case in cases][-1] == "ordinary"
+
+
+def test_a_template_varies_in_its_object_and_a_fixed_object_in_its_backdrop(data: Path) -> None:
+    """Made-up icons are opaque: what differs is where they lie, and nowhere else."""
+    world = World(EMBEDDED, data)
+    captions = pool(EMBEDDED, world.scenes)
+    template = next([c for c in captions if c.group == first.group] for first in captions if first.kind == "template" and first.repetitions)
+    pictures = np.stack([world.fixed(caption, 0).pixels for caption in template])
+    differs = (pictures != pictures[0]).any(axis=(0, 3))
+    assert len(template) == IN_TEMPLATE
+    assert len({caption.words["object"] for caption in template}) == IN_TEMPLATE
+    assert 0.2 < differs.mean() < 0.7
+    fixed = next(caption for caption in captions if caption.kind == "fixed object")
+    one, other = (world.fixed(fixed, k).pixels for k in (0, 1))
+    same = (one == other).all(axis=2)
+    assert fixed.pictures == FIXED_BACKDROPS
+    assert 0.2 < same.mean() < 0.7
 
 
 @pytest.fixture(scope="module")

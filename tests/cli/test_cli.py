@@ -65,7 +65,8 @@ def test_what_is_raised_in_place_of_a_memorized_image_has_that_exit_code_too(tmp
     seed = str(memorized["copied_seeds"][0])
     result = generate(memorized["text"], "--out", str(tmp_path), "--mode", "block", "--on-failure", "raise", "--seed", seed)
     assert result.exit_code == 3
-    assert "\n" not in result.stderr.strip()
+    assert result.stderr.splitlines()[-1] == "Image 0: predicted to be memorized."
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "report.json").exists()
 
 
