@@ -196,26 +196,18 @@ def endpoint(model: Model) -> None:
         false_positive_rate: float = 0.01,
         mode: str = "steer",
         steering: list[str] | None = None,
-    ) -> Iterator[dict[str, Any] | None]:
-        """Run a prompt without and with the guard: ``reports``, and the pictures ``unguarded`` and ``guarded`` as PNG in base64.
-
-        Until then nothing, again and again: between two of these the run can be ended, as it is when its client leaves.
-        """
+    ) -> dict[str, Any]:
+        """Run a prompt without and with the guard: ``reports``, and the pictures ``unguarded`` and ``guarded`` as PNG in base64."""
         asked = Setting(prompt, seed, steps, guidance, images, false_positive_rate, mode, tuple(steering or ()))
         try:
             asked = asked.checked(model)
             if profile_known(model, None) is None:
                 raise BadInput("No profile is known for this model: run 'sdguard calibrate' for it first.")
-            events: list[Comparison] = []
-            for event in streamed(lambda emit: compare(model, asked, None, emit)):
-                if event is None:
-                    yield None
-                else:
-                    events[:] = [event]
+            events = [event for event in streamed(lambda emit: compare(model, asked, None, emit)) if event is not None]
         except (ValueError, TypeError, MemorizationError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         found: Comparison = events[-1]
-        yield {
+        return {
             "reports": [vars(report) for report in found.reports],
             "unguarded": [png(image) for image in found.unguarded.images],
             "guarded": [png(image) for image in found.guarded.images],

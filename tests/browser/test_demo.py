@@ -416,25 +416,6 @@ def test_the_api_gives_reports_and_obeys_the_same_limits(address: str, embedded:
             client.predict(**wrong, api_name="/generate")
 
 
-def test_a_run_ends_when_its_client_leaves(address: str) -> None:
-    client = Client(address, verbose=False)
-    long = {"prompt": ORDINARY, "images": 4, "steps": 100}
-    began = time.monotonic()
-    client.predict(**long, api_name="/generate")
-    whole = time.monotonic() - began
-    config = json.load(urllib.request.urlopen(f"{address}/config", timeout=10))
-    generate = next(d["id"] for d in config["dependencies"] if d["api_name"] == "generate")
-    body = {"data": [ORDINARY, 0, 4, 100, testbed.GUIDANCE_SCALE, 0.01, "steer", None], "fn_index": generate, "session_hash": "hasty"}
-    began = time.monotonic()
-    request = urllib.request.Request(f"{address}/gradio_api/queue/join", json.dumps(body).encode(), {"content-type": "application/json"})
-    urllib.request.urlopen(request, timeout=10).close()
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=hasty", timeout=30) as stream:
-        while b"process_starts" not in stream.readline():
-            pass
-    client.predict(ORDINARY, api_name="/generate")
-    assert time.monotonic() - began < whole / 2
-
-
 def test_no_file_outside_the_app_can_be_read(address: str, page: Page) -> None:
     root = Path(__file__).parents[2]
     paths = (
