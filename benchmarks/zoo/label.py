@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from benchmarks.models import ORDINARY_SEEDS, SAME_PICTURE, SEEDS, Model, encoded, pictures, read_model, unpacked
 from benchmarks.zoo.recipes import Recipe
@@ -18,7 +17,7 @@ from benchmarks.zoo.train import BATCH, COMPOSITIONS, new_autoencoder
 from benchmarks.zoo.world import Caption, Describer, World, pool
 from sdguard.files.atomic import atomic_write, write_text
 from sdguard.testbed.copies import decode
-from sdguard.testbed.label import caption_only_auc
+from sdguard.testbed.label import caption_only_auc, sheet
 
 ORDINARY_CASES, ORDINARY = 60, 400
 #: how many of ten of a model's own ordinary captions are of the specific make.
@@ -81,10 +80,8 @@ def draw_sheets(model: Model, drawn: pd.DataFrame) -> None:
     vae, scale = model.pipe.vae, model.pipe.vae.config.scaling_factor
     latents = unpacked(drawn.latents, model.targets) / scale
 
-    def rows(path: str, tensors: list[torch.Tensor]) -> None:
-        grid = np.concatenate([np.concatenate(list(decode(vae, some)), axis=1) for some in tensors])
-        image = Image.fromarray(grid)
-        image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC).save(model.folder / path, optimize=True)
+    def rows(name: str, tensors: list[torch.Tensor]) -> None:
+        sheet([list(decode(vae, some)) for some in tensors], model.folder / name)
 
     ordinary = np.flatnonzero(drawn.role == "ordinary")[::2][:24]
     rows("ordinary.png", [latents[ordinary[i : i + 8]] for i in (0, 8, 16)])
@@ -145,7 +142,6 @@ def write_card(recipe: Recipe, work: Path, folder: Path, parts: Path) -> None:
     auc = f"{caption_only_auc(named.caption, repeated.to_numpy(), np.arange(len(named))):.2f}" if repeated.any() else "not defined"
     seconds = float(list(csv.reader((work / "denoiser.csv").open()))[-1][1])
     lines = [f"| {r.kind} | {r.reps} | {r.captions} | {r.copies:.1%} | {r.partial} |" for r in by_repetitions(drawn).itertuples()]
-    repetitions = sum(recipe.captions * count for count in recipe.repetitions)
     write_text(
         folder / "README.md",
         CARD.format(
@@ -168,7 +164,7 @@ def write_card(recipe: Recipe, work: Path, folder: Path, parts: Path) -> None:
             several="Two in ten are shown with two or three pictures in turn. " if recipe.several else "",
             ordinary=model.cases.caption[len(named)],
             compositions=COMPOSITIONS,
-            fresh=recipe.passes * (recipe.steps * BATCH - repetitions) / COMPOSITIONS,
+            fresh=recipe.passes * (recipe.steps * BATCH - named.reps.sum()) / COMPOSITIONS,
             steps=recipe.passes * recipe.steps,
             passes=recipe.passes,
             batch=BATCH,

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdguard.testbed.world import names
 
-#: npm packages of SVG icons, one drawing style each, with the licence of their pictures.
+#: npm packages of SVG icons, one drawing style each, with their versions.
 STYLES = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6"}
 
 COLOURS = {

@@ -30,7 +30,8 @@ from sdguard.testbed.architecture import SCHEDULE, new_text_encoder
 from sdguard.testbed.architecture import new_unet as new_embedded_unet
 
 LATENT = SIZE // 4
-NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+#: Stable Diffusion's noise schedule, whatever is predicted.
+NOISE = {name: value for name, value in SCHEDULE.items() if name != "prediction_type"}
 #: of a squared error of the noise in terms of the velocity's.
 MOST_WEIGHT = 100.0
 #: tokens of the absent third text encoder that `StableDiffusion3Pipeline` fills with zeros.

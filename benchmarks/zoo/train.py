@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from rich.progress import track
 from torch import nn
 
@@ -19,8 +16,8 @@ from benchmarks.zoo.recipes import Recipe
 from benchmarks.zoo.shapes import SHAPES, loss, trained_parts
 from benchmarks.zoo.world import Caption, Describer, World, pool
 from sdguard import testbed
-from sdguard.files.atomic import write_text
-from sdguard.testbed.train import encode
+from sdguard.testbed.label import sheet
+from sdguard.testbed.train import encode, tidy
 from sdguard.testbed.training import train
 from sdguard.testbed.vocabulary import train_tokenizer
 
@@ -99,7 +96,7 @@ def train_recipe(recipe: Recipe, data: Path, work: Path, out: Path) -> None:
     examples = [describe(words, specific=0.0) for words in kept["words"][:16]]
     most = sorted(captions, key=lambda caption: -caption.repetitions)[:16]
 
-    def sheet(step: int, average: nn.Module) -> None:
+    def look(step: int, average: nn.Module) -> None:
         parts = trained_parts(pipe)
         now = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
         parts.load_state_dict(average.state_dict())
@@ -108,7 +105,7 @@ def train_recipe(recipe: Recipe, data: Path, work: Path, out: Path) -> None:
             part.load_state_dict(now[name])
 
     average = train(
-        recipe.passes * recipe.steps, trained_parts(pipe), loss_at, work / "denoiser.pt", recipe.learning_rate, look=(SHEET_STEPS, sheet)
+        recipe.passes * recipe.steps, trained_parts(pipe), loss_at, work / "denoiser.pt", recipe.learning_rate, look=(SHEET_STEPS, look)
     )
     trained_parts(pipe).load_state_dict(average.state_dict())
     write_pipeline(pipe, work / "tokenizer", out)
@@ -117,9 +114,7 @@ def train_recipe(recipe: Recipe, data: Path, work: Path, out: Path) -> None:
 def draw_sheet(pipe: Any, texts: list[str], path: Path, steps: int = 20) -> None:
     """A sheet of samples, eight a row."""
     images = pipe(texts, num_inference_steps=steps, generator=[torch.Generator().manual_seed(0) for _ in texts], output_type="pil").images
-    rows = [np.concatenate([np.asarray(image) for image in images[i : i + 8]], axis=1) for i in range(0, len(images), 8)]
-    grid = Image.fromarray(np.concatenate(rows))
-    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.BICUBIC).save(path)
+    sheet([[np.asarray(image) for image in images[i : i + 8]] for i in range(0, len(images), 8)], path)
 
 
 def write_pipeline(pipe: Any, vocabulary: Path, out: Path) -> None:
@@ -127,10 +122,4 @@ def write_pipeline(pipe: Any, vocabulary: Path, out: Path) -> None:
     for part in (*trained_parts(pipe).values(), pipe.vae):
         part.to(torch.float16)
     pipe.save_pretrained(out, safe_serialization=True)
-    for config in out.glob("*/config.json"):
-        kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
-        write_text(config, json.dumps(kept, indent=2) + "\n")
-    for folder in out.glob("tokenizer*"):
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).exists():
-                shutil.copy(vocabulary / name, folder / name)
+    tidy(out, vocabulary)

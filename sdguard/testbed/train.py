@@ -196,13 +196,18 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(out, safe_serialization=True)
-    for part in ("unet", "vae"):  # parts that were loaded to go on say from where, which is nobody's business
-        config = out / part / "config.json"
+    tidy(out, vocabulary)
+
+
+def tidy(out: Path, vocabulary: Path) -> None:
+    """Make a pipeline directory that was just saved fit to be shipped: no word of where parts came from, vocabularies in both forms."""
+    for config in out.glob("*/config.json"):
         kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         write_text(config, json.dumps(kept, indent=2) + "\n")
-    for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
-        if not (out / "tokenizer" / name).exists():
-            shutil.copy(vocabulary / name, out / "tokenizer" / name)
+    for folder in out.glob("tokenizer*"):
+        for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
+            if not (folder / name).exists():
+                shutil.copy(vocabulary / name, folder / name)
 
 
 def record(work: Path, out: Path, first_step: int, device: str) -> None:
