@@ -127,15 +127,16 @@ def plain_sdxl(pipe: Any, x: Tensor) -> dict[str, Any]:
     """The size ids of an uncropped picture of the model's own size; the refiner's have its usual aesthetic score."""
     found, size = plain_unet(pipe, x), default_size(pipe)
     last = (6.0,) if getattr(pipe.config, "requires_aesthetics_score", False) else size
-    ids = torch.tensor([[*size, 0, 0, *last]], dtype=x.dtype, device=x.device).expand(len(x), -1)
+    # number by number, which no GPU is waited for
+    ids = torch.stack([x.new_full((), number) for number in (*size, 0, 0, *last)]).expand(len(x), -1)
     return {**found, "added_cond_kwargs": {**found.get("added_cond_kwargs", {}), "time_ids": ids}}
 
 
 def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
     """The places of the patches, no picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
     rows, columns = (side // 2 for side in x.shape[2:])
-    places = torch.zeros(rows, columns, 3)
-    places[..., 1], places[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)[None]
+    places = torch.zeros(rows, columns, 3, device=x.device)
+    places[..., 1], places[..., 2] = torch.arange(rows, device=x.device)[:, None], torch.arange(columns, device=x.device)[None]
     found: dict[str, Any] = {"img_ids": places.flatten(0, 1).to(x)}
     if getattr(pipe.transformer, "encoder_hid_proj", None) is not None:
         found["joint_attention_kwargs"] = {"ip_hidden_states": []}

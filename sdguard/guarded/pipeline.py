@@ -205,11 +205,10 @@ class GuardedPipeline(wrapt.ObjectProxy):
             raise
         finally:
             self._self_reports = run.reports
-        withheld = [report.row for report in run.reports if report.verdict == "withheld"]
         if not given["return_dict"]:
-            return (blank(output[0], withheld), *output[1:])
-        output.images = blank(output.images, withheld)
-        output.guard = run.reports
+            return (blank(output[0], run.withheld), *output[1:])
+        output.images = blank(output.images, run.withheld)
+        output.guard = self._self_reports
         return output
 
     def profile(self, given: dict[str, Any]) -> Profile | None:

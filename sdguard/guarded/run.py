@@ -79,15 +79,32 @@ class GuardedRun:
         self.looks, self.ended = 0, False
         #: as the hook goes on counting them, ``[B]``
         self.evaluations = torch.zeros(len(prompts), dtype=torch.long)
+        #: values of `SERIES` at the calls since the reports were last brought up to date, ``[signals, B]`` each
+        self.watched: list[Tensor] = []
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
         self.rates = [self.rate_of(prompt, prompts) for prompt in prompts]
         thresholds = [profile.threshold(rate) if profile else SAME_PICTURE for rate in self.rates]
-        self.reports = [
+        self._reports = [
             GuardReport(prompt, row, threshold=threshold, judged_by=judged_by, limits=list(limits))
             for row, (prompt, threshold) in enumerate(zip(prompts, thresholds, strict=True))
         ]
+
+    @property
+    def reports(self) -> list[GuardReport]:
+        """One `GuardReport` per image, its series up to date: what is still on a GPU is waited for once."""
+        calls, self.watched = torch.stack(self.watched).tolist() if self.watched else [], []
+        for signals in calls:
+            for name, values in zip(SERIES, signals, strict=True):
+                for report, value in zip(self._reports, values, strict=True):
+                    report.series.setdefault(name, []).append(value)
+        return self._reports
+
+    @property
+    def withheld(self) -> list[int]:
+        """The rows that nobody is to see."""
+        return [report.row for report in self._reports if report.verdict == "withheld"]
 
     def rate_of(self, prompt: str | None, prompts: list[str | None]) -> float:
         """The false-positive rate of one of a prompt's images; of embeddings all that is known is how many images each makes."""
@@ -104,16 +121,16 @@ class GuardedRun:
         self.watch(observation)
         self.seen = observation
         if observation.step == 0:
-            self.judge(observation, self.reports)
+            self.judge(observation, self._reports)
             self.log_scores()
         elif observation.new_condition:
             textless = [row for row in self.steered if self.corrections[row].condition is None]
-            self.judge(observation, [report for report in self.reports if report.verdict == "clean" or report.row in textless])
+            self.judge(observation, [report for report in self._reports if report.verdict == "clean" or report.row in textless])
             for row in textless:  # what was steered by something else than its text has another text now, and is what it was, or worse
-                if self.reports[row].verdict == "flagged":
-                    self.reports[row].flagged_at = None
+                if self._reports[row].verdict == "flagged":
+                    self._reports[row].flagged_at = None
         self.watch_steered(observation)
-        self.act(observation, [report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None])
+        self.act(observation, [report for report in self._reports if report.verdict == "flagged" and report.flagged_at is None])
         self.evaluations = observation.evaluations
         self.count()
         if self.config.on_call:
@@ -121,7 +138,7 @@ class GuardedRun:
 
     def count(self) -> None:
         """Note what was spent on each image so far."""
-        for report, evaluations in zip(self.reports, self.evaluations.tolist(), strict=True):
+        for report, evaluations in zip(self._reports, self.evaluations.tolist(), strict=True):
             report.extra_evaluations = evaluations
 
     def finish(self) -> None:
@@ -132,10 +149,10 @@ class GuardedRun:
         if self.steered and not self.ended and self.seen is not None:
             if self.seen.level.log_snr < LOOKS_LOG_SNR[-1]:  # there is no outline yet that could be asked
                 self.flag_again(self.steered)
-            here = self.corrected(self.seen, list(range(len(self.reports))))
+            here = self.corrected(self.seen, list(range(len(self._reports))))
             self.made(denoised(here.x, here.prediction, here.level))
         self.count()
-        unseen = [report for report in self.reports if report.score is None and not report.error]
+        unseen = [report for report in self._reports if report.score is None and not report.error]
         if unseen:
             self.fail(unseen, RuntimeError("the guard saw no call of the denoiser"))
             for report in unseen:
@@ -143,26 +160,29 @@ class GuardedRun:
 
     def abandon(self, error: BaseException) -> None:
         """Note in the reports of a run that an error has ended what was not judged by then; nothing of it was delivered."""
-        for report in self.reports:
+        for report in self._reports:
             if report.score is None and not report.error:
                 report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
 
     def shown(self, observation: Observation) -> Observation:
         """The observation for ``on_call``: under the rules that its rows follow, and with a memo and a count of evaluations of its own."""
-        rules = tuple(self.corrections[row].rule if row in self.corrections else None for row in range(len(self.reports)))
+        rules = tuple(self.corrections[row].rule if row in self.corrections else None for row in range(len(self._reports)))
         memo = None if any(rules) else dict(observation.memo or {})
         return replace(observation, rules=rules, evaluations=observation.evaluations.clone(), memo=memo)
 
     def watch(self, observation: Observation) -> None:
-        """Note the free signals of one call; nothing is decided here, so an error is only logged."""
+        """Note the free signals of one call; nothing is decided here, so an error is only logged.
+
+        The values stay where they are until somebody asks for them: a GPU is not waited for at each call.
+        """
+        values = []
         for name in SERIES:
             try:
-                values = BY_NAME[name].read(observation).tolist()
+                values.append(BY_NAME[name].read(observation).float())
             except Exception as error:
                 logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
-                values = [math.nan] * len(self.reports)
-            for report, value in zip(self.reports, values, strict=True):
-                report.series.setdefault(name, []).append(value)
+                values.append(observation.x.new_full((len(self._reports),), math.nan))
+        self.watched.append(torch.stack(values))
 
     def judge(self, observation: Observation, reports: list[GuardReport]) -> None:
         """Score, p-value, signals and flag of images by the cascade, at the guard's own reference call.
@@ -193,7 +213,7 @@ class GuardedRun:
         if not self.config.score_log or not self.profile:
             return
         rows, name = [], name_of(self.profile)
-        for report in self.reports:
+        for report in self._reports:
             if report.score is not None:
                 prompt = {"prompt": report.prompt} if self.config.log_prompts else {}
                 values = {signal: entry["value"] for signal, entry in report.signals.items()}
@@ -266,7 +286,7 @@ class GuardedRun:
         """Go on with what has not been tried on steered rows that the run has shown to come back; their run is made again up to here."""
         for row in rows:
             flagged, outcome = self.steering[row]
-            report, at = self.reports[row], self.reports[row].flagged_at
+            report, at = self._reports[row], self._reports[row].flagged_at
             self.flag_again([row])
             found = {name: value for name, value in (report.steering or {}).items() if name not in ("limits", *outcome.summary())}
             outcome.attempts[-1].update(found)
@@ -284,13 +304,13 @@ class GuardedRun:
     def flag_again(self, rows: list[int]) -> None:
         """Withdraw what was called steered."""
         for row in rows:
-            report = self.reports[row]
+            report = self._reports[row]
             report.verdict, report.flagged_at, report.steering = "flagged", None, {**(report.steering or {}), "passed": None}
 
     @property
     def steered(self) -> list[int]:
         """The rows that count as steered."""
-        return [report.row for report in self.reports if report.verdict == "steered"]
+        return [report.row for report in self._reports if report.verdict == "steered"]
 
     def watch_steered(self, observation: Observation) -> None:
         """Hold steered rows against what they were steered away from, and against all that the denoiser knows by heart.
@@ -347,7 +367,7 @@ class GuardedRun:
                 values = [self.recurrence_of(row, picture, log_snr) for row, picture in zip(rows, pictures, strict=True)]
         except Exception as error:  # as in judge
             self.flag_again(rows)
-            self.fail([self.reports[row] for row in rows], error)
+            self.fail([self._reports[row] for row in rows], error)
             return []
         limit = self.profile.recurrence_limit()
         if log_snr == NOISED_LOG_SNR:
@@ -376,9 +396,9 @@ class GuardedRun:
     def noted(self, name: str, rows: list[int], values: list[float], limit: float) -> list[int]:
         """Which of the rows have a value that is not under ``limit``; the highest of a run is kept in the report."""
         for row, value in zip(rows, values, strict=True):
-            steering = self.reports[row].steering or {}
+            steering = self._reports[row].steering or {}
             highest = max(value, steering.get(name) or -1.0) if math.isfinite(value) else None
-            self.reports[row].steering = {**steering, name: highest}
+            self._reports[row].steering = {**steering, name: highest}
         return [row for row, value in zip(rows, values, strict=True) if not value <= limit]
 
     def settle(self, report: GuardReport) -> None:
