@@ -77,7 +77,8 @@ class Transfers(TorchFunctionMode):
         self.device = device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, device, first = kwargs or {}, self.device, args[0] if args else None
+        kwargs, device = kwargs or {}, self.device
+        first: Any = args[0] if args else None
         if func is Tensor.to and not device.has(first) and any(map(device.has, args[1:])):
             if first.ndim:
                 device.wait("to the device")
