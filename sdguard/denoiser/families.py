@@ -96,6 +96,9 @@ def by_guider(pipe: Any, given: dict[str, Any]) -> float:
 #: the same model are others.
 TOLD_FLUX, TOLD_CONSISTENCY = 3.5, 8.5
 
+#: the embedding of what latent consistency models are told, ``[1, width]``, by width, device and dtype: bringing it to a GPU is a wait.
+_told: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
 #: (pipeline, latents it is called with, [B, C, H, W]) -> the denoiser's other arguments in plain text-to-image.
 PlainArguments = Callable[[Any, Tensor], dict[str, Any]]
 
@@ -110,8 +113,11 @@ def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
     """Nothing, but for latent consistency models the guidance scale that they are told, and for IP-Adapters pictures that act nowhere."""
     config, found = pipe.unet.config, {}
     if width := config.time_cond_proj_dim:
-        scale = torch.full((len(x),), TOLD_CONSISTENCY - 1)
-        found["timestep_cond"] = pipe.get_guidance_scale_embedding(scale, embedding_dim=width).to(x)
+        if (kept := (width, x.device, x.dtype)) not in _told:
+            with torch.inference_mode(False):
+                scale = torch.full((1,), TOLD_CONSISTENCY - 1)
+                _told[kept] = pipe.get_guidance_scale_embedding(scale, embedding_dim=width).to(x)
+        found["timestep_cond"] = _told[kept].expand(len(x), -1)
     if config.encoder_hid_dim_type == "ip_image_proj":
         layers = pipe.unet.encoder_hid_proj.image_projection_layers
         widths = [next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear)) for layer in layers]
