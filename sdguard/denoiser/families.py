@@ -111,7 +111,8 @@ def default_of(pipe: Any, name: str) -> Any:
 
 def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
     """Nothing, but for latent consistency models the guidance scale that they are told, and for IP-Adapters pictures that act nowhere."""
-    config, found = pipe.unet.config, {}
+    config = pipe.unet.config
+    found: dict[str, Any] = {}
     if width := config.time_cond_proj_dim:
         if (kept := (width, x.device, x.dtype)) not in _told:
             with torch.inference_mode(False):
