@@ -2,7 +2,23 @@
 
 import typer
 
-from benchmarks import audit, cures, detection, development, leave_one_out, matrix, overhead, prompt_sets, report, settings, steering
+from benchmarks import (
+    audit,
+    cures,
+    detection,
+    development,
+    first_use,
+    fuzz,
+    leave_one_out,
+    load,
+    matrix,
+    overhead,
+    prompt_sets,
+    report,
+    settings,
+    steering,
+)
+from benchmarks.zoo import commands as zoo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
 app.command("detection")(detection.main)
@@ -10,11 +26,15 @@ app.command("steering")(steering.main)
 app.command("cures")(cures.main)
 app.command("development")(development.main)
 app.command("leave-one-out")(leave_one_out.main)
+app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
+app.command("fuzz")(fuzz.main)
+app.command("load")(load.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
+app.add_typer(zoo.app, name="zoo")
 app.command("report")(report.main)
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from torch import Tensor
 
 import sdguard
 from benchmarks import subjects
-from benchmarks.leave_one_out import SHARED, shipped_prompts
-from benchmarks.models import Model, embedded_model, labelled, pictures, read_model, unpacked
+from benchmarks.leave_one_out import shipped_prompts
+from benchmarks.models import Model, development_models, embedded_model, labelled, pictures, read_model, unpacked
 from benchmarks.running import versions
 from benchmarks.steering import Always, alone
 from sdguard import GuardConfig, Profile
@@ -386,7 +386,9 @@ def numbers(found: Measured) -> pd.DataFrame:
 
 
 def main(
-    models: Annotated[list[Path] | None, typer.Option(help="Model directories. [default: photos and emoji of ../shared/models]")] = None,
+    models: Annotated[
+        list[Path] | None, typer.Option(help="Model directories. [default: the zoo's and ../shared/models' that memorize]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(__file__).parent / "results",
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
     samples: Annotated[int, typer.Option(min=1, help="Memorized captions a model, at most, and ordinary and never-seen ones.")] = 40,
@@ -403,7 +405,8 @@ def main(
         runs = (GUARD, EMBEDDINGS, *METHODS, *BASELINES)
         if unknown := [name for name in only or () if name not in runs]:
             raise BadInput(f"--only is {unknown[0]!r}; there are {', '.join(runs)}.")
-        named = [*(read_model(folder) for folder in models or [SHARED / "photos", SHARED / "emoji"]), embedded_model()]
+        named = [*(read_model(folder) for folder in models or development_models()), embedded_model()]
+        named = [model for model in named if "memorized" in set(model.cases.role)]
         if len({model.name for model in named}) < len(named):
             raise BadInput(f"Two models have the same name: {', '.join(model.name for model in named)}.")
         found = [measure(model, prompts, samples, work, only or ()) for model in named]

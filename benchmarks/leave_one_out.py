@@ -6,9 +6,11 @@ samples, and of ordinary prompts, the ingredients of the decision in all their v
 whether two noises give the same picture. Both are kept in parts (`sdguard.files.resumable.measured`). *Choice and measurement*, from
 the tables alone.
 
+The zoo's control, which memorizes nothing, is measured and never chosen on.
+
 Writes ``results/leave-one-out.json`` (the table) and ``leave-one-out.parquet`` (a row a sample: numbers, and of its case the role, group
-and count; no caption, since those of a directory may not be ours to publish), and the README's table. What is watched at later calls is
-not in it.
+and count; no caption, since those of a directory may not be ours to publish), and the README's tables: of rules, and of single signals,
+ranked. What is watched at later calls is not in them.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.models import EMBEDDED, SAME_PICTURE, Model, embedded_model, pictures, read_model
+from benchmarks.models import EMBEDDED, SAME_PICTURE, Model, development_models, embedded_model, pictures, read_model
 from benchmarks.readme import README, markdown, put
 from benchmarks.rules import (
+    AHEAD,
+    AT_START,
     COMPARED_AT,
     FREE,
     GEOMETRIC,
     LOG_SNRS,
     NOISES,
+    PERSISTENCE,
     RATE,
     READINGS,
     SHIPPED_NAMES,
@@ -75,10 +80,10 @@ BATCH = 24
 READ = 1
 #: the seed of the first ordinary prompt, away from those of the cases.
 CALIBRATION_SEED = 500_000
-NAME = "leave-one-out"
+NAME, RANKED = "leave-one-out", "signals"
 RESULTS = Path(__file__).parent / "results"
-SHARED = Path(__file__).parents[2] / "shared" / "models"
 OWN = "never seen, cleaned; copies of their own caption"
+MEAN = "mean"
 CHOSEN, SHIPPED, ORACLE = "chosen on the others", "shipped, chosen with all seen", "correlation of two finished pictures"
 
 
@@ -184,8 +189,12 @@ def shipped_rule() -> Rule | None:
 
 
 def rules_for(models: Mapping[str, Readings], left_out: str) -> dict[str, Rule]:
-    """What is measured on the model that is left out, by name: the rule chosen on the others, the shipped one, each single signal."""
-    found = {CHOSEN: choose({name: readings for name, readings in models.items() if name != left_out})}
+    """What is measured on the model that is left out, by name: the rule chosen on the others, the shipped one, each single signal.
+
+    A model without copies, a control, takes no part in the choice.
+    """
+    others = {name: readings for name, readings in models.items() if name != left_out and readings.cases["copy"].any()}
+    found = {CHOSEN: choose(others)}
     if shipped := shipped_rule():
         found[SHIPPED] = shipped
     return found | {name: Rule((), 1.0, (name,)) for name in READINGS}
@@ -319,6 +328,55 @@ def readme_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(header, lines)
 
 
+def mean_of(found: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, with the interval of their combined half-widths."""
+    value = float(np.mean([one.value for one in found]))
+    below, above = (
+        math.sqrt(sum(width**2 for width in widths)) / len(found)
+        for widths in ([one.value - one.low for one in found], [one.high - one.value for one in found])
+    )
+    return Estimate(value, value - below, value + above)
+
+
+def ranking(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
+    """AUC of each single signal, copies against never-seen captions (cleaned), by model and their mean, the best mean first.
+
+    Of the signals that every model with copies has.
+    """
+    found: dict[str, dict[str, Estimate]] = {name: {} for name in READINGS}
+    for row in rows:
+        if row["rule"] in found:
+            found[row["rule"]][row["left out"]] = Estimate(*row["told apart"]["never seen, cleaned"]["auc"])
+    with_copies = {name for by_model in found.values() for name, area in by_model.items() if math.isfinite(area.value)}
+    whole = {
+        signal: {m: a for m, a in by_model.items() if m in with_copies}
+        for signal, by_model in found.items()
+        if with_copies <= set(by_model)
+    }
+    ranked = {signal: {**by_model, MEAN: mean_of(list(by_model.values()))} for signal, by_model in whole.items() if by_model}
+    return dict(sorted(ranked.items(), key=lambda entry: -entry[1][MEAN].value))
+
+
+def shown_signals(ranked: Mapping[str, Any]) -> list[str]:
+    """The signals that the README ranks: the free ones, those that ship, geometry, and the best of each kind that is bought."""
+    kinds = (PERSISTENCE, AT_START, AHEAD)
+    best = [next(name for name in ranked if name in kind) for kind in kinds if any(name in kind for name in ranked)]
+    chosen = {*FREE, *GEOMETRIC, *SHIPPED_NAMES.values(), *best}
+    return [name for name in ranked if name in chosen]
+
+
+def ranking_table(ranked: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """The README's table of single signals: their mean AUC with its interval, and the AUC on each model."""
+    names = shown_signals(ranked)
+    models = [name for name in ranked[names[0]] if name != MEAN] if names else []
+    lines = [
+        [name, f"{ranked[name][MEAN].value:.3f} ({ranked[name][MEAN].low:.3f} to {ranked[name][MEAN].high:.3f})"]
+        + [f"{ranked[name][model].value:.3f}" for model in models]
+        for name in names
+    ]
+    return markdown(["signal", "mean AUC (95%)", *models], lines)
+
+
 def share(value: float) -> str:
     """A share in per cent; a dash where it is not known."""
     return "-" if math.isnan(value) else f"{value:.0%}" if value in (0.0, 1.0) else f"{value:.1%}"
@@ -337,14 +395,16 @@ def samples(models: Mapping[str, Readings]) -> pd.DataFrame:
 
 
 def main(
-    folders: Annotated[list[Path] | None, typer.Argument(help="Model directories. [default: photos and emoji of ../shared/models]")] = None,
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Model directories. [default: the zoo, and those of ../shared/models]")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
     readme: Annotated[Path, typer.Option(help="The README whose table is written.")] = README,
 ) -> None:
     """Choose on all models but one and measure on that one, in turn; under 'accelerate launch', processes share the work."""
     with one_sentence():
-        found = [read_model(folder) for folder in folders or [SHARED / "photos", SHARED / "emoji"]]
+        found = [read_model(folder) for folder in folders or development_models()]
         named = [*found, embedded_model()]
         if len({model.name for model in named}) < len(named):
             raise BadInput(f"Two models have the same name: {', '.join(model.name for model in named)}; none may be called {EMBEDDED}.")
@@ -362,3 +422,4 @@ def main(
         shown = readme_table(rows)
         typer.echo(shown)
         put(NAME, shown, readme)
+        put(RANKED, ranking_table(ranking(rows)), readme)

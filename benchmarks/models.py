@@ -35,6 +35,8 @@ from sdguard.files.prompt_files import read_lines
 from sdguard.files.resumable import measured
 from sdguard.testbed.copies import RATIO
 
+#: two models that this project did not make, where they lie, and the zoo.
+SHARED, ZOO = Path(__file__).parents[2] / "shared" / "models", Path(__file__).parent / "zoo" / "models"
 EMBEDDED = "embedded"
 BATCH = 24
 #: seeds a caption, and of an ordinary one.
@@ -109,12 +111,13 @@ class Model:
 def roles(cases: pd.DataFrame) -> list[Role]:
     """What each case is for, told by its group's name and its counts.
 
-    Ordinary: the group of that name. Never seen: shown 0 times. Too rarely seen: of the lowest count above 0, where there are several
-    counts. Memorized: the rest with a target. A template's captions are no negatives: the photograph they share has been memorized.
+    Ordinary: the group of that name. Never seen: shown 0 times. Too rarely seen: shown once, or of the lowest count above 0, where there
+    are several counts. Memorized: the rest with a target. A template's captions are no negatives: the photograph they share has been
+    memorized.
     """
     template = cases.group.str.startswith("template")
     counts = cases.reps[~template & (cases.reps > 0)]
-    lowest = counts.min() if counts.nunique() > 1 else None
+    lowest = counts.min() if counts.nunique() > 1 else 1
 
     def role(group: str, reps: int, target: int, of_template: bool) -> Role:
         if group == "ordinary":
@@ -126,6 +129,11 @@ def roles(cases: pd.DataFrame) -> list[Role]:
         return "memorized" if reps and target >= 0 else "none"
 
     return [role(*row) for row in zip(cases.group, cases.reps, cases.target, template, strict=True)]
+
+
+def development_models() -> list[Path]:
+    """The directories of every model there is to develop on but the embedded one."""
+    return sorted((path.parent for root in (SHARED, ZOO) for path in root.glob("*/model_index.json")), key=lambda folder: folder.name)
 
 
 def read_model(folder: Path) -> Model:
@@ -176,7 +184,7 @@ def read_cases(path: Path, targets: int) -> pd.DataFrame:
             raise BadInput(f"{path}: target of case {i} has to be null or one of the {targets} targets by its index, not {target!r}.")
     cases = pd.DataFrame([{**case, "target": -1 if case["target"] is None else case["target"]} for case in found])
     cases = cases[["caption", "group", "reps", "target"]].assign(role=roles(cases))
-    if "memorized" not in set(cases.role):
+    if not set(cases.role) & {"memorized", "too rarely seen"}:
         raise BadInput(f"{path} has no case that was shown in training and has a target.")
     return cases
 

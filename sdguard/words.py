@@ -13,8 +13,8 @@ def bare(word: str) -> str:
 
 
 def document_frequency(prompts: Iterable[str]) -> dict[str, int]:
-    """How many of ``prompts`` hold each word."""
-    return dict(Counter(word for prompt in prompts for word in {bare(word) for word in prompt.split()} if word))
+    """How many of ``prompts`` hold each word, in the order in which they come first."""
+    return dict(Counter(word for prompt in prompts for word in dict.fromkeys(map(bare, prompt.split())) if word))
 
 
 def without(words: Sequence[str], dropped: Sequence[int]) -> str:

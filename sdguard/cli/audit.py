@@ -29,8 +29,8 @@ def run_audit(audit: str, *options: Any, out: Path) -> None:
         from sdguard.audit import findings
 
         found = getattr(findings, audit)(*options, out)
-    if processes().is_main_process:
-        files = ", ".join(found.write(out))
+        files = ", ".join(found.write(out)) if processes().is_main_process else ""
+    if files:
         Console().print(f"{found.sentence} {files} in {out}/", highlight=False)
 
 

@@ -10,18 +10,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-BAD_INPUT = 1
+BAD_INPUT, WITHHELD = 1, 3
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Ends the command with what went wrong in one sentence and exit code 1; with ``SDGUARD_DEBUG`` set, with the traceback."""
+    """Ends the command with what went wrong in one sentence; with ``SDGUARD_DEBUG`` set, with the traceback.
+
+    The exit code is 3 where an image could not be delivered because it is memorized, else 1.
+    """
+    from sdguard.files.atomic import CannotWrite
     from sdguard.guarded.run import MemorizationError
 
     try:
         yield
-    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError) as error:
+    except (ValueError, TypeError, ModuleNotFoundError, MemorizationError, CannotWrite) as error:
         if os.environ.get("SDGUARD_DEBUG"):
             raise
         Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
-        raise typer.Exit(BAD_INPUT) from None
+        raise typer.Exit(WITHHELD if isinstance(error, MemorizationError) else BAD_INPUT) from None

@@ -1,6 +1,7 @@
 """The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``, ``audit``, ``demo``.
 
-Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld.
+Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld, or
+with --on-failure raise none delivered because of one.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from sdguard.cli.audit import app as audit
-from sdguard.cli.errors import one_sentence
+from sdguard.cli.errors import WITHHELD, one_sentence
 from sdguard.cli.profiles import app as profiles
 from sdguard.cli.progress import progress_bars
 from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.config import GuardConfig
 
-WITHHELD = 3
 SHOWN = 20
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")
@@ -70,8 +70,8 @@ def generate_command(
         ensure_writable(out)
         seeds = list(range(seed, seed + n))
         images, twins, rows = generate_guarded(pipe, prompts, seeds, compare, **default_setting(model, steps, guidance))
-    files = picture_files(images, twins)
-    save_pictures(out, files, rows)
+        files = picture_files(images, twins)
+        save_pictures(out, files, rows)
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
     else:
@@ -83,10 +83,11 @@ def generate_command(
 
 @app.command("scan")
 def scan_command(
-    file: Annotated[Path, typer.Argument(help="Prompts: text, one a line, or CSV, JSON lines, parquet.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="Prompts: text, one a line, or CSV, JSON lines, parquet; .gz of text.", metavar="FILE")],
     column: Annotated[
         str | None, typer.Option(help="The column that holds the prompts. [default: prompt, caption or text, else the only one of text]")
     ] = None,
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows without text, and say how many.")] = False,
     model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
     seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 1,
     fdr: Annotated[float, typer.Option(help="Share of the discovered prompts that may be ordinary ones.")] = 0.05,
@@ -116,6 +117,7 @@ def scan_command(
             engine=engine,
             profile=profile,
             progress=partial(show, "scanning"),
+            skip_empty=skip_empty,
         )
     if found is None:
         return
@@ -169,7 +171,7 @@ def explain_command(
         setting = default_setting(model, steps, guidance)
         found = explain(pipe, prompt, seed, **setting)
         picture = unguarded_picture(pipe, prompt, seed, **setting)
-    save_pictures(out, {"explain.png": explanation_sheet(picture, found)}, asdict(found), "explain.json")
+        save_pictures(out, {"explain.png": explanation_sheet(picture, found)}, asdict(found), "explain.json")
     table = Table("word", "norm that goes without it", "share of the gradient", title=f"guidance norm {found.guidance_norm:.3g}")
     strongest = max(1e-9, *found.left_out)
     for word, fall, share in zip(found.words, found.left_out, found.gradient, strict=True):
@@ -187,6 +189,7 @@ def calibrate_command(
         Path | None,
         typer.Option(help="File of prompts known to be memorized: the order of the steering methods is learnt from them."),
     ] = None,
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows of these files without text, and say how many.")] = False,
     n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next ones count up.")] = 0,
@@ -224,6 +227,7 @@ def calibrate_command(
                 device=device,
                 lora=lora,
                 lora_scale=lora_scale,
+                skip_empty=skip_empty,
             )
     if made is None:
         return

@@ -165,8 +165,11 @@ def rm_command(names: Annotated[list[str], typer.Argument(help="Names that 'sdgu
 
     with one_sentence():
         paths = [cached(name) for name in names]
-    for path in paths:
-        remove_cached(path)
+        for path in paths:
+            try:
+                remove_cached(path)
+            except OSError as error:
+                raise BadInput(f"{path} cannot be removed: {error.strerror}.") from None
     Console().print(f"{len(paths)} removed.", highlight=False)
 
 
@@ -181,19 +184,19 @@ def export_command(name: Name, file: Annotated[Path, typer.Argument(help="Where 
         ensure_writable(file.parent)
         if file.is_dir():
             raise BadInput(f"{file} is a directory.")
-    profile.save(file)
+        profile.save(file)
     Console().print(f"{file}", highlight=False, soft_wrap=True)
 
 
 @app.command("import")
 def import_command(file: Annotated[Path, typer.Argument(help="A profile.", metavar="FILE")]) -> None:
     """Take a profile into your cache, where the guard finds it for its model; a damaged one is refused."""
-    from sdguard.decision.cache import cache_folder, keep_in_cache, name_of, why_unwritable
+    from sdguard.decision.cache import cache_folder, cannot_be_written, keep_in_cache, name_of, told_of_cache, why_unwritable
     from sdguard.decision.known_profiles import read_profile
 
-    with one_sentence():
+    with one_sentence(), told_of_cache():
         profile = read_profile(file)
         if trouble := why_unwritable(cache_folder()):
-            raise BadInput(f"The cache {cache_folder()} cannot be written to ({trouble}): SDGUARD_CACHE names another folder.")
-    keep_in_cache(profile, cache_folder() / f"{name_of(profile)}.json")
+            raise BadInput(cannot_be_written(trouble))
+        keep_in_cache(profile, cache_folder() / f"{name_of(profile)}.json")
     Console().print(name_of(profile), highlight=False, soft_wrap=True)

@@ -18,7 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sdguard.decision.ordinary_prompts import is_shipped
-from sdguard.decision.profile import FORMAT, Profile, digest_of
+from sdguard.decision.profile import FORMAT, Profile, ProfileError, digest_of
+from sdguard.files.atomic import CannotWrite
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def keep_in_cache(profile: Profile, path: Path) -> None:
     profile.save(path)
     _unsaved.pop(path, None)
     for old in sorted(cache_folder().glob("*.json"), key=last_used, reverse=True)[KEPT_PROFILES:]:
-        remove_cached(old)
+        with suppress(OSError):  # the bound is no reason to lose the new one
+            remove_cached(old)
     for left_behind in sorted(cache_folder().glob("*.parts"), key=changed, reverse=True)[KEPT_PROFILES:]:
         shutil.rmtree(left_behind, ignore_errors=True)
 
@@ -137,6 +139,22 @@ def kept_in_memory() -> list[tuple[Path, Profile]]:
 
 
 # locks
+
+
+@contextmanager
+def told_of_cache() -> Iterator[None]:
+    """Within the block what cannot be written into the user's cache raises `ProfileError`, which says how to have another cache."""
+    try:
+        yield
+    except CannotWrite as error:
+        if cache_folder() in Path(error.filename).parents:
+            raise ProfileError(cannot_be_written(error.strerror)) from None
+        raise
+
+
+def cannot_be_written(why: str | None) -> str:
+    """The sentence about a cache that cannot be written to."""
+    return f"The cache {cache_folder()} cannot be written to ({why}): make room, or let SDGUARD_CACHE name another folder."
 
 
 @contextmanager

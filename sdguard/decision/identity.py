@@ -103,6 +103,19 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     return found if needed else [*found, "no denoiser is known"]
 
 
+def is_identity(model: Any) -> bool:
+    """Whether what was read from a file is of the form of an `identity`, so that it can be compared and shown."""
+    try:
+        digests = list(model["weights"].values())
+        for adapter in chain.from_iterable(model.get("adapters", {}).values()):
+            digests.append(adapter["weights"])
+            format(adapter.get("scale", 1), "g")
+        texts = [*model.get("patches", []), *(digest for precisions in digests for digest in precisions.values())]
+        return all(isinstance(text, str) for text in texts) and same_model(model, model)
+    except (AttributeError, TypeError, KeyError, ValueError, OverflowError):
+        return False
+
+
 def equal(one: Any, other: Any) -> bool:
     """Whether two plain values are equal."""
     return bool(one == other)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdguard.decision.cache import KEPT_PROFILES, cached_profiles, kept_in_memory, mark_used, name_of
-from sdguard.decision.identity import identity, same_model
+from sdguard.decision.identity import identity, is_identity, same_model
 from sdguard.decision.model_folder import PROFILE_FILE, model_folders, profiles_in
 from sdguard.decision.profile import Profile, ProfileError, digest_of
 
@@ -23,11 +23,7 @@ View = Callable[[Mapping[str, Any]], dict[str, Any]]
 def read_profile(path: Path) -> Profile:
     """`Profile.load`, which refuses an identity that is none as well."""
     profile = Profile.load(path)
-    try:
-        known = same_model(profile.model, profile.model)
-    except (AttributeError, TypeError, KeyError):
-        known = False
-    if not known:
+    if not is_identity(profile.model):
         raise ProfileError(f"{path} is not a profile of sdguard, or it is damaged.")
     return profile
 

@@ -6,15 +6,17 @@ import bisect
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import beta, betabinom
 
-from sdguard.decision.cascade import Cascade, Scale, Stage
+from sdguard.decision.cascade import BY_NAME, Cascade, Scale, Stage
 from sdguard.decision.identity import differences, same_model
 from sdguard.files.atomic import write_text
 
@@ -41,7 +43,7 @@ def digest_of(prompts: Sequence[str]) -> str:
 
 def scores_needed(false_positive_rate: float) -> int:
     """How many scores of ordinary prompts a false-positive rate needs at least."""
-    return math.ceil(1 / false_positive_rate) - 1
+    return math.ceil(min(1 / false_positive_rate, sys.float_info.max)) - 1  # the smallest floats have no finite inverse
 
 
 @dataclass(frozen=True)
@@ -182,36 +184,83 @@ class Profile:
             raise ProfileError(f"The profile is another model's: {'; '.join(differences(model, self.model))}.")
 
     def save(self, path: Path) -> None:
-        """Write the profile as JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asdict(self)))
+        """Write the profile as JSON with a hash of it, whole or not at all; raises `CannotWrite`."""
+        fields = asdict(self)
+        write_text(path, json.dumps({**fields, "digest": content_digest(fields)}))
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Read a profile; raises `ProfileError` in one sentence if the file is missing, damaged or of another format."""
         damaged = ProfileError(f"{path} is not a profile of sdguard, or it is damaged.")
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ProfileError(f"The profile {path} cannot be read: {error.strerror}.") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise damaged from None
         found = fields.get("format") if isinstance(fields, dict) else None
-        if isinstance(found, int) and found != FORMAT:
+        if type(found) is int and found != FORMAT:
             raise ProfileError(
                 f"{path} was written by another version of sdguard (format {found}; this one reads {FORMAT}): calibrate again."
             )
         try:
+            digest = fields.pop("digest", None)  # one that was written by hand has none
+            if digest is not None and digest != content_digest(fields):
+                raise damaged
             stages = tuple(Stage(tuple(stage["signals"]), tuple(stage["fused"]), stage["bound"]) for stage in fields["cascade"]["stages"])
             scales = {n: Scale(**{**scale, "slopes": tuple(scale["slopes"])}) for n, scale in fields["cascade"]["scales"].items()}
             series = {name: [(float(mean), float(std)) for mean, std in pairs] for name, pairs in fields["series"].items()}
             methods = [MethodStatistics(**method) for method in fields["methods"]]
             profile = cls(**{**fields, "cascade": Cascade(stages, scales), "series": series, "methods": methods})
-            lists = [*profile.values.values(), *([v for pair in pairs for v in pair] for pairs in series.values())]
-            numbers = [*profile.scores, *(v for values in lists for v in values), *profile.timesteps]
-            whole = all(map(math.isfinite, numbers)) and all(profile.values.get(name) for name in profile.cascade.signals)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            whole = is_whole(profile)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             raise damaged from None
-        if profile.format != FORMAT or len(profile.scores) < 2 or not whole:
+        if not whole:
             raise damaged
         return profile
+
+
+def content_digest(fields: Mapping[str, Any]) -> str:
+    """A hash of a profile's fields as JSON, 16 hexadecimal digits; the same for what was written and for what is read of it."""
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def are_ascending(values: Any, least: int) -> bool:
+    """Whether values are a list of at least so many numbers that do not fall."""
+    return isinstance(values, list) and len(values) >= least and all(map(is_number, values)) and all(a <= b for a, b in pairwise(values))
+
+
+def is_whole(profile: Profile) -> bool:
+    """Whether all of a profile that was read is of the kind that it has to be; what is not may raise `TypeError` or `AttributeError`."""
+    cascade, names = profile.cascade, profile.cascade.signals
+    stages_fit = bool(cascade.stages) and all(
+        stage.fused and {*stage.fused} <= {*names} and (stage.bound is None or is_number(stage.bound)) for stage in cascade.stages
+    )
+    scales_fit = all(
+        type(scale.log) is bool and all(map(is_number, (scale.median, scale.deviation, scale.log_snr, *scale.slopes)))
+        and scale.deviation > 0 and len(scale.slopes) == 2
+        for scale in cascade.scales.values()
+    )  # fmt: skip
+    series_fit = all(
+        len(pairs) == len(profile.timesteps) and all(map(is_number, chain.from_iterable(pairs))) for pairs in profile.series.values()
+    )
+    methods_fit = all(isinstance(m.method, str) and all(map(is_number, (m.cured, m.cost, m.moved, m.alignment))) for m in profile.methods)
+    texts = [profile.prompts_digest, profile.note, *profile.words]
+    return (
+        profile.format == FORMAT
+        and isinstance(profile.model, dict)
+        and are_ascending(profile.scores, 2)
+        and all(are_ascending(values, 1) for values in profile.values.values())
+        and {"guidance_norm", *names} <= {*profile.values}
+        and {*names} <= {*cascade.scales} & {*BY_NAME}
+        and stages_fit and scales_fit and series_fit and methods_fit
+        and all(map(is_number, profile.timesteps))
+        and all(isinstance(text, str) for text in texts)
+        and all(map(is_number, profile.words.values()))
+        and isinstance(profile.set_aside, list) and all(isinstance(prompt, str) for prompt in profile.set_aside)
+    )  # fmt: skip

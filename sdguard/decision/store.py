@@ -23,6 +23,7 @@ from sdguard.decision.cache import (
     name_of,
     profile_name,
     profile_path,
+    told_of_cache,
     why_unwritable,
 )
 from sdguard.decision.calibration import calibrate, evenly
@@ -151,7 +152,7 @@ def find_or_make(
     ``stop`` is called after each batch, and ends the work by raising; what was measured stays for the next time. With it there is no bar.
 
     Raises:
-        ProfileError: the model was changed meanwhile.
+        ProfileError: the model was changed meanwhile, or the disk of the cache became full: what was measured before is kept.
         ValueError: as `calibrate`.
     """
     fetch_profiles(pipe)
@@ -191,7 +192,7 @@ def make(
         type(denoiser_of(pipe)).__name__, len(prompts), whose,
     )  # fmt: skip
     work = None if trouble else parts_folder(path)
-    with progress_bar(pipe, len(prompts), whose, stop) as progress:
+    with told_of_cache(), progress_bar(pipe, len(prompts), whose, stop) as progress:
         made = calibrate(pipe, prompts, adapter_scale=adapter_scale, progress=progress, work=work)
     with lock_of(denoiser_of(pipe)):  # while a run of another thread's is on, its scale may be on the LoRA layers
         changes = differences(identity(pipe, adapter_scale), model)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,16 @@ LEAST_SCORES = 100
 
 
 def append_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON line a row to a log, in one piece, so that processes may share it; raises `OSError`."""
+    """Append one JSON line a row to a log, in one piece, so that processes may share it; raises `OSError`.
+
+    A line that a full disk once cut off is ended first, so that it spoils no other.
+    """
     text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with path.open("ab+") as file:
+        if file.seek(0, SEEK_END):
+            file.seek(-1, SEEK_END)
+            text = ("" if file.read(1) == b"\n" else "\n") + text
+        file.write(text.encode())
 
 
 def logged_scores(path: Path, profile: Profile) -> list[float]:
@@ -32,25 +39,30 @@ def logged_scores(path: Path, profile: Profile) -> list[float]:
     """
     name, scores, others = name_of(profile), [], 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("score"), float) or not math.isfinite(row["score"]):
-                    raise ProfileError(f"{path}: line {number} is no line of a log of scores.")
+                row = score_line(line)
+                if row is None:
+                    raise ProfileError(f"{path}: line {number} is no line of a log of scores: remove it, and try again.")
                 if row.get("profile") == name:
                     scores.append(row["score"])
                 else:
                     others += 1
     except OSError as error:
         raise ProfileError(f"The log {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        if isinstance(error, ProfileError):
-            raise
-        raise ProfileError(f"{path}: line {number} is no line of a log of scores.") from None
     if len(scores) < LEAST_SCORES:
         beside = f", and {others} that another profile gave" if others else ""
         raise ProfileError(f"{path} holds {len(scores)} scores that profile {name} gave{beside}; {LEAST_SCORES} are needed at least.")
     return scores
+
+
+def score_line(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of a log of scores; None if it is no such line."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("score"), float) and math.isfinite(row["score"]) else None
 
 
 def profile_of_traffic(profile: Profile, scores: list[float], memorized_share: float) -> Profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -14,11 +15,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sdguard.demo import calibrate_tab, generate_tab, geometry_tab, scan_tab, why_tab
 from sdguard.demo.model import Model
 from sdguard.demo.page import prompt_box
-from sdguard.demo.settings import LARGEST_FILE
+from sdguard.demo.settings import LARGEST_BODY, LARGEST_FILE
 
 STYLE = Path(__file__).with_name("style.css")
 HEADER = (
@@ -32,11 +34,18 @@ POLICY = (
     "font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
 )
 
+TOO_LARGE = f"A request of more than {LARGEST_BODY / 1e6:.1f} MB is not taken."
+LOOPBACK = ["127.0.0.1", "localhost"]
+
 Message = MutableMapping[str, Any]
 
 
+class TooLarge(Exception):
+    """Ends the reading of a body that is larger than is taken, and has been refused."""
+
+
 class Shield:
-    """ASGI middleware: tells browsers to load nothing from elsewhere, and refuses to fetch other sites' files for anybody."""
+    """ASGI middleware: tells browsers to load nothing from elsewhere, fetches other sites' files for nobody, takes no body of any size."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -45,6 +54,7 @@ class Shield:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        refused, taken = False, 0
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -56,12 +66,44 @@ class Shield:
                 message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 
+        async def unless_refused(message: Message) -> None:
+            if not refused:
+                await answer(message)
+
+        async def refuse(status: int, why: str) -> None:
+            nonlocal refused
+            refused = True
+            await answer({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+            await answer({"type": "http.response.body", "body": why.encode()})
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > LARGEST_BODY:
+                await refuse(413, TOO_LARGE)
+                raise TooLarge
+            return message
+
         _, _, file = scope["path"].partition("file=")
         if "://" in file or file.startswith(("http:", "https:")):
-            await answer({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await answer({"type": "http.response.body", "body": b"This server fetches nothing from elsewhere."})
+            await refuse(403, "This server fetches nothing from elsewhere.")
             return
-        await self.app(scope, receive, answer)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > LARGEST_BODY:
+            await refuse(413, TOO_LARGE)
+            return
+        with contextlib.suppress(TooLarge):
+            await self.app(scope, counted, unless_refused)
+
+
+def names_of(host: str) -> list[str]:
+    """Under which names the server at an address is asked for.
+
+    One that this machine alone reaches is asked for as such: a page elsewhere whose name was made to resolve here is not let in. One that
+    others reach has names that only its owner knows.
+    """
+    return LOOPBACK if host in LOOPBACK else ["*"]
 
 
 def build(model: Model) -> gr.Blocks:
@@ -128,5 +170,5 @@ def serve(model_name: str = "embedded", host: str = "127.0.0.1", port: int = 786
             ssr_mode=False,
             mcp_server=False,
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(Shield)]},
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host)), Middleware(Shield)]},
         )

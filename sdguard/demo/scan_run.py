@@ -11,7 +11,7 @@ import pandas as pd
 from sdguard.decision.profile import Profile
 from sdguard.demo.model import Model
 from sdguard.demo.profiles import find_or_make_profile
-from sdguard.demo.settings import MOST_SEEDS, bounded
+from sdguard.demo.settings import MOST_SEEDS, bounded, whole
 from sdguard.demo.streaming import Emit, Progress
 from sdguard.scan.scan import rank_prompts, scan
 
@@ -27,14 +27,14 @@ class Scanned:
 
 def scan_prompts(model: Model, prompts: pd.Series, seeds: int, fdr: float, rate: float, own: Profile | None, emit: Emit) -> None:
     """Emit progress over the prompts of a file, then `Scanned`; ``rate`` is the guard's. Raises as `compare` does."""
-    bounded("The number of seeds", seeds, 1, MOST_SEEDS)
+    seeds = whole("The number of seeds", seeds, 1, MOST_SEEDS)
     bounded("The false discovery rate", fdr, 0.001, 0.5)
     profile = find_or_make_profile(model, rate, own, emit)
     found = prompts.to_dict()
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
     emit(Progress("Scanning", 0, len(found)))
-    for batch in scan(model.own(), profile, found, seeds=int(seeds), false_positive_rate=rate):
+    for batch in scan(model.own(), profile, found, seeds=seeds, false_positive_rate=rate):
         rows += batch
         emit(Progress("Scanning", len(rows), len(found)))
     emit(Scanned(rank_prompts(rows, found, fdr), profile, time.monotonic() - began))

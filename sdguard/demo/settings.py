@@ -17,6 +17,8 @@ from sdguard.guarded.config import GuardConfig
 #: what the server takes at most, whatever a page or a client sends.
 LONGEST_PROMPT, MOST_IMAGES, MOST_STEPS, MOST_GUIDANCE, MOST_SEEDS = 600, 4, 100, 30.0, 4
 LARGEST_FILE, MOST_PROMPTS = 2_000_000, 5_000
+#: of any request: a file, and what a form puts around it.
+LARGEST_BODY = LARGEST_FILE + 100_000
 #: parquet is left out: what a file of that size unpacks to has no bound.
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 
@@ -36,12 +38,14 @@ class Setting:
 
     def checked(self, model: Model) -> Setting:
         """The same, its prompt stripped; raises `BadInput` or `ValueError`, one sentence each."""
-        bounded("The number of images", self.images, 1, MOST_IMAGES)
-        bounded("The number of steps", self.steps, 2, MOST_STEPS)
+        counts = {
+            "images": whole("The number of images", self.images, 1, MOST_IMAGES),
+            "steps": whole("The number of steps", self.steps, 2, MOST_STEPS),
+            "seed": whole("The seed", self.seed, 0, 2**32 - MOST_IMAGES),
+        }
         bounded("The guidance scale", self.guidance, 0, MOST_GUIDANCE)
-        bounded("The seed", self.seed, 0, 2**32 - MOST_IMAGES)
         GuardConfig(self.mode, self.rate, steering=self.steering or None)  # type: ignore[arg-type]
-        return Setting(**{**vars(self), "prompt": checked_prompt(self.prompt, model)})
+        return Setting(**{**vars(self), **counts, "prompt": checked_prompt(self.prompt, model)})
 
     @property
     def call(self) -> dict[str, Any]:
@@ -53,6 +57,14 @@ def bounded(what: str, value: float, low: float, high: float) -> None:
     """Raise `BadInput` where a number is none, or out of bounds."""
     if not isinstance(value, (int, float)) or not low <= value <= high:
         raise BadInput(f"{what} must lie between {low:g} and {high:g}; it is {value!r}.")
+
+
+def whole(what: str, value: float, low: int, high: int) -> int:
+    """A whole number within bounds, 2.0 being one; raises `BadInput`."""
+    bounded(what, value, low, high)
+    if value != int(value):
+        raise BadInput(f"{what} must be a whole number; it is {value!r}.")
+    return int(value)
 
 
 def checked_prompt(prompt: str, model: Model) -> str:

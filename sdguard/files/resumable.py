@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,27 +16,44 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.progress import Progress
 
-from sdguard.files.atomic import write_text
+from sdguard.files.atomic import write_bytes
 from sdguard.files.processes import processes
-from sdguard.files.prompt_files import import_pandas, read_parquet, write_table
+from sdguard.files.prompt_files import import_pandas
 
 if TYPE_CHECKING:
     import pandas as pd
 
+logger = logging.getLogger(__name__)
+
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-
-#: how a result is written, whole or not at all, and read, by the suffix of its file.
-WRITERS: dict[str, Callable[[Any, Path], None]] = {
-    ".json": lambda result, path: write_text(path, json.dumps(result)),
-    ".parquet": write_table,
+#: how a result is turned into bytes and back, by the suffix of its file.
+TO_BYTES: dict[str, Callable[[Any], bytes]] = {
+    ".json": lambda result: json.dumps(result).encode(),
+    ".parquet": lambda table: bytes(table.to_parquet(index=False)),
 }
-READERS: dict[str, Callable[[Path], Any]] = {".json": lambda path: json.loads(path.read_text()), ".parquet": read_parquet}
+FROM_BYTES: dict[str, Callable[[bytes], Any]] = {
+    ".json": json.loads,
+    ".parquet": lambda content: import_pandas().read_parquet(BytesIO(content)),
+}
+
+
+def sealed(content: bytes) -> bytes:
+    """Bytes behind a line that has their hash."""
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def unsealed(content: bytes) -> bytes | None:
+    """The bytes that `sealed` was given; None if what it made of them has changed since, or was never made by it."""
+    digest, _, sound = content.partition(b"\n")
+    return sound if digest == hashlib.sha256(sound).hexdigest().encode() else None
 
 
 class Parts(Mapping[str, Any]):
     """Results of one work by the name of their piece, each in a file that is whole or not there.
+
+    A file that has changed since it was written, by whatever accident, is not there.
 
     Args:
         folder: has a subfolder for each work. None: results are kept in memory and nowhere else.
@@ -53,20 +72,26 @@ class Parts(Mapping[str, Any]):
         return self.folder and self.folder / f"{name}{self.suffix}"
 
     def keep(self, name: str, result: Any) -> None:
-        """Keep the result of one piece."""
+        """Keep the result of one piece; raises `CannotWrite`."""
         if (path := self.path(name)) is None:
             self.held[name] = result
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[self.suffix](result, path)
+        else:
+            write_bytes(path, sealed(TO_BYTES[self.suffix](result)))
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
+        if (path := self.path(name)) is None:
+            return self.held[name]
+        try:
+            content = unsealed(path.read_bytes())
+        except OSError:
+            raise KeyError(name) from None
+        if content is None:
+            logger.warning("sdguard: passed over, and done again: %s is damaged, or of another version", path)
             raise KeyError(name)
-        path = self.path(name)
-        return READERS[self.suffix](path) if path else self.held[name]
+        return FROM_BYTES[self.suffix](content)
 
     def __contains__(self, name: object) -> bool:
+        """Whether there is a file of this name, be it damaged."""
         path = self.path(str(name))
         return path.exists() if path else name in self.held
 
@@ -112,12 +137,16 @@ def run_pieces(
     """
     rank, count = (state.process_index, state.num_processes) if state else (0, 1)
     mine = list(pieces.items())[rank::count]
+    results = {}
     for name, piece in mine:
-        if name not in parts:
-            parts.keep(name, work(piece))
+        try:
+            results[name] = parts[name]
+        except KeyError:
+            parts.keep(name, made := work(piece))
+            # as it will be read the next time, so that an interruption moves nothing
+            results[name] = FROM_BYTES[parts.suffix](TO_BYTES[parts.suffix](made)) if parts.folder else made
         if done:
             done(piece)
-    results = {name: parts[name] for name, _ in mine}
     if count > 1:
         results = {name: result for each in gather_object([results]) for name, result in each.items()}
     return [results[name] for name in pieces]

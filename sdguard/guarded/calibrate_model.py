@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from sdguard.decision.cache import alone, cache_folder, cache_path, keep_in_cache, name_of, why_unwritable
+from sdguard.decision.cache import alone, cache_folder, cache_path, cannot_be_written, keep_in_cache, name_of, told_of_cache, why_unwritable
 from sdguard.decision.calibration import calibrate, evenly, split
 from sdguard.decision.identity import identity
 from sdguard.decision.known_profiles import known_profile
@@ -84,6 +84,7 @@ def calibrate_model(
     device: str | None = None,
     lora: str | None = None,
     lora_scale: float = 1.0,
+    skip_empty: bool = False,
 ) -> Calibrated | None:
     """Calibrate a model (`load_pipeline`'s name) and keep the profile; a killed calibration goes on.
 
@@ -94,6 +95,7 @@ def calibrate_model(
         false_positive_rate: what the profile has to support.
         out: where the profile goes; None for the user's cache.
         progress: called with what is being done, how many prompts are done and how many there are.
+        skip_empty: leave out rows of these files without text, and have the log say how many.
         dtype, device, lora, lora_scale: as `load_for_calibration`; by default the weights' own precision, and the GPU where there is one.
 
     Returns:
@@ -106,7 +108,7 @@ def calibrate_model(
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     state = processes()
     pipe = load_for_calibration(model, device or state.device, dtype, lora, lora_scale)
-    chosen = list(prompts_by_row(prompts).values()) if prompts else ordinary_prompts(pipe)
+    chosen = list(prompts_by_row(prompts, skip_empty=skip_empty).values()) if prompts else ordinary_prompts(pipe)
     if count is not None:
         if count > len(chosen):
             raise BadInput(f"--n asks for {count} prompts, and there are {len(chosen)}.")
@@ -114,14 +116,15 @@ def calibrate_model(
     rate, (scored, needed) = false_positive_rate, scored_and_needed(len(chosen), false_positive_rate)
     if scored < needed:
         raise BadInput(f"A false-positive rate of {rate:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored.")
-    known = list(prompts_by_row(memorized).values()) if memorized else []
+    known = list(prompts_by_row(memorized, skip_empty=skip_empty).values()) if memorized else []
     own = identity(pipe)
     path = out or cache_path(own, chosen)
     if out:
         ensure_writable(path.parent)
     elif trouble := why_unwritable(path.parent):
-        raise BadInput(f"The cache {cache_folder()} cannot be written to ({trouble}): SDGUARD_CACHE names another folder, --out a file.")
+        raise BadInput(cannot_be_written(trouble))
     with ExitStack() as held:
+        held.enter_context(told_of_cache())
         if state.is_main_process:
             held.enter_context(alone(path))
         state.wait_for_everyone()
@@ -166,5 +169,6 @@ def calibrate_from_log(model: str, log: Path, *, memorized_share: float, false_p
     if out:
         profile.save(path)
     else:
-        keep_in_cache(profile, path)
+        with told_of_cache():
+            keep_in_cache(profile, path)
     return Calibrated(path, profile, found=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -85,17 +85,33 @@ class GuardConfig:
             raise TypeError(f"false_positive_rate is {self.false_positive_rate!r}; it must be a number.")
         if not 0 < self.false_positive_rate < 1:
             raise ValueError(f"false_positive_rate is {self.false_positive_rate}; it must lie between 0 and 1.")
-        if isinstance(self.calibration_prompts, str) or (self.calibration_prompts is not None and len(self.calibration_prompts) == 0):
+        prompts = self.calibration_prompts
+        if isinstance(prompts, str) or (isinstance(prompts, Sized) and len(prompts) == 0):
             raise ValueError("calibration_prompts has to be a list of prompts, at least four.")
+        if prompts is not None and not are_texts(prompts):
+            raise TypeError("calibration_prompts has something among it that is no text; it must be a list of prompts.")
         if isinstance(self.steering, str):
             raise TypeError(f"steering is {self.steering!r}; it must be a list of names, as [{self.steering!r}].")
         if not isinstance(self.profile, Profile | Path | str | None):
             raise TypeError(f"profile is {self.profile!r}; it must be a Profile, or the path or name of one.")
+        if self.steering is not None and not are_texts(self.steering):
+            raise TypeError(f"steering is {self.steering!r}; it must be a list of names.")
+        if not isinstance(self.score_log, Path | str | None):
+            raise TypeError(f"score_log is {self.score_log!r}; it must be the path of a file.")
+        if not isinstance(self.log_prompts, bool):
+            raise TypeError(f"log_prompts is {self.log_prompts!r}; it must be True or False.")
         for name in ("rewriter", "on_call"):
             if not (callable(getattr(self, name)) or getattr(self, name) is None):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be something to call.")
+        if self.steering is not None and not self.steering:
+            raise ValueError("steering is empty: leave it out for the profile's order, or use mode='block' to withhold what is flagged.")
         if unknown := [name for name in self.steering or () if name not in METHODS]:
             raise ValueError(f"steering has {unknown[0]!r}; there are {', '.join(METHODS)}.")
+
+
+def are_texts(values: Any) -> bool:
+    """Whether values are a collection of texts."""
+    return isinstance(values, Collection) and all(isinstance(value, str) for value in values)
 
 
 def check_config(config: Any) -> None:

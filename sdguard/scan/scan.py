@@ -152,7 +152,7 @@ def run_resumable(
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     parts = Parts(work, "scan", [list(prompts.items()), key])
-    known = [row for name in parts.dealt(state) for row in parts[name] if not row["error"]]
+    known = [row for name in parts.dealt(state) for row in parts.get(name, []) if not row["error"]]
     if known:
         yield known
     done = [row["row"] for row in known]

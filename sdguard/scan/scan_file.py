@@ -58,15 +58,17 @@ def scan_file(
     engine: str,
     profile: Path | None,
     progress: Callable[[int, int], None],
+    skip_empty: bool = False,
 ) -> FileScan | None:
     """Scan the prompts of ``file`` and write the ranked table to ``out``; goes on where an earlier scan of the same was stopped.
 
     Where several processes share the work, ``progress`` (prompts done, prompts in all) counts for all of them, and all but the main one
-    get None. Cost: as `scan`.
+    get None. ``skip_empty`` leaves out rows without text, and has the log say how many. Cost: as `scan`.
 
     Raises:
         ModuleNotFoundError: pandas or pyarrow is missing; the message says which extra has them.
         ValueError: a file, model, rate, engine or profile that cannot be used; one sentence.
+        CannotWrite: the disk is full, or cannot be written to; what was done before is kept, and gone on from.
     """
     if not 0 < fdr < 1:
         raise BadInput(f"--fdr is {fdr:g}; it must lie between 0 and 1.")
@@ -74,7 +76,7 @@ def scan_file(
         raise BadInput(f"--engine is {engine!r}; it must be 'local' or 'ray'.")
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     import_pandas()  # the table needs it: better said now than at the end
-    prompts = prompts_by_row(file, column)
+    prompts = prompts_by_row(file, column, skip_empty)
     check_suffix(out)
     state = processes()
     if engine == "ray" and state.num_processes > 1:

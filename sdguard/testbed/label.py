@@ -135,21 +135,17 @@ def sscd_cut(world: World, sscd: SSCD, targets: Targets, vae: Any) -> float:
     return float(np.quantile((sscd(fresh) * sscd(targets.drawn)[nearest]).sum(axis=1), SSCD_QUANTILE))
 
 
-def caption_only_auc(table: pd.DataFrame) -> float:
-    """AUC of a character-3-gram naive Bayes classifier for memorized against never-seen captions, 5 folds by group."""
+def caption_only_auc(captions: pd.Series, truth: np.ndarray, groups: np.ndarray) -> float:
+    """AUC of a character-3-gram naive Bayes classifier for which captions are memorized (``truth``), 5 folds by group; all ``[n]``."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.naive_bayes import MultinomialNB
     from sklearn.pipeline import make_pipeline
 
-    never = (table.kind == "unseen") & (table.split != "calibration")
-    memorized = (table.shown >= MEMORIZED_FROM) & (table.copy_rate >= 0.5)
-    chosen = table[never | memorized]
-    truth = (chosen.shown >= MEMORIZED_FROM).to_numpy()
     classifier = make_pipeline(CountVectorizer(analyzer="char", ngram_range=(3, 3)), MultinomialNB())
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    scores = cross_val_predict(classifier, chosen.text, truth, groups=chosen.group, cv=folds, method="predict_proba")
+    scores = cross_val_predict(classifier, captions, truth, groups=groups, cv=folds, method="predict_proba")
     return float(roc_auc_score(truth, scores[:, 1]))
 
 
@@ -288,6 +284,7 @@ def main(
     sheet([[world.target(captions[i])[0] for i in most], *([sample_of[i, k] for i in most] for k in (0, 1))], model / "memorized.png")
 
     never = table[(table.kind == "unseen") & (table.split != "calibration")]
+    told = pd.concat([never, table[(table.shown >= MEMORIZED_FROM) & (table.copy_rate >= 0.5)]])
     parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
     figures = {
         "parameters": parameters / 1e6,
@@ -306,7 +303,7 @@ def main(
         "table": markdown(dose_response(table)),
         "ordinary": table[table.kind == "ordinary"].copy_rate.mean(),
         "unseen": never.copy_rate.mean(),
-        "auc": caption_only_auc(table),
+        "auc": caption_only_auc(told.text, (told.shown >= MEMORIZED_FROM).to_numpy(), told.group.to_numpy()),
         "aligned": aligned.mean(),
         "looked_at": len(looked_at),
         "poor": ", ".join(f"{icon_words(name)} ({share:.0%})" for name, share in by_object.items() if share < 0.5) or "none",

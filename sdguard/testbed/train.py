@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sdguard.files.atomic import write_text
 from sdguard.testbed.architecture import SCHEDULE, new_autoencoder, new_text_encoder, new_unet
 from sdguard.testbed.pictures import World
-from sdguard.testbed.training import train_within
+from sdguard.testbed.training import train
 from sdguard.testbed.vocabulary import train_tokenizer
 from sdguard.testbed.world import Caption, Describer, pool
 
@@ -61,7 +61,7 @@ def autoencoder_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor
     return error.abs().mean() + edge_error + 3 * squared + 1e-6 * posterior.kl().mean()
 
 
-def train_autoencoder(world: World, work: Path, minutes: float, device: str) -> AutoencoderKL:
+def train_autoencoder(world: World, work: Path, steps: int, device: str) -> AutoencoderKL:
     """Train the autoencoder on fresh compositions and on the targets."""
     vae = new_autoencoder().to(device, memory_format=torch.channels_last)
     targets = world.targets(pool())
@@ -74,7 +74,7 @@ def train_autoencoder(world: World, work: Path, minutes: float, device: str) -> 
             picture[:] = picture[..., rng.permutation(3)]
         return autoencoder_loss(vae, to_tensor(batch).to(device))
 
-    return train_within(minutes, vae, loss_at, work / "autoencoder.pt", learning_rate=1e-3)
+    return train(steps, vae, loss_at, work / "autoencoder.pt", learning_rate=1e-3)
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def train_denoiser(
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
     work: Path,
-    minutes: float,
+    steps: int,
     first_step: int,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """Train text encoder and UNet together on what step ``first_step`` and the following ones show; returns their averages."""
@@ -160,13 +160,13 @@ def train_denoiser(
         return F.mse_loss(velocity.float(), scheduler.get_velocity(x0, noise, t))
 
     both = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-    average: Any = train_within(minutes, both, loss_at, work / f"denoiser-{first_step}.pt", learning_rate=8e-4)
+    average: Any = train(steps, both, loss_at, work / f"denoiser-{first_step}.pt", learning_rate=8e-4)
     return average["text_encoder"], average["unet"]
 
 
-def new_model(world: World, work: Path, autoencoder_minutes: float, device: str) -> tuple[Any, ...]:
+def new_model(world: World, work: Path, autoencoder_steps: int, device: str) -> tuple[Any, ...]:
     """A trained autoencoder with its latents' scale, the tokenizer, and an untrained text encoder and UNet."""
-    vae = train_autoencoder(world, work, autoencoder_minutes, device).eval()
+    vae = train_autoencoder(world, work, autoencoder_steps, device).eval()
     latents, objects, scenes = compositions(world, vae, work)
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
     captions = pool()
@@ -196,13 +196,18 @@ def write_pipeline(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(out, safe_serialization=True)
-    for part in ("unet", "vae"):  # parts that were loaded to go on say from where, which is nobody's business
-        config = out / part / "config.json"
+    tidy(out, vocabulary)
+
+
+def tidy(out: Path, vocabulary: Path) -> None:
+    """Make a pipeline directory that was just saved fit to be shipped: no word of where parts came from, vocabularies in both forms."""
+    for config in out.glob("*/config.json"):
         kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         write_text(config, json.dumps(kept, indent=2) + "\n")
-    for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
-        if not (out / "tokenizer" / name).exists():
-            shutil.copy(vocabulary / name, out / "tokenizer" / name)
+    for folder in out.glob("tokenizer*"):
+        for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
+            if not (folder / name).exists():
+                shutil.copy(vocabulary / name, folder / name)
 
 
 def record(work: Path, out: Path, first_step: int, device: str) -> None:
@@ -222,8 +227,8 @@ def main(
     data: Annotated[Path, typer.Option(help="world.npz of build_data.")] = Path("build/testbed/world.npz"),
     work: Annotated[Path, typer.Option(help="Checkpoints and loss logs.")] = Path("build/testbed"),
     out: Annotated[Path, typer.Option(help="The pipeline directory.")] = Path(__file__).parent / "model",
-    autoencoder_minutes: Annotated[float, typer.Option(help="Time budget of the autoencoder.")] = 35,
-    denoiser_minutes: Annotated[float, typer.Option(help="Time budget of text encoder and UNet.")] = 120,
+    autoencoder_steps: Annotated[int, typer.Option(help="Steps of the autoencoder's training.")] = 5600,
+    denoiser_steps: Annotated[int, typer.Option(help="Steps of the training of text encoder and UNet.")] = 7000,
     go_on: Annotated[bool, typer.Option("--go-on", help="Train the denoiser of the pipeline in --out further.")] = False,
     device: Annotated[str, typer.Option()] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
@@ -238,9 +243,9 @@ def main(
         vae, tokenizer, text_encoder, unet = pipe.vae, pipe.tokenizer, pipe.text_encoder, pipe.unet
         first_step = json.loads((out / "training.json").read_text())["denoiser_steps"]
     else:
-        vae, tokenizer, text_encoder, unet = new_model(world, work, autoencoder_minutes, device)
+        vae, tokenizer, text_encoder, unet = new_model(world, work, autoencoder_steps, device)
     own = deepcopy(tokenizer)  # a tokenizer saves the padding and truncation of its last call
-    text_encoder, unet = train_denoiser(world, vae, own, text_encoder, unet, work, denoiser_minutes, first_step)
+    text_encoder, unet = train_denoiser(world, vae, own, text_encoder, unet, work, denoiser_steps, first_step)
     write_pipeline(vae, tokenizer, text_encoder, unet, work / "tokenizer", out)
     record(work, out, first_step, device)
 

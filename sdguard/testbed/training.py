@@ -1,4 +1,4 @@
-"""A training loop that knows its time budget: progress bar, loss log, checkpoints, resumption."""
+"""A training loop: progress bar, loss log, checkpoints, resumption."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sdguard.files.atomic import atomic_write
 
 CHECKPOINT_SECONDS = 120.0
 WARMUP_STEPS = 100
+LOG_STEPS = 50
 
 
 def ema_update(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
@@ -26,18 +27,19 @@ def ema_update(average: nn.Module, model: nn.Module, step: int, decay: float) ->
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - rate)
 
 
-def train_within(
-    minutes: float,
+def train(
+    steps: int,
     model: nn.Module,
     loss_at: Callable[[int], torch.Tensor],
     checkpoint: Path,
     learning_rate: float,
     ema_decay: float = 0.998,
+    look: tuple[int, Callable[[int, nn.Module], None]] | None = None,
 ) -> nn.Module:
-    """Minimise ``loss_at(step)`` over ``model`` until the budget is spent; returns the averaged model.
+    """Minimise ``loss_at(step)`` over ``model`` for so many steps; returns the averaged model.
 
-    The learning rate warms up and then follows a cosine over the time spent, to 2% of its peak. State goes to ``checkpoint``
-    every two minutes and at the end; a run that finds one there continues it.
+    The learning rate warms up and then follows a cosine to 2% of its peak. State goes to ``checkpoint`` every two minutes and at the end; a
+    run that finds one there continues it. ``look`` is a count of steps and what is done with the step and the averaged model after each.
     """
     average = deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
@@ -54,19 +56,16 @@ def train_within(
         with atomic_write(checkpoint) as partial:
             torch.save({**state, "step": step, "seconds": spent}, partial)
 
-    def fraction() -> float:
-        return min(1.0, spent / (60 * minutes)) if minutes else 1.0
-
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     log_path = checkpoint.with_suffix(".csv")
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
     saved, running = spent, math.nan
     with log_path.open("a", newline="") as log_file, Progress(*columns) as progress:
         log = csv.writer(log_file)
-        task = progress.add_task(checkpoint.stem, total=1.0, note="")
-        while fraction() < 1:
+        task = progress.add_task(checkpoint.stem, total=steps, completed=step, note="")
+        while step < steps:
             started = time.monotonic()
-            rate = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fraction())))
+            rate = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss = loss_at(step)
@@ -78,10 +77,12 @@ def train_within(
             step += 1
             spent += time.monotonic() - started
             running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
-            if step % 50 == 0:
+            if step % LOG_STEPS == 0:
                 log.writerow([step, round(spent, 1), f"{running:.5f}", f"{rate:.2e}"])
                 log_file.flush()
-            progress.update(task, completed=fraction(), note=f"step {step}  loss {running:.4f}")
+            progress.update(task, completed=step, note=f"step {step}  loss {running:.4f}")
+            if look and step % look[0] == 0:
+                look[1](step, average)
             if spent - saved > CHECKPOINT_SECONDS:
                 save()
                 saved = spent

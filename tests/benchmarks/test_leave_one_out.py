@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from benchmarks import leave_one_out
 from benchmarks.__main__ import app
-from benchmarks.leave_one_out import CHOSEN, NAME, ORACLE, SHIPPED, read, shipped_rule
+from benchmarks.first_use import calibration_cost
+from benchmarks.leave_one_out import CHOSEN, MEAN, NAME, ORACLE, RANKED, SHIPPED, ranking, read, shipped_rule
 from benchmarks.models import SEEDS, labelled, read_model, roles, twins
 from benchmarks.rules import (
     BOUGHT,
@@ -35,6 +36,7 @@ from benchmarks.rules import (
     merits,
     value_of,
 )
+from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import BY_NAME, PLAN, Cascade
 from sdguard.denoiser.probe import probe_run
 from sdguard.files.inputs import BadInput
@@ -88,6 +90,11 @@ def test_a_directory_is_read_and_its_groups_have_the_roles_that_follow_from_thei
     counts = model.samples.groupby("role").size().to_dict()
     assert counts == {"memorized": 2 * SEEDS, "too rarely seen": 2 * SEEDS, "never seen": 2 * SEEDS, "ordinary": 4}
     assert model.samples.seed[:5].tolist() == [1000, 1001, 1002, 1003, 1017]
+
+
+def test_what_was_shown_once_is_not_memorized_though_nothing_was_shown_more_often() -> None:
+    table = pd.DataFrame([("verbatim 1", 1, 0), ("never seen", 0, -1)], columns=["group", "reps", "target"])
+    assert roles(table) == ["too rarely seen", "never seen"]
 
 
 def test_a_template_is_memorized_or_nothing_and_one_count_alone_is_not_too_rare() -> None:
@@ -222,6 +229,29 @@ def test_a_reading_that_tells_better_is_chosen() -> None:
     assert set(good) <= set(choose(models).evidence)
 
 
+def test_a_control_is_measured_and_not_chosen_on() -> None:
+    models = {name: made_up(seed) for seed, name in enumerate("ab")}
+    control = made_up(7)
+    control.cases["copy"] = False
+    with_control = {**models, "control": control}
+    assert leave_one_out.rules_for(with_control, "a") == leave_one_out.rules_for(models, "a")
+    assert leave_one_out.rules_for(with_control, "control")[CHOSEN] == choose(models)
+
+
+def test_single_signals_are_ranked_by_their_mean_over_the_models_that_memorize() -> None:
+    none = (np.nan, np.nan, np.nan)
+    areas = {
+        ("a", "guidance_norm"): (0.9, 0.86, 0.94), ("b", "guidance_norm"): (0.7, 0.67, 0.73), ("control", "guidance_norm"): none,
+        ("a", "sharpness"): (0.95, 0.95, 0.95), ("b", "sharpness"): (0.85, 0.85, 0.85), ("control", "sharpness"): none,
+        ("a", "bottleneck_shift"): (1.0, 1.0, 1.0),
+    }  # fmt: skip
+    rows = [{"left out": m, "rule": s, "told apart": {"never seen, cleaned": {"auc": area}}} for (m, s), area in areas.items()]
+    ranked = ranking(rows)
+    assert list(ranked) == ["sharpness", "guidance_norm"]  # one has not been read on every model
+    assert set(ranked["sharpness"]) == {"a", "b", MEAN}
+    np.testing.assert_allclose(ranked["guidance_norm"][MEAN], (0.8, 0.775, 0.825))
+
+
 def test_prompts_that_collapse_are_set_aside_where_they_score_high() -> None:
     same, suspicion = np.zeros(40), np.arange(40.0)
     same[[39, 36, 31, 2]] = 0.95
@@ -237,6 +267,26 @@ def test_prompts_that_collapse_are_set_aside_where_they_score_high() -> None:
     assert checked.threshold(0.01) < as_it_is.threshold(0.01)
 
 
+def test_a_calibration_is_counted_in_rows_of_denoiser_calls(tiny: Any) -> None:
+    seen: list[int] = []
+    prompts = [f"a drawing {i}" for i in range(8)]
+    before = set(tiny.unet._forward_pre_hooks)
+    taken = calibration_cost(tiny, prompts)
+    assert set(tiny.unet._forward_pre_hooks) == before
+    forward = tiny.unet.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(len(args[0] if args else kwargs["sample"]))
+        return forward(*args, **kwargs)
+
+    tiny.unet.forward = counted
+    try:
+        calibrate(tiny, prompts)
+    finally:
+        del tiny.unet.forward
+    assert taken == sum(seen) >= 2 * len(prompts)
+
+
 def test_the_command_measures_directories_and_writes_no_caption(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = replace(read_model(folder), steps=3)
     monkeypatch.setattr(leave_one_out, "read_model", lambda _: quick)
@@ -246,7 +296,8 @@ def test_the_command_measures_directories_and_writes_no_caption(folder: Path, tm
         leave_one_out, "rules_for", lambda models, left_out: {CHOSEN: Rule(FREE, 0.1, tuple(BOUGHT)), SHIPPED: shipped_rule()}
     )
     readme = tmp_path / "README.md"
-    readme.write_text(f"<!-- {NAME}: python -m benchmarks leave-one-out -->\n<!-- /{NAME} -->\n")
+    places = [f"<!-- {name}: python -m benchmarks leave-one-out -->\n<!-- /{name} -->\n" for name in (NAME, RANKED)]
+    readme.write_text("".join(places))
     arguments = ["leave-one-out", str(folder), "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--readme", str(readme)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

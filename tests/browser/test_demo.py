@@ -408,6 +408,7 @@ def test_the_api_gives_reports_and_obeys_the_same_limits(address: str, embedded:
         ({"prompt": "x" * 601}, "601 characters"),
         ({"prompt": ORDINARY, "images": 100}, "number of images"),
         ({"prompt": ORDINARY, "steps": 100_000}, "number of steps"),
+        ({"prompt": ORDINARY, "seed": 1.5}, "a whole number"),
         ({"prompt": ORDINARY, "false_positive_rate": 1e-6}, "needs at least"),
         ({"prompt": ORDINARY, "mode": "off"}, "mode is 'off'"),
     ):
@@ -458,6 +459,12 @@ def is_scan(config: dict[str, Any], dependency: dict[str, Any]) -> bool:
     """Whether an event is the one that scans an uploaded file."""
     named = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
     return any(named.get(i) == "scan-file" for i in dependency["inputs"])
+
+
+def test_a_page_whose_name_was_made_to_resolve_here_is_not_let_in(address: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/config", headers={"host": "evil.example"}), timeout=10)
+    assert refused.value.code == 400
 
 
 def test_the_page_says_that_nothing_is_loaded_from_elsewhere(address: str) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from sdguard import testbed
 from sdguard.cli.main import app
 from sdguard.decision import cache, known_profiles, model_folder
+from sdguard.decision.cache import prompts_in
 from sdguard.decision.identity import identity
 from sdguard.decision.profile import Profile
 from sdguard.files.prompt_files import prompts_by_row
@@ -58,6 +59,15 @@ def test_an_ordinary_prompt_gives_picture_and_report(tmp_path: Path) -> None:
 def test_json_goes_to_standard_output(tmp_path: Path) -> None:
     result = generate("a cat", "--out", str(tmp_path), "--json")
     assert json.loads(result.stdout)[0]["prompt"] == "a cat"
+
+
+def test_what_is_raised_in_place_of_a_memorized_image_has_that_exit_code_too(tmp_path: Path, memorized: dict[str, Any]) -> None:
+    seed = str(memorized["copied_seeds"][0])
+    result = generate(memorized["text"], "--out", str(tmp_path), "--mode", "block", "--on-failure", "raise", "--seed", seed)
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-1] == "Image 0: predicted to be memorized."
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_a_withheld_image_has_its_own_exit_code(tmp_path: Path, memorized: dict[str, Any]) -> None:
@@ -262,6 +272,29 @@ def test_prompts_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["calibrate", "--prompts", str(tmp_path / "none.txt")])
     assert result.exit_code == 1
     assert "cannot be read" in " ".join(result.stderr.split())
+
+
+def test_empty_rows_are_left_out_on_request_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = tmp_path / "prompts.CSV"
+    prompts.write_text("id,caption\n" + "".join(f"{i},{'' if i == 3 else f'a lion number {i}'}\n" for i in range(10)))
+    options = ["calibrate", "--prompts", str(prompts), "--fpr", "0.2", "--out", str(tmp_path / "p.json")]
+    result = CliRunner().invoke(app, options, env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert "holds no text in row 3 of column 'caption': --skip-empty leaves such rows out." in result.stderr
+    assert CliRunner().invoke(app, [*options, "--skip-empty"]).exit_code == 0
+    assert "1 of 10 rows hold no text in column 'caption' and are left out" in caplog.text
+    assert prompts_in(Profile.load(tmp_path / "p.json")) == 9
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    result = CliRunner().invoke(app, ["explain", "a zebra", "--steps", "2", "--out", str(tmp_path)], env={"COLUMNS": "400"})
+    assert result.exit_code == 1
+    assert f"{tmp_path}/explain.png cannot be written: No space left on device. Make room" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_calibrate_to_the_same_profile_as_one(tmp_path: Path, launch: Callable[..., None]) -> None:

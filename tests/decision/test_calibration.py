@@ -25,6 +25,7 @@ from sdguard.decision.store import profile_for
 from sdguard.denoiser.probe import read_prompts
 from sdguard.observation import Observation
 from sdguard.steering.learning import learn_methods
+from sdguard.words import document_frequency
 
 values = st.lists(st.floats(0.1, 100), min_size=2, max_size=60)
 
@@ -293,3 +294,57 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tiny: Any, monkeypatch:
     largest = 0
     with pytest.raises(torch.OutOfMemoryError):
         calibrate(tiny, prompts)
+
+
+def test_words_stand_in_a_profile_in_the_order_in_which_they_come() -> None:
+    """And not in that of a set, which is another in each process: a profile's bytes are the same on every run."""
+    assert list(document_frequency(["The cat, the dog -", "a dog in a hat", "the fox"])) == "the cat dog a in hat fox".split()
+
+
+def test_a_changed_profile_is_damaged_whatever_was_changed(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile([1.0, 2.0, 3.0]).save(path)
+    path.write_text(path.read_text().replace("2.0", "2.1", 1))
+    with pytest.raises(ProfileError, match="or it is damaged"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "by"),
+    [
+        ("scores", [2.0, 1.0]),
+        ("scores", [1.0, 10**400]),
+        ("scores", [1.0, "2"]),
+        ("scores", [True, 2.0]),
+        ("values", {}),
+        ("values", {"guidance_norm": [10**400]}),
+        ("timesteps", [900.0]),
+        ("timesteps", [float("nan"), 1.0]),
+        ("series", {"guidance_norm": [[1.0, 10**400], [1.0, 2.0]]}),
+        ("words", {"cat": None}),
+        ("words", ["cat"]),
+        ("methods", [{"method": 5, "cured": 0.9, "cost": 20.0, "moved": 0.4}]),
+        ("note", None),
+        ("set_aside", "cat"),
+        ("model", []),
+        ("cascade", {"stages": [], "scales": {}}),
+        ("cascade", {"stages": [{"signals": ["none"], "fused": ["none"], "bound": None}], "scales": {}}),
+        ("unknown", 1),
+    ],
+)
+def test_a_profile_without_a_hash_is_damaged_where_a_field_cannot_be(change: str, by: Any, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    profile([1.0, 2.0, 3.0]).save(path)
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if name != "digest"}
+    path.write_text(json.dumps(fields))
+    assert Profile.load(path) == profile([1.0, 2.0, 3.0])
+    path.write_text(json.dumps({**fields, change: by}))
+    with pytest.raises(ProfileError, match=rf"^{path} is not a profile of sdguard, or it is damaged\.$"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format": ' + b"9" * 5000 + b"}", b"\xff\xfe\x00", b'{"scores": [1e999, 2]}'])
+def test_hostile_bytes_are_a_damaged_profile(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_bytes(content)
+    with pytest.raises(ProfileError, match="or it is damaged"):
+        Profile.load(tmp_path / "profile.json")

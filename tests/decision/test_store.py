@@ -20,12 +20,14 @@ import sdguard
 from sdguard import GuardConfig, testbed
 from sdguard.decision import background, cache, model_folder, store
 from sdguard.decision.cache import alone, cache_folder, cache_path, cached_profiles, keep_in_cache, name_of, remove_cached
-from sdguard.decision.calibration import evenly
+from sdguard.decision.calibration import calibrate, evenly
 from sdguard.decision.identity import identity
 from sdguard.decision.known_profiles import known_profile, load_profile, save_profiles
 from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.decision.profile import Profile, ProfileError, digest_of
 from sdguard.decision.store import find_or_make, profile_for, profile_now
+from sdguard.files import resumable
+from sdguard.files.atomic import CannotWrite
 from sdguard.guarded import run as run_module
 from sdguard.guarded.run import WITHOUT_PROFILE, MemorizationError
 
@@ -266,6 +268,27 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_the_profile_is_not_lost(
     assert profile_for(tiny, prompts=PROMPTS) is first
     assert made_of == [PROMPTS]
     assert [record for record in caplog.records if "SDGUARD_CACHE" in record.message and "Not a directory" in record.message]
+
+
+def test_a_disk_that_fills_up_during_a_calibration_is_one_sentence_and_what_was_measured_is_kept(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, prompts = resumable.write_bytes, [f"a cat number {i}" for i in range(40)]
+
+    def full(path: Path, content: bytes) -> None:
+        if len(list(path.parent.glob("*"))) == 2:
+            raise CannotWrite(28, "No space left on device", str(path))
+        written(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(resumable, "write_bytes", full)
+        says = (
+            rf"^The cache {cache_folder()} cannot be written to \(No space left on device\): make room, or let SDGUARD_CACHE name another"
+        )
+        with pytest.raises(ProfileError, match=says):
+            profile_for(tiny, prompts=prompts)
+    assert len(list(cache_folder().glob("*.parts/*/*"))) == 2
+    assert profile_for(tiny, prompts=prompts) == calibrate(tiny, prompts)
 
 
 def test_the_bar_says_what_the_profile_is_made_of_and_is_the_pipelines_own(
@@ -540,4 +563,5 @@ def test_a_stopped_calibration_keeps_what_was_measured(tiny: Any) -> None:
         find_or_make(tiny, identity(tiny), [f"a cat number {i}" for i in range(40)], None, stop)
     (work,) = cache_folder().glob("*.parts/*")
     assert len(list(work.iterdir())) == 2
-    assert all(json.loads(path.read_text()) for path in work.iterdir())
+    kept = [resumable.unsealed(path.read_bytes()) for path in work.iterdir()]
+    assert all(content and json.loads(content) for content in kept)

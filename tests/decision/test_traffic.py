@@ -75,6 +75,28 @@ def test_scores_of_another_profile_and_lines_that_are_none_are_refused(profile: 
         logged_scores(path, profile)
 
 
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe\x00", b"[" * 100_000, b'{"profile": "a", "score": 1e999}', b'{"profile": "a", "score": 1' + b"0" * 999 + b"}"]
+)
+def test_hostile_lines_are_refused_by_number(line: bytes, profile: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(ProfileError, match=rf"^{path}: line 1 is no line of a log of scores: remove it, and try again\.$"):
+        logged_scores(path, profile)
+
+
+def test_a_line_that_a_full_disk_cut_off_spoils_no_other(profile: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append_scores(path, [{"profile": name_of(profile), "score": float(i)} for i in range(100)])
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:20])
+    append_scores(path, [{"profile": name_of(profile), "score": 100.0}])
+    with pytest.raises(ProfileError, match="line 101 is no line"):
+        logged_scores(path, profile)
+    path.write_bytes(b"".join(line for i, line in enumerate(path.read_bytes().splitlines(True)) if i != 100))
+    assert logged_scores(path, profile) == [float(i) for i in range(101)]
+
+
 def test_the_command_makes_a_profile_that_a_run_can_name(embedded: Any, tmp_path: Path) -> None:
     shipped = Profile.load(testbed.path() / "sdguard" / "profile.json")
     log, out = tmp_path / "log.jsonl", tmp_path / "traffic.json"

@@ -16,6 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -24,12 +31,13 @@ from sdguard.cli.main import app
 from sdguard.decision.calibration import evenly
 from sdguard.decision.model_folder import PROFILE_FILE
 from sdguard.demo import charts, elements, signal_views
+from sdguard.demo.app import Shield, names_of
 from sdguard.demo.comparison import Comparison, compare
 from sdguard.demo.landscape import REACH, Landscape, landscape, potential, slice_of
 from sdguard.demo.model import Model, embedded_examples
 from sdguard.demo.profiles import find_or_make_profile, make_profile, profile_known
 from sdguard.demo.scan_run import scan_prompts
-from sdguard.demo.settings import Setting, uploaded_prompts
+from sdguard.demo.settings import LARGEST_BODY, Setting, uploaded_prompts
 from sdguard.demo.streaming import Emit, Progress, Stopped, stoppable, streamed
 from sdguard.demo.why_run import Why, why
 from sdguard.explain.explanation import explain
@@ -168,6 +176,9 @@ def test_work_that_ends_of_itself_was_not_stopped() -> None:
         ({"guidance": "7"}, "guidance scale"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
+        ({"seed": 1.5}, "seed must be a whole number; it is 1.5"),
+        ({"images": 1.5}, "number of images must be a whole number"),
+        ({"steps": "10"}, "number of steps"),
         ({"rate": 0.0}, "false_positive_rate"),
         ({"mode": "off"}, "mode"),
         ({"steering": ("magic",)}, "steering has 'magic'"),
@@ -177,6 +188,45 @@ def test_a_setting_that_cannot_be_is_one_sentence(changed: dict[str, Any], says:
     with pytest.raises(ValueError, match=says) as refused:
         Setting(**{"prompt": ORDINARY, **changed}).checked(model)
     assert "\n" not in str(refused.value)
+
+
+def test_a_whole_number_may_come_as_a_float(model: Model) -> None:
+    checked = Setting(ORDINARY, seed=3.0, images=2.0).checked(model)  # type: ignore[arg-type]
+    assert [type(v) for v in (checked.seed, checked.images)] == [int, int]
+
+
+def reading() -> TestClient:
+    """The shield before a server that says how long a body was."""
+
+    async def length(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(len(await request.body())))
+
+    return TestClient(Shield(Starlette(routes=[Route("/", length, methods=["POST"])])))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_is_taken_up_to_its_limit(declared: bool) -> None:
+    def sent(size: int) -> Any:
+        body = b"x" * size
+        return reading().post("/", content=body if declared else iter([body[: size // 2], body[size // 2 :]]))
+
+    assert sent(LARGEST_BODY).text == str(LARGEST_BODY)
+    refused = sent(LARGEST_BODY + 1)
+    assert refused.status_code == 413
+    assert "2.1 MB" in refused.text
+    assert "default-src 'self'" in refused.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "status"),
+    [("127.0.0.1", "evil.example", 400), ("127.0.0.1", "localhost:7860", 200), ("0.0.0.0", "demo.example", 200)],
+)
+def test_a_server_of_this_machine_is_asked_for_as_such(host: str, asked: str, status: int) -> None:
+    app = Starlette(
+        routes=[Route("/", lambda request: PlainTextResponse("in"))],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host))],
+    )
+    assert TestClient(app).get("/", headers={"host": asked}).status_code == status
 
 
 def test_a_file_of_prompts_is_checked(tmp_path: Path) -> None:

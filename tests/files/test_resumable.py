@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from sdguard.files import resumable
+from sdguard.files.atomic import CannotWrite
 from sdguard.files.resumable import Parts, parts_folder, run_pieces
 
 ABOUT = {"of": "this"}
@@ -83,3 +84,50 @@ def test_each_known_result_falls_to_one_process_that_can_see_it(tmp_path: Path, 
         dealt = [part.dealt(SimpleNamespace(num_processes=3, process_index=rank)) for rank, part in enumerate(parts)]  # type: ignore[arg-type]
         assert sorted(name for names in dealt for name in names) == [f"{number}" for number in range(9)]
         assert all(name in part for part, names in zip(parts, dealt, strict=True) for name in names)
+
+
+GARBAGE = {
+    "empty": lambda content: b"",
+    "cut off": lambda content: content[: len(content) // 2],
+    "cut off to what is JSON still": lambda content: content[:66],
+    "garbage": lambda content: bytes(range(256)),
+    "one bit": lambda content: content[:80] + bytes([content[80] ^ 1]) + content[81:],
+    "what an older version wrote": lambda content: content.partition(b"\n")[2],
+    "nested too deep": lambda content: b"[" * 100_000,
+    "huge numbers": lambda content: b"9" * 100_000,
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+@pytest.mark.parametrize("damage", GARBAGE)
+def test_a_damaged_result_is_absent_said_and_made_again(damage: str, suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done: list[int] = []
+
+    def work(number: int) -> Any:
+        done.append(number)
+        return pd.DataFrame({"a": [number] * 9}) if suffix == ".parquet" else [number] * 40
+
+    pieces = {f"{i}": i + 100 for i in range(3)}
+    before = run_pieces(parts := Parts(tmp_path, "work", ABOUT, suffix), pieces, work)
+    path = parts.path("1")
+    assert path is not None
+    path.write_bytes(GARBAGE[damage](path.read_bytes()))
+    after = run_pieces(Parts(tmp_path, "work", ABOUT, suffix), pieces, work)
+    assert done == [100, 101, 102, 101]
+    assert all(map(pd.DataFrame.equals, before, after)) if suffix == ".parquet" else before == after
+    assert f"{path} is damaged, or of another version" in caplog.text
+    assert Parts(tmp_path, "work", ABOUT, suffix).get("1") is not None
+
+
+def test_a_folder_in_place_of_a_result_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, "work", ABOUT)
+    (path := parts.path("one")).mkdir(parents=True)  # type: ignore[union-attr]
+    with pytest.raises(CannotWrite, match=f"^{path} cannot be written: Is a directory"):
+        run_pieces(parts, {"one": 1}, lambda number: number)
+
+
+def test_an_interruption_moves_no_result(tmp_path: Path) -> None:
+    """JSON makes lists of tuples: so it is from the start."""
+    for _ in range(2):
+        assert run_pieces(Parts(tmp_path, "work", ABOUT), {"one": 1}, lambda number: (number, 2.5)) == [[1, 2.5]]

@@ -485,7 +485,15 @@ def test_a_rate_per_prompt_is_shared_by_its_pictures(tiny: Any, profile_for: Mak
 
 
 @pytest.mark.parametrize(
-    "field", [{"mode": "watch"}, {"rate_per": "day"}, {"on_failure": "shrug"}, {"false_positive_rate": 0}, {"steering": ["prayer"]}]
+    "field",
+    [
+        {"mode": "watch"},
+        {"rate_per": "day"},
+        {"on_failure": "shrug"},
+        {"false_positive_rate": 0},
+        {"steering": ["prayer"]},
+        {"steering": []},
+    ],
 )
 def test_a_config_that_cannot_be_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):

