@@ -27,13 +27,13 @@ from sdguard.denoiser.calls import (
 )
 from sdguard.denoiser.families import denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
-from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_latents, unpack_latents, with_condition
+from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_condition, pack_latents, unpack_latents, with_condition
 from sdguard.denoiser.record import RunRecord
 from sdguard.denoiser.reference_call import (
     ReferenceCall,
     first_noise,
     null_condition,
-    read,
+    read_answers,
     same_texts,
 )
 from sdguard.denoiser.replay import Replayed, activate_correction
@@ -54,6 +54,12 @@ class Watcher(Protocol):
     def observe(self, observation: Observation) -> None:
         """Look at one call; what it puts into ``corrections`` holds for the whole run of that row, its past calls included."""
 
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        """Look, when the run is over, at what its text was where it was written into unseen.
+
+        ``found`` is that of `HiddenTexts`; images that had none are in ``observation`` under the text that was judged.
+        """
+
     def made(self, latents: Tensor) -> None:
         """Look at what the last step of the scheduler's list has made, ``[B, C, H, W]``."""
 
@@ -72,6 +78,7 @@ class DenoiserHook(ModelHook):
         arriving: rows that enter the batch at the ``scheduler.step`` under way.
         step_arguments: those of ``scheduler.step``.
         nulls: the model's own empty prompt, by number of tokens.
+        read: gives the guard's own reference call beside an observation, with the arguments of the call that was last observed.
     """
 
     def __init__(self, watcher: Watcher, encoder: Encoder) -> None:
@@ -84,6 +91,7 @@ class DenoiserHook(ModelHook):
         self.arriving: dict[int, Replayed] = {}
         self.step_arguments: dict[str, Any] = {}
         self.nulls: dict[int, Tensor] = {}
+        self.read: Callable[[Observation], Observation] | None = None
 
     @property
     def guidance(self) -> float:
@@ -233,7 +241,18 @@ class DenoiserHook(ModelHook):
         )
         if record.step == 0:
             record.noise, record.half_made = first_noise(seen, self.pipe, self.encoder.given)
-        return replace(seen, reading=functools.cache(lambda: self.reference_reading(module, call, seen)), half_made=record.half_made)
+        self.read = read = functools.partial(self.reference_reading, module, call)
+        return replace(seen, reading=functools.cache(lambda: read(seen)), half_made=record.half_made)
+
+    def show_hidden_texts(self) -> None:
+        """Show the watcher the texts that were written in unseen since it was last shown any, if there may be any. Cost: none."""
+        record, read = self.record, self.read
+        hidden, record.hidden_texts = record.hidden_texts, None
+        if hidden is None or record.first is None or read is None:
+            return
+        # of a later call than the first, which is not taken for the reference call
+        seen = replace(record.first, step=record.step, condition=pack_condition(*hidden.texts), new_condition=True, memo={})
+        self.watcher.rewritten(replace(seen, reading=functools.cache(lambda: read(seen))), hidden.found)
 
     def own_null(self, condition: Tensor) -> Tensor:
         """The model's own empty prompt beside conditions ``[B, T (+ 1), E]``, ``[1, T (+ 1), E]``; asked for once a run."""
@@ -253,7 +272,7 @@ class DenoiserHook(ModelHook):
             self.pipe, self.own_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
         )
         plain = not record.half_made and reference.is_plain(kwargs, seen, record.patch_rows)
-        is_plain, is_empty = read(plain, plain is not False and same_texts(seen.null_condition, null))
+        is_plain, is_empty = read_answers(plain, plain is not False and same_texts(seen.null_condition, null))
         if not is_plain:
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
             return replace(found, denoiser=module)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdguard.denoiser.hidden_texts import Embeddings, HiddenTexts, is_alike
 from sdguard.denoiser.schedulers import ScheduledCall, clone_scheduler, place_of, scheduled_calls
 from sdguard.observation import NoiseLevel, Observation, noise_level
 
@@ -53,6 +54,8 @@ class RunRecord:
         noise: what the images are made from, at the guard's own reference call, ``[B, C, H, W]``.
         half_made: whether the run was handed over latents that are no noise any more.
         new_condition: whether the text condition of the call under way is another than that of the call before.
+        hidden_texts: what it was where that is told by nothing but its values, of the calls since these were last asked for; None where
+            none was looked for.
     """
 
     scheduler: Any = None
@@ -71,7 +74,8 @@ class RunRecord:
     last_timestep: float | None = None
     half_made: bool = False
     new_condition: bool = False
-    _embeddings: tuple[Tensor | None, ...] = ()
+    hidden_texts: HiddenTexts | None = None
+    _embeddings: Embeddings | None = None
     _given: tuple[tuple[Tensor | None, int | None], ...] = ()
     _levels: dict[float, NoiseLevel] = field(default_factory=dict)
 
@@ -129,21 +133,24 @@ class RunRecord:
             self._levels[timestep] = noise_level(self.scheduler, timestep)
         return self._levels[timestep]
 
-    def note_embeddings(self, embeddings: tuple[Tensor | None, ...], unconditional: int) -> None:
+    def note_embeddings(self, embeddings: Embeddings, unconditional: int) -> None:
         """Note the text embeddings of the call under way, ``[B, ...]`` each, whose first ``unconditional`` rows are not the prompts'.
 
-        The very tensors of the call before, never written into since, are told from others without asking a GPU; else they are compared by
-        value, as a callback may write into them, or hand over equal ones. What is written past torch's own count, through ``.data``, is not
-        seen until a call has other tensors.
+        The very tensors of the call before, into which torch has counted no write, are taken for the same without asking a GPU: what may
+        have been written past its count is noted in ``hidden_texts``. Others are compared by value at once, as a callback may write into
+        them, or hand over equal ones.
         """
+        tokens, pooled = embeddings
         before, self._given = self._given, tuple((e, version_of(e)) for e in embeddings)
-        self.new_condition = False
-        if len(before) == len(self._given) and all(map(untouched, before, self._given)):
+        now = tokens[unconditional:], None if pooled is None else pooled[unconditional:]
+        judged, self.new_condition = self._embeddings, False
+        if judged and all(map(untouched, before, self._given)) and is_alike(now, judged):
+            self.hidden_texts = self.hidden_texts or HiddenTexts.beside(judged)
+            self.hidden_texts.note(judged, now, self.step)
             return
-        now = tuple(None if e is None else e[unconditional:] for e in embeddings)
-        self.new_condition = bool(self._embeddings) and not all(map(same_embedding, self._embeddings, now))
-        if self.new_condition or not self._embeddings:
-            self._embeddings = tuple(None if e is None else e.clone() for e in now)
+        self.new_condition = judged is not None and not all(map(same_embedding, judged, now))
+        if self.new_condition or judged is None:
+            self._embeddings = now[0].clone(), None if now[1] is None else now[1].clone()
 
     def note(self, observation: Observation) -> None:
         """Note the observation of the call under way."""

@@ -163,7 +163,7 @@ def all_of(some: Iterable[Answer]) -> Answer:
     return torch.stack(asked).all() if asked else True
 
 
-def read(*answers: Answer) -> list[bool]:
+def read_answers(*answers: Answer) -> list[bool]:
     """Answers as they are, those on a GPU read at once."""
     asked = iter(torch.stack(found).tolist() if (found := [of for of in answers if isinstance(of, Tensor)]) else [])
     return [next(asked) if isinstance(answer, Tensor) else answer for answer in answers]

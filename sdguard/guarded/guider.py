@@ -152,6 +152,10 @@ class RunOpener:
         if self.run:
             self.run.made(latents)
 
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        if self.run:
+            self.run.rewritten(observation, found)
+
     def observe(self, observation: Observation) -> None:
         if self.run is None:
             self.run = self.guider.begin(observation)
@@ -235,6 +239,8 @@ class GuiderHook(DenoiserHook):
             def step(*args: Any, **kwargs: Any) -> Any:
                 self.detach()
                 output = self.wrap_step(original)(*args, **kwargs)
+                if self.record.timesteps[-1].item() == self.record.last_timestep:
+                    self.show_hidden_texts()
                 if self.guider.run and (withheld := self.guider.run.withheld):
                     output[0][withheld] = 0
                 return output

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,18 @@ class GuardedRun:
 
     @property
     def reports(self) -> list[GuardReport]:
-        """One `GuardReport` per image, its series up to date: what is still on a GPU is waited for once."""
-        calls, self.watched = torch.stack(self.watched).tolist() if self.watched else [], []
-        for signals in calls:
-            for name, values in zip(SERIES, signals, strict=True):
-                for report, value in zip(self._reports, values, strict=True):
-                    report.series.setdefault(name, []).append(value)
+        """One `GuardReport` per image, its series up to date."""
+        self.bring_up_to_date()
         return self._reports
+
+    def bring_up_to_date(self, *beside: Tensor) -> list[float]:
+        """Put the series as far as they have come into the reports; returns values of ``beside``. A GPU is waited for once for all."""
+        (*watched,), self.watched = self.watched, []
+        parts = [*watched, *beside]
+        values = torch.cat([part.flatten().to(parts[0].device, torch.float) for part in parts]).tolist() if parts else []
+        for (name, report), value in zip(list(product(SERIES, self._reports)) * len(watched), values, strict=False):
+            report.series.setdefault(name, []).append(value)
+        return values[sum(map(Tensor.numel, watched)) :]
 
     @property
     def withheld(self) -> list[int]:
@@ -124,17 +130,41 @@ class GuardedRun:
             self.judge(observation, self._reports)
             self.log_scores()
         elif observation.new_condition:
-            textless = [row for row in self.steered if self.corrections[row].condition is None]
-            self.judge(observation, [report for report in self._reports if report.verdict == "clean" or report.row in textless])
-            for row in textless:  # what was steered by something else than its text has another text now, and is what it was, or worse
-                if self._reports[row].verdict == "flagged":
-                    self._reports[row].flagged_at = None
+            self.judge_again(observation, self._reports)
         self.watch_steered(observation)
         self.act(observation, [report for report in self._reports if report.verdict == "flagged" and report.flagged_at is None])
         self.evaluations = observation.evaluations
         self.count()
         if self.config.on_call:
             self.config.on_call(self.shown(observation), self.reports)
+
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        """Judge images whose text was written into unseen by what it was; of several texts that is known of the last only.
+
+        Each is flagged at the call that had it first; nothing can be steered any more. Cost: 2 evaluations an image where there is one.
+        """
+        values = self.bring_up_to_date(found)
+        steps, several = values[: len(self._reports)], values[len(self._reports) :]
+        reports = self.judge_again(observation, [report for report in self._reports if steps[report.row] >= 0])
+        if unknown := [report for report in reports if several[report.row] and report.verdict != "flagged"]:
+            self.fail(unknown, RuntimeError("its embeddings were written into at several calls, past torch's count of writes"))
+        for step in sorted({int(steps[report.row]) for report in reports}):
+            flagged = [report for report in reports if report.verdict == "flagged" and steps[report.row] == step]
+            self.act(replace(observation, step=step), flagged)
+        self.evaluations = observation.evaluations
+        self.count()
+
+    def judge_again(self, observation: Observation, reports: list[GuardReport]) -> list[GuardReport]:
+        """Judge those images of ``reports`` that a new text may change, and return them: not those flagged, nor those that have a text of
+        steering's."""
+        textless = [row for row in self.steered if self.corrections[row].condition is None]
+        open_to_it = [report for report in reports if report.verdict == "clean" or report.row in textless]
+        if open_to_it:
+            self.judge(observation, open_to_it)
+        for report in open_to_it:  # what was steered by something else than its text has another text now, and is what it was, or worse
+            if report.verdict == "flagged":
+                report.flagged_at = None
+        return open_to_it
 
     def count(self) -> None:
         """Note what was spent on each image so far."""
