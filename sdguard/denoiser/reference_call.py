@@ -19,7 +19,7 @@ from sdguard.denoiser.bare import bare, uncompiled
 from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import dtype_taken, pack_latents, unpack_latents
-from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.text_encoding import ENCODERS, Encoder
 from sdguard.noise import independent_noise
 from sdguard.observation import NoiseLevel, Observation, is_flow, noise_level, prediction_type, to_noise
 
@@ -30,8 +30,6 @@ TOLERANCE = 0.3
 
 #: how far an embedding may be from the one it should be, token by token: batches of another size round differently.
 SAME = 0.1
-#: the pipelines' attributes that hold text encoders.
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 #: by denoiser and number of tokens: what the text encoders were like, and what they made of the empty prompt then.
 _null_conditions: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[tuple[Any, ...], Tensor]]] = weakref.WeakKeyDictionary()

@@ -19,8 +19,8 @@ from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.families import check_pipeline, family_of, is_modular
 from sdguard.denoiser.install import watched
-from sdguard.denoiser.reference_call import ENCODERS, keep_null_condition
-from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.reference_call import keep_null_condition
+from sdguard.denoiser.text_encoding import ENCODERS, Encoder
 from sdguard.guarded.arguments import check, check_inputs, limits, lora_scale
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport

@@ -791,3 +791,28 @@ def test_without_text_encoders_no_profile_is_made(on_unknown: Any, embedded: Any
     drop_encoders(pipe)
     with pytest.raises(ProfileError, match="none can be made without its text encoders"):
         call(sdguard.guard(pipe, GuardConfig(on_unknown=on_unknown)), **given)
+
+
+def train_denoiser(pipe: Any) -> None:
+    for module in pipe.unet.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    pipe.unet.train()
+
+
+#: pipelines with dropout in a part that is in training mode, as a part is that was made and not loaded
+TRAINING: dict[str, Prepare] = {"FluxPipeline": lambda pipe: pipe.text_encoder_2.train(), SD: train_denoiser}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_dropout_draws_what_it_draws_unguarded(name: str, embedded: Any) -> None:
+    """And so do the calls that come after, though the guard has encoded and evaluated beside them."""
+    pipe = build(name, embedded.tokenizer)
+    TRAINING[name](pipe)
+    found: dict[Any, list[Any]] = {}
+    for of in (pipe, sdguard.guard(pipe, GuardConfig("observe", on_unknown="first_call_only"))):
+        torch.manual_seed(0)
+        found[type(of)] = [call(of).images for _ in range(2)]
+    plain, guarded = found.values()
+    assert not np.array_equal(*plain)
+    assert all(map(np.array_equal, plain, guarded))
