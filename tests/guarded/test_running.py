@@ -738,6 +738,18 @@ def test_pictures_may_be_given_in_every_form(kind: str, form: str, embedded: Any
     assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
 
 
+@pytest.mark.usefixtures("given_profile")
+def test_skip_layer_guidance_is_let_be_where_nothing_is_steered(embedded: Any) -> None:
+    pipe, extra = build(SD3, embedded.tokenizer), {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    plain, without = call(pipe, **extra), call(pipe)
+    norms = [report.signals["guidance_norm"]["value"] for report in call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))).guard]
+    output = call(sdguard.guard(pipe, GuardConfig("block", profile=profile_for(sum(sorted(norms)[-2:]) / 2))), **extra)
+    row = norms.index(max(norms))
+    assert not any(same(plain, without))
+    assert [report.verdict for report in output.guard] == ["withheld" if i == row else "clean" for i in range(3)]
+    assert same(output, plain) == [i != row for i in range(3)]
+
+
 def drop_encoders(pipe: Any) -> None:
     for name in sdguard.unguard(pipe).components:
         if name.startswith(("text_encoder", "tokenizer")):
