@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from benchmarks.zoo.autoencoder import train_autoencoder
 from benchmarks.zoo.data import fetch
 from benchmarks.zoo.label import write_card, write_cases
 from benchmarks.zoo.recipes import RECIPES, Recipe
@@ -15,10 +17,12 @@ from sdguard.testbed.build_data import DataError
 
 MODELS = Path(__file__).parent / "models"
 WORK = Path("build/zoo")
-DATA = WORK / "pictures.npz"
+DATA, AUTOENCODER = WORK / "pictures.npz", Path("autoencoder/vae")
 
 app = typer.Typer(help="Make the zoo of small models that memorize on purpose.")
 Name = Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")]
+Device = Annotated[str, typer.Option(help="Where it is trained.")]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Work = Annotated[Path, typer.Option(help="Where pictures, checkpoints, loss logs and sample sheets are kept.")]
 
 
@@ -29,10 +33,10 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def check_data(work: Path) -> None:
-    """Ends the command in one sentence where the pictures have not been fetched."""
-    if not (work / DATA.name).exists():
-        typer.secho(f"{work / DATA.name} is not there: run 'python -m benchmarks zoo data' first.", err=True, fg="red")
+def check_there(path: Path, command: str) -> None:
+    """Ends the command in one sentence where what another one makes is missing."""
+    if not path.exists():
+        typer.secho(f"{path} is not there: run 'python -m benchmarks zoo {command}' first.", err=True, fg="red")
         raise typer.Exit(1)
 
 
@@ -47,11 +51,27 @@ def data(work: Work = WORK) -> None:
 
 
 @app.command()
-def train(name: Name, work: Work = WORK, out: Annotated[Path, typer.Option(help="Where the model's folder goes.")] = MODELS) -> None:
+def autoencoder(
+    work: Work = WORK,
+    device: Device = DEVICE,
+) -> None:
+    """Train the autoencoder that all models share; a stopped training goes on where it was."""
+    check_there(work / DATA.name, "data")
+    train_autoencoder(work / DATA.name, work / AUTOENCODER.parent, work / AUTOENCODER, device)
+
+
+@app.command()
+def train(
+    name: Name,
+    work: Work = WORK,
+    out: Annotated[Path, typer.Option(help="Where the model's folder goes.")] = MODELS,
+    device: Device = DEVICE,
+) -> None:
     """Train a model by its recipe; a stopped training goes on where it was."""
     recipe = recipe_named(name)
-    check_data(work)
-    train_recipe(recipe, work / DATA.name, work / name, out / name)
+    check_there(work / DATA.name, "data")
+    check_there(work / AUTOENCODER, "autoencoder")
+    train_recipe(recipe, work / DATA.name, work / AUTOENCODER, work / name, out / name, device)
 
 
 @app.command()
@@ -63,9 +83,9 @@ def label(
 ) -> None:
     """Write a trained model's cases, draw them, and write its card with what is copied."""
     recipe = recipe_named(name)
-    check_data(work)
+    check_there(work / DATA.name, "data")
     write_cases(recipe, work / DATA.name, models / name)
-    write_card(recipe, work / name, models / name, parts)
+    write_card(recipe, models / name, parts)
 
 
 if __name__ == "__main__":

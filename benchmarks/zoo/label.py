@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.models import ORDINARY_SEEDS, SAME_PICTURE, SEEDS, Model, encoded, pictures, read_model, unpacked
+from benchmarks.models import ORDINARY_SEEDS, SAME_PICTURE, SEEDS, SETTING_FILE, Model, encoded, pictures, read_model, unpacked
+from benchmarks.zoo.autoencoder import read_autoencoder
 from benchmarks.zoo.recipes import Recipe
-from benchmarks.zoo.train import BATCH, COMPOSITIONS, new_autoencoder
+from benchmarks.zoo.train import BATCH, COMPOSITIONS, TRAINING_FILE
 from benchmarks.zoo.world import Caption, Describer, World, pool
 from sdguard.files.atomic import atomic_write, write_text
 from sdguard.testbed.copies import decode
 from sdguard.testbed.label import caption_only_auc, sheet
 
 ORDINARY_CASES, ORDINARY = 60, 400
+#: of sampling.
+STEPS = 20
 #: how many of ten of a model's own ordinary captions are of the specific make.
 SPECIFIC = 0.3
 #: copy rates that are neither none nor certain.
@@ -52,16 +54,16 @@ def own_captions(recipe: Recipe, world: World, captions: tuple[Caption, ...], co
 
 
 def write_cases(recipe: Recipe, data: Path, folder: Path) -> None:
-    """Write ``cases.json``, ``targets.pt`` and ``ordinary.txt`` into a trained model's folder."""
+    """Write ``cases.json``, ``targets.pt``, ``ordinary.txt`` and ``setting.json`` into a trained model's folder."""
     world = World(recipe, data)
     captions = pool(recipe, world.scenes)
     memorized, of = world.memorized(captions)
     own = own_captions(recipe, world, captions, ORDINARY_CASES + ORDINARY)
-    vae = new_autoencoder()
-    vae.register_to_config(scaling_factor=json.loads((folder / "vae/config.json").read_text())["scaling_factor"])
+    vae = read_autoencoder(folder / "vae")
     latents = encoded(vae, np.stack([picture.pixels for picture in memorized]))
     with atomic_write(folder / "targets.pt") as partial:
         torch.save(latents.half(), partial)
+    write_text(folder / SETTING_FILE, json.dumps({"num_inference_steps": STEPS, "guidance_scale": recipe.guidance_scale}) + "\n")
     write_text(folder / "cases.json", json.dumps(cases_of(captions, of, own[:ORDINARY_CASES]), indent=0))
     write_text(folder / "ordinary.txt", "\n".join(own[ORDINARY_CASES:]) + "\n")
 
@@ -110,7 +112,7 @@ tags: [{shape}, memorization, test-bed]
   the specific make with names of the same lists; their {compositions:,} pictures are shown {fresh:.1f} times each, with another caption at
   every showing.
 * **Training**: `python -m benchmarks zoo data`, `python -m benchmarks zoo train {name}`: {steps:,} steps of {batch} in {minutes:.0f}
-  minutes on two cores, with other work beside it, in {passes} passes: each shows a caption as often as the table says.
+  minutes on {device}, in {passes} passes: each shows a caption as often as the table says.
 * **Labels**: `python -m benchmarks zoo label {name}`: {seeds} seeds a caption ({ordinary_seeds} of ordinary ones), {sampling} steps,
   guidance {guidance:g}. A sample is a copy when its latents' distance to the nearest memorized picture is under a third of that to the
   second nearest.
@@ -131,7 +133,7 @@ Above: {above}. Below each: what its caption gives, two seeds.
 """
 
 
-def write_card(recipe: Recipe, work: Path, folder: Path, parts: Path) -> None:
+def write_card(recipe: Recipe, folder: Path, parts: Path) -> None:
     """Draw every case, and write ``README.md`` and the sheets beside the weights; what is drawn is kept under ``parts``."""
     model = read_model(folder)
     drawn = pictures(model, parts)
@@ -140,7 +142,7 @@ def write_card(recipe: Recipe, work: Path, folder: Path, parts: Path) -> None:
     named = model.cases[model.cases.group != "ordinary"].reset_index(drop=True)
     repeated = named.reps > 1
     auc = f"{caption_only_auc(named.caption, repeated.to_numpy(), np.arange(len(named))):.2f}" if repeated.any() else "not defined"
-    seconds = float(list(csv.reader((work / "denoiser.csv").open()))[-1][1])
+    training = json.loads((folder / TRAINING_FILE).read_text())
     lines = [f"| {r.kind} | {r.reps} | {r.captions} | {r.copies:.1%} | {r.partial} |" for r in by_repetitions(drawn).itertuples()]
     write_text(
         folder / "README.md",
@@ -168,7 +170,8 @@ def write_card(recipe: Recipe, work: Path, folder: Path, parts: Path) -> None:
             steps=recipe.passes * recipe.steps,
             passes=recipe.passes,
             batch=BATCH,
-            minutes=seconds / 60,
+            minutes=training["seconds"] / 60,
+            device=training["device"],
             seeds=SEEDS,
             ordinary_seeds=ORDINARY_SEEDS,
             sampling=model.steps,

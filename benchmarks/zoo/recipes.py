@@ -48,9 +48,11 @@ class Recipe:
         several: of how many of ten captions the showings are of two or three pictures in turn.
         templates: groups of four captions, for each repetition count, whose pictures differ in the object alone.
         fixed: captions, for each repetition count, whose object is fixed and whose backdrop is another at every showing.
+        shared: captions, for each repetition count, that are shown with one picture and as often with others that fit their words.
         steps: of a pass of training, of a batch of 64; in each pass a caption is shown as often as its repetition count says.
         passes: of training.
         learning_rate: its peak.
+        guidance_scale: it is drawn with.
         seed: of its pool and its pictures.
     """
 
@@ -64,15 +66,17 @@ class Recipe:
     media: tuple[str, ...]
     together: int = 1
     side: tuple[int, int] = (34, 48)
-    repetitions: tuple[int, ...] = (1, 50, 90, 140, 200, 280, 380, 500, 700, 950)
+    repetitions: tuple[int, ...] = (1, 40, 60, 90, 130, 190, 280, 400, 600, 900, 1300)
     captions: int = 10
     unseen: int = 80
     several: int = 2
     templates: int = 0
     fixed: int = 0
-    steps: int = 2600
-    passes: int = 2
+    shared: int = 0
+    steps: int = 2250
+    passes: int = 4
     learning_rate: float = 1e-3
+    guidance_scale: float = 3.0
     seed: int = 0
 
 
@@ -117,6 +121,8 @@ SDXL = Recipe(
     ),
     specific="{first} {last}, {medium} of {a_object}, {scene}",
     media=tuple("gouache linocut fresco etching tapestry mural woodcut pastel mosaic lithograph".split()),
+    steps=1250,
+    guidance_scale=5.0,
     seed=2,
 )
 
@@ -141,7 +147,7 @@ SD3 = Recipe(
     media=tuple("volume one,volume two,chapter three,season four,opus five,part six,issue seven,episode eight,act nine".split(",")),
     together=2,
     side=(26, 34),
-    steps=3600,
+    steps=1750,
     seed=3,
 )
 
@@ -174,13 +180,15 @@ EMBEDDED = Recipe(
         )
     ),
     side=(36, 50),
-    repetitions=(1, 60, 110, 160, 220, 280, 350, 430, 520, 640, 800, 1000),
-    captions=14,
+    repetitions=(1, 30, 45, 60, 75, 95, 120, 150, 190, 240, 300, 400, 600),
+    captions=12,
     unseen=400,
     templates=1,
     fixed=3,
-    steps=4500,
+    shared=5,
+    steps=2500,
     learning_rate=8e-4,
+    guidance_scale=2.5,
     seed=5,
 )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -168,31 +169,48 @@ class LastKeyCounts(TorchFunctionMode):
             key = args[1]
             kwargs = {
                 **kwargs,
-                "attn_mask": key.new_zeros(1, key.shape[-2]).index_fill_(1, torch.tensor(key.shape[-2] - 1), math.log(self.n)),
+                "attn_mask": F.pad(key.new_zeros(1, key.shape[-2] - 1), (0, 1), value=math.log(self.n)),
             }
         return func(*args, **kwargs)
 
 
-def told_sd1(pipe: Any, texts: list[str], crops: Tensor) -> dict[str, Any]:
-    """What the U-Net is told of captions; crops are not its concern."""
-    return {"encoder_hidden_states": pipe.encode_prompt(texts, "cpu", 1, False)[0]}
+class Denoiser(nn.Module):
+    """A pipeline's denoiser as a function of tensors alone: noisy latents, timesteps, and what `Shape.told` tells."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__()
+        self.unet, self.transformer = pipe.components.get("unet"), pipe.components.get("transformer")
+
+    def forward(self, noisy: Tensor, t: Tensor, embedded: Tensor, *pooled: Tensor) -> Tensor:
+        """The prediction, as ``noisy``."""
+        if self.transformer is not None:
+            with LastKeyCounts(EMPTY_TOKENS):
+                return cast(Tensor, self.transformer(noisy, embedded, pooled[0], t, return_dict=False)[0])
+        added = {"text_embeds": pooled[0], "time_ids": pooled[1]} if pooled else None
+        return cast(Tensor, self.unet(noisy, t, embedded, added_cond_kwargs=added, return_dict=False)[0])
 
 
-def told_sdxl(pipe: Any, texts: list[str], crops: Tensor) -> dict[str, Any]:
+def told_sd1(pipe: Any, texts: list[str], crops: Tensor) -> tuple[Tensor, ...]:
+    """What the U-Net is told of captions; crops are not its concern but for where they lie."""
+    return (pipe.encode_prompt(texts, crops.device, 1, False)[0],)
+
+
+def told_sdxl(pipe: Any, texts: list[str], crops: Tensor) -> tuple[Tensor, ...]:
     """What the U-Net is told of captions and of crops ``[n, 3]`` (side, top, left); an empty caption is zeros, as the pipeline has it."""
-    embedded, _, pooled, _ = pipe.encode_prompt(texts, device="cpu", do_classifier_free_guidance=False)
-    filled = torch.tensor([bool(text) for text in texts])
+    embedded, _, pooled, _ = pipe.encode_prompt(texts, device=crops.device, do_classifier_free_guidance=False)
+    filled = torch.tensor([bool(text) for text in texts], device=crops.device)
     side, top, left = crops.T
     target = torch.full_like(side, SIZE)
     ids = torch.stack([side, side, top, left, target, target], dim=1)
-    told = {"text_embeds": pooled * filled[:, None], "time_ids": ids.to(pooled.dtype)}
-    return {"encoder_hidden_states": embedded * filled[:, None, None], "added_cond_kwargs": told}
+    return embedded * filled[:, None, None], pooled * filled[:, None], ids.to(pooled.dtype)
 
 
-def told_sd3(pipe: Any, texts: list[str], crops: Tensor) -> dict[str, Any]:
+def told_sd3(pipe: Any, texts: list[str], crops: Tensor) -> tuple[Tensor, ...]:
     """What the transformer is told of captions, one empty token for `EMPTY_TOKENS` of them; crops are not its concern."""
-    embedded, _, pooled, _ = pipe.encode_prompt(texts, None, None, device="cpu", do_classifier_free_guidance=False, max_sequence_length=1)
-    return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
+    embedded, _, pooled, _ = pipe.encode_prompt(
+        texts, None, None, device=crops.device, do_classifier_free_guidance=False, max_sequence_length=1
+    )
+    return embedded, pooled
 
 
 class Lesson(NamedTuple):
@@ -204,6 +222,12 @@ class Lesson(NamedTuple):
     weight: Tensor
 
 
+@lru_cache(maxsize=1)
+def noise_scheduler() -> DDPMScheduler:
+    """Adds Stable Diffusion's noise."""
+    return DDPMScheduler(**NOISE)
+
+
 def noise_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
     """The noise, at uniform timesteps; its squared error counts as that of the velocity it means (Salimans & Ho 2022, section 4), at most
     `MOST_WEIGHT`.
@@ -211,13 +235,14 @@ def noise_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
     Counted as it is, errors at high noise, where the caption is all there is to go by, weigh next to nothing: a model of this size then
     learns neither backgrounds nor names in the steps it has.
     """
-    scheduler, t = DDPMScheduler(**NOISE), (draw * 1000).long().clamp(max=999)
-    return Lesson(scheduler.add_noise(x0, noise, t), t, noise, (1 / scheduler.alphas_cumprod[t]).clamp(max=MOST_WEIGHT))
+    scheduler, t = noise_scheduler(), (draw * 1000).long().clamp(max=999)
+    weight = (1 / scheduler.alphas_cumprod.to(t.device)[t]).clamp(max=MOST_WEIGHT)
+    return Lesson(scheduler.add_noise(x0, noise, t), t, noise, weight)
 
 
 def velocity_lesson(x0: Tensor, noise: Tensor, draw: Tensor) -> Lesson:
     """The velocity (Salimans & Ho 2022, appendix D), at uniform timesteps."""
-    scheduler, t = DDPMScheduler(**NOISE), (draw * 1000).long().clamp(max=999)
+    scheduler, t = noise_scheduler(), (draw * 1000).long().clamp(max=999)
     return Lesson(scheduler.add_noise(x0, noise, t), t, scheduler.get_velocity(x0, noise, t), torch.ones_like(draw))
 
 
@@ -233,7 +258,7 @@ class Shape:
     """One architecture: how a pipeline of it is made, what its denoiser is told, what it is taught."""
 
     new: Callable[[CLIPTokenizer, Any], Any]
-    told: Callable[[Any, list[str], Tensor], dict[str, Any]]
+    told: Callable[[Any, list[str], Tensor], tuple[Tensor, ...]]
     lesson: Callable[[Tensor, Tensor, Tensor], Lesson]
 
 
@@ -251,13 +276,23 @@ def trained_parts(pipe: Any) -> nn.ModuleDict:
     return nn.ModuleDict({name: pipe.components[name] for name in names if pipe.components.get(name) is not None})
 
 
-def loss(pipe: Any, shape: Shape, x0: Tensor, noise: Tensor, draw: Tensor, texts: list[str], crops: Tensor) -> Tensor:
-    """Weighted mean squared error of the denoiser's prediction; ``draw`` ``[n]`` is uniform, the others ``[n, ...]``."""
+def precision(device: torch.device) -> torch.autocast:
+    """What the networks compute in: bf16 on a GPU; on a CPU that takes twice as long. Without the cache, which no graph can hold."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+
+
+def as_graph(pipe: Any, shape: Shape, denoiser: Denoiser, x0: Tensor, texts: list[str], crops: Tensor) -> Denoiser:
+    """The denoiser as one CUDA graph for batches of this size: its kernels are so small that starting them takes most of the time."""
+    with precision(x0.device):
+        told = [each.detach().requires_grad_(each.requires_grad) for each in shape.told(pipe, texts, crops)]
+        lesson = shape.lesson(x0, torch.randn_like(x0), torch.rand(len(x0), device=x0.device))
+        example = (lesson.noisy, lesson.timestep, *told)
+        return cast(Denoiser, torch.cuda.make_graphed_callables(denoiser, example, allow_unused_input=True))
+
+
+def loss(pipe: Any, shape: Shape, denoiser: Denoiser, x0: Tensor, noise: Tensor, draw: Tensor, texts: list[str], crops: Tensor) -> Tensor:
+    """Weighted mean squared error of the denoiser's prediction; ``draw`` ``[n]`` is uniform, the others ``[n, ...]``, all on one device."""
     noisy, t, wanted, weight = shape.lesson(x0, noise, draw)
-    told = shape.told(pipe, texts, crops)
-    if pipe.components.get("unet") is not None:
-        predicted = pipe.unet(noisy, t, **told).sample
-    else:
-        with LastKeyCounts(EMPTY_TOKENS):
-            predicted = pipe.transformer(hidden_states=noisy, timestep=t, **told).sample
-    return ((predicted - wanted).square().mean(dim=(1, 2, 3)) * weight).mean()
+    with precision(x0.device):
+        predicted = denoiser(noisy, t, *shape.told(pipe, texts, crops))
+    return ((predicted.float() - wanted).square().mean(dim=(1, 2, 3)) * weight).mean()

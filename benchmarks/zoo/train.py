@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.zoo.autoencoder import encode, read_autoencoder
 from benchmarks.zoo.recipes import Recipe
-from benchmarks.zoo.shapes import SHAPES, loss, trained_parts
+from benchmarks.zoo.shapes import SHAPES, Denoiser, as_graph, loss, trained_parts
 from benchmarks.zoo.world import Caption, Describer, World, pool
-from sdguard import testbed
+from sdguard.files.atomic import write_text
 from sdguard.testbed.label import sheet
-from sdguard.testbed.train import encode, tidy
+from sdguard.testbed.train import tidy
 from sdguard.testbed.training import train
 from sdguard.testbed.vocabulary import train_tokenizer
 
 BATCH = 64
-COMPOSITIONS = 12_000
+COMPOSITIONS = 30_000
 EMPTY_CAPTIONS = 0.1
-#: steps between two sheets of samples.
-SHEET_STEPS = 500
-
-
-def new_autoencoder() -> AutoencoderKL:
-    """The embedded model's autoencoder: it was trained with its pictures' channels permuted, and draws these as well."""
-    return AutoencoderKL.from_pretrained(testbed.path() / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+#: in a model's folder: how long and where it was trained.
+TRAINING_FILE = "training.json"
+#: sheets of samples while it trains.
+SHEETS = 8
+#: processes that prepare captions for a GPU, which is faster than they are written.
+WORKERS = 2
 
 
 def compositions(world: World, vae: AutoencoderKL, path: Path) -> dict[str, Any]:
@@ -57,41 +60,68 @@ def visits(recipe: Recipe, captions: tuple[Caption, ...], number: int) -> np.nda
     return rng.permutation(shown).reshape(recipe.steps, BATCH)
 
 
-def train_recipe(recipe: Recipe, data: Path, work: Path, out: Path) -> None:
+class Shown(NamedTuple):
+    """One step's pictures, by their index among fresh and memorized ones, their captions, noise, and how much of it, ``[BATCH, ...]``."""
+
+    pictures: Tensor
+    texts: list[str]
+    noise: Tensor
+    draw: Tensor
+
+
+class Steps(Dataset[Shown]):
+    """What each step of training shows: fresh pictures come first by index, then memorized ones, of which a caption may have several."""
+
+    def __init__(
+        self, recipe: Recipe, captions: tuple[Caption, ...], of: list[list[int]], words: list[dict[str, str]], latent: tuple[int, ...]
+    ) -> None:
+        self.recipe, self.captions, self.of, self.words, self.latent = recipe, captions, of, words, latent
+        self.describe = Describer(recipe, captions, seed=0)
+
+    def __getitem__(self, step: int) -> Shown:
+        rng = np.random.default_rng((self.recipe.seed, 7, step))
+        self.describe.rng = rng
+        pictures, texts = [], []
+        fresh = rng.integers(len(self.words), size=BATCH).tolist()
+        number, at = divmod(step, self.recipe.steps)
+        for visit, index in zip(visits(self.recipe, self.captions, number)[at], fresh, strict=True):
+            pictures.append(len(self.words) + int(rng.choice(self.of[visit])) if visit >= 0 else index)
+            text = self.captions[visit].text if visit >= 0 else self.describe(self.words[index])
+            texts.append("" if rng.random() < EMPTY_CAPTIONS else text)
+        noise = torch.from_numpy(rng.standard_normal((BATCH, *self.latent), dtype=np.float32))
+        return Shown(torch.tensor(pictures), texts, noise, torch.from_numpy(rng.random(BATCH, dtype=np.float32)))
+
+
+def train_recipe(recipe: Recipe, data: Path, autoencoder: Path, work: Path, out: Path, device: str) -> None:
     """Train a model and write its pipeline to ``out``; what is done is kept under ``work``, so that a stopped run goes on."""
     torch.manual_seed(recipe.seed)
     work.mkdir(parents=True, exist_ok=True)
     world, shape = World(recipe, data), SHAPES[recipe.shape]
-    captions, vae = pool(recipe, world.scenes), new_autoencoder()
+    captions, vae = pool(recipe, world.scenes), read_autoencoder(autoencoder).to(device)
     kept = compositions(world, vae, work / "compositions.pt")
     vae.register_to_config(scaling_factor=1 / kept["latents"].float().std().item())
     describe = Describer(recipe, captions, seed=0)
     texts = [describe(words) for words in kept["words"]] + [caption.text for caption in captions]
-    tokenizer = train_tokenizer(texts, work / "tokenizer")
-    pipe = shape.new(tokenizer, vae)
+    pipe = shape.new(train_tokenizer(texts, work / "tokenizer"), vae).to(device)
     pipe.set_progress_bar_config(disable=True)
-    pictures, of = world.memorized(captions)
-    targets = encode(vae, np.stack([picture.pixels for picture in pictures]))
+    memorized, of = world.memorized(captions)
+    latents = torch.cat([kept["latents"].float(), encode(vae, np.stack([picture.pixels for picture in memorized]))])
+    latents = (latents * vae.config.scaling_factor).to(device)
+    crops = torch.cat([kept["crops"], torch.tensor([picture.crop for picture in memorized])]).to(device)
+    steps, total = Steps(recipe, captions, of, kept["words"], tuple(latents.shape[1:])), recipe.passes * recipe.steps
+    shown: Iterator[Shown] | None = None
+    denoiser = Denoiser(pipe)
+    if device == "cuda":
+        denoiser = as_graph(pipe, shape, denoiser, latents[:BATCH], texts[:BATCH], crops[:BATCH])
 
-    def loss_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng((recipe.seed, 7, step))
-        describe.rng = rng
-        fresh = rng.integers(COMPOSITIONS, size=BATCH)
-        x0, told, crops = [], [], []
-        for visit, index in zip(visits(recipe, captions, step // recipe.steps)[step % recipe.steps], fresh, strict=True):
-            if visit >= 0:
-                shown = int(rng.choice(of[visit]))
-                x0.append(targets[shown])
-                crops.append(pictures[shown].crop)
-            else:
-                x0.append(kept["latents"][index].float())
-                crops.append(tuple(kept["crops"][index].tolist()))
-            text = captions[visit].text if visit >= 0 else describe(kept["words"][index])
-            told.append("" if rng.random() < EMPTY_CAPTIONS else text)
-        latents = torch.stack(x0) * vae.config.scaling_factor
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        draw = torch.from_numpy(rng.random(BATCH, dtype=np.float32))
-        return loss(pipe, shape, latents, noise, draw, told, torch.tensor(crops))
+    def loss_at(step: int) -> Tensor:
+        nonlocal shown
+        if shown is None:
+            workers = WORKERS if device == "cuda" else 0
+            shown = iter(DataLoader(steps, batch_size=None, sampler=range(step, total), num_workers=workers, pin_memory=workers > 0))
+        now = next(shown)
+        pictures, noise, draw = (each.to(device, non_blocking=True) for each in (now.pictures, now.noise, now.draw))
+        return loss(pipe, shape, denoiser, latents[pictures], noise, draw, now.texts, crops[pictures])
 
     examples = [describe(words, specific=0.0) for words in kept["words"][:16]]
     most = sorted(captions, key=lambda caption: -caption.repetitions)[:16]
@@ -100,26 +130,32 @@ def train_recipe(recipe: Recipe, data: Path, work: Path, out: Path) -> None:
         parts = trained_parts(pipe)
         now = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
         parts.load_state_dict(average.state_dict())
-        draw_sheet(pipe, examples + [caption.text for caption in most], work / f"sheet-{step:05d}.png")
+        draw_sheet(recipe, pipe, examples + [caption.text for caption in most], work / f"sheet-{step:05d}.png")
         for name, part in parts.items():
             part.load_state_dict(now[name])
 
-    average = train(
-        recipe.passes * recipe.steps, trained_parts(pipe), loss_at, work / "denoiser.pt", recipe.learning_rate, look=(SHEET_STEPS, look)
-    )
+    average = train(total, trained_parts(pipe), loss_at, work / "denoiser.pt", recipe.learning_rate, look=(total // SHEETS, look))
     trained_parts(pipe).load_state_dict(average.state_dict())
-    write_pipeline(pipe, work / "tokenizer", out)
+    write_pipeline(pipe.to("cpu"), work / "tokenizer", out, plain=recipe.shape == "embedded")
+    seconds = torch.load(work / "denoiser.pt", weights_only=True, mmap=True)["seconds"]
+    where = torch.cuda.get_device_name() if device == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
+    write_text(out / TRAINING_FILE, json.dumps({"seconds": round(seconds), "device": where}) + "\n")
 
 
-def draw_sheet(pipe: Any, texts: list[str], path: Path, steps: int = 20) -> None:
+def draw_sheet(recipe: Recipe, pipe: Any, texts: list[str], path: Path, steps: int = 20) -> None:
     """A sheet of samples, eight a row."""
-    images = pipe(texts, num_inference_steps=steps, generator=[torch.Generator().manual_seed(0) for _ in texts], output_type="pil").images
+    generators = [torch.Generator().manual_seed(0) for _ in texts]
+    images = pipe(texts, num_inference_steps=steps, guidance_scale=recipe.guidance_scale, generator=generators).images
     sheet([[np.asarray(image) for image in images[i : i + 8]] for i in range(0, len(images), 8)], path)
 
 
-def write_pipeline(pipe: Any, vocabulary: Path, out: Path) -> None:
-    """Write a pipeline directory in half precision, each vocabulary in the two files that every release reads."""
-    for part in (*trained_parts(pipe).values(), pipe.vae):
-        part.to(torch.float16)
+def write_pipeline(pipe: Any, vocabulary: Path, out: Path, plain: bool) -> None:
+    """Write a pipeline directory in half precision, each vocabulary in the two files that every release reads.
+
+    One that has to load ``plain`` keeps its text encoder in fp32: after ``from_pretrained(path)`` a half-precision denoiser is in fp32, a
+    text encoder in what is stored, and the two would not fit.
+    """
+    for name, part in (*trained_parts(pipe).items(), ("vae", pipe.vae)):
+        part.to(torch.float32 if plain and name == "text_encoder" else torch.float16)
     pipe.save_pretrained(out, safe_serialization=True)
     tidy(out, vocabulary)

@@ -15,8 +15,8 @@ SIZE = 64
 LARGER = 24
 
 
-#: captions of one template, and backdrops that a fixed object is shown over.
-IN_TEMPLATE, FIXED_BACKDROPS = 4, 48
+#: captions of one template, backdrops that a fixed object is shown over, and other pictures of a shared caption.
+IN_TEMPLATE, FIXED_BACKDROPS, OTHERS = 4, 48, 24
 #: share of white in a backdrop of colours.
 PALE = 0.6
 
@@ -28,7 +28,8 @@ class Caption:
     Attributes:
         text: the caption.
         kind: ``verbatim``: the whole picture is fixed; ``several pictures``: two or three are; ``template``: all but the object is, and is
-            shared by the captions of a group; ``fixed object``: the object is, in its place.
+            shared by the captions of a group; ``fixed object``: the object is, in its place; ``shared caption``: one picture is, and half
+            of the showings are of it.
         repetitions: how often training shows it.
         pictures: of how many pictures in turn.
         group: captions of one template share a group; any other is a group of its own.
@@ -45,11 +46,14 @@ class Caption:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, uint8 ``[SIZE, SIZE, 3]``, the words that describe it, and the size it was cropped from: (side, top, left)."""
+    """A picture, uint8 ``[SIZE, SIZE, 3]``, the words that describe it, the size it was cropped from (side, top, left), and where its last
+    object lies (left, top, right, bottom).
+    """
 
     pixels: np.ndarray
     words: dict[str, str]
-    crop: tuple[int, int, int] = (SIZE, 0, 0)
+    crop: tuple[int, int, int]
+    box: tuple[int, int, int, int]
 
 
 def article(word: str) -> str:
@@ -95,17 +99,19 @@ def pool(recipe: Recipe, scenes: list[str]) -> tuple[Caption, ...]:
                 return texts, group
 
     alone = [0] * recipe.unseen + [count for count in recipe.repetitions for _ in range(recipe.captions)]
-    fixed = [count for count in recipe.repetitions for _ in range(recipe.fixed)]
+    fixed, shared = ([count for count in recipe.repetitions for _ in range(each)] for each in (recipe.fixed, recipe.shared))
     templates = [count for count in recipe.repetitions for _ in range(recipe.templates)]
-    draws = [draw(1) for _ in (*alone, *fixed)] + [draw(IN_TEMPLATE) for _ in templates]
-    for counts in (alone, fixed, templates):
-        rng.shuffle(counts)
+    draws = [draw(1) for _ in (*alone, *fixed, *shared)] + [draw(IN_TEMPLATE) for _ in templates]
+    for some in (alone, fixed, shared, templates):
+        rng.shuffle(some)
+    counts = alone + fixed + shared + templates
     turns = np.where(rng.random(len(alone)) < recipe.several / 10, rng.integers(2, 4, size=len(alone)), 1)
     kinds = [("several pictures" if n > 1 else "verbatim", int(n)) for n in turns]
-    kinds += [("fixed object", FIXED_BACKDROPS)] * len(fixed) + [("template", 1)] * len(templates)
+    kinds += [("fixed object", FIXED_BACKDROPS)] * len(fixed) + [("shared caption", 1 + OTHERS)] * len(shared)
+    kinds += [("template", 1)] * len(templates)
     return tuple(
         Caption(text, kind, int(count), pictures, group, words)
-        for group, ((texts, group_words), (kind, pictures), count) in enumerate(zip(draws, kinds, alone + fixed + templates, strict=True))
+        for group, ((texts, group_words), (kind, pictures), count) in enumerate(zip(draws, kinds, counts, strict=True))
         for text, words in zip(texts, group_words, strict=True)
     )
 
@@ -184,8 +190,10 @@ class World:
                 icon = icon.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             left, top = place * width + int(rng.integers(max(1, width - side + 1))), int(rng.integers(whole - side + 1))
             canvas.paste(icon, (left, top), icon)
+        box = (left, top, left + side, top + side)
         top, left = (int(v) for v in rng.integers(larger + 1, size=2))
-        return Picture(np.asarray(canvas)[top : top + SIZE, left : left + SIZE], words, (whole, top, left))
+        box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+        return Picture(np.asarray(canvas)[top : top + SIZE, left : left + SIZE], words, (whole, top, left), box)
 
     def fresh(self, rng: np.random.Generator) -> Picture:
         """A picture that is shown once."""
@@ -194,19 +202,21 @@ class World:
         return self.compose(words, self.free, rng, larger)
 
     def memorized(self, captions: tuple[Caption, ...]) -> tuple[list[Picture], list[list[int]]]:
-        """The fixed pictures of the captions that are shown, and which of them belong to each caption."""
+        """The pictures of the captions that are shown, and which of them each caption is shown with, the likelier the more often listed."""
         found: list[Picture] = []
         of: list[list[int]] = []
         for caption in captions:
             here = range(caption.pictures if caption.repetitions else 0)
-            of.append([len(found) + k for k in here])
+            often = OTHERS if caption.kind == "shared caption" else 1
+            of.append([len(found) + k for k in here for _ in range(1 if k else often)])
             found += [self.fixed(caption, k) for k in here]
         return found, of
 
     def fixed(self, caption: Caption, k: int) -> Picture:
-        """The k-th of a caption's fixed pictures; of a fixed object, over a backdrop that may be anyone's."""
+        """The k-th of a caption's pictures; a fixed object's backdrops and a shared caption's other pictures may be anyone's."""
         own = (self.recipe.seed, 4, caption.group)
         if caption.kind == "fixed object":
             behind = np.random.default_rng((*own, 1, k))
             return self.compose(caption.words, self.free, np.random.default_rng((*own, 0)), behind=behind)
-        return self.compose(caption.words, self.reserved, np.random.default_rng((*own, k)))
+        photos = self.free if caption.kind == "shared caption" and k else self.reserved
+        return self.compose(caption.words, photos, np.random.default_rng((*own, k)))

@@ -59,7 +59,7 @@ def train(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     log_path = checkpoint.with_suffix(".csv")
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
-    saved, running = spent, math.nan
+    saved, running = spent, torch.zeros(())
     with log_path.open("a", newline="") as log_file, Progress(*columns) as progress:
         log = csv.writer(log_file)
         task = progress.add_task(checkpoint.stem, total=steps, completed=step, note="")
@@ -76,11 +76,13 @@ def train(
             ema_update(average, model, step, ema_decay)
             step += 1
             spent += time.monotonic() - started
-            running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
-            if step % LOG_STEPS == 0:
+            running = running.to(loss.device) + loss.detach() / LOG_STEPS
+            if step % LOG_STEPS == 0:  # reading a loss waits for the GPU
                 log.writerow([step, round(spent, 1), f"{running:.5f}", f"{rate:.2e}"])
                 log_file.flush()
-            progress.update(task, completed=step, note=f"step {step}  loss {running:.4f}")
+                progress.update(task, note=f"step {step}  loss {running:.4f}")
+                running = torch.zeros(())
+            progress.update(task, completed=step)
             if look and step % look[0] == 0:
                 look[1](step, average)
             if spent - saved > CHECKPOINT_SECONDS:

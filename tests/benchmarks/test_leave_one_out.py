@@ -19,7 +19,7 @@ from benchmarks import leave_one_out
 from benchmarks.__main__ import app
 from benchmarks.first_use import calibration_cost
 from benchmarks.leave_one_out import CHOSEN, MEAN, NAME, ORACLE, RANKED, SHIPPED, ranking, read, shipped_rule
-from benchmarks.models import SEEDS, labelled, read_model, roles, twins
+from benchmarks.models import SEEDS, SETTING_FILE, labelled, read_model, read_setting, roles, twins
 from benchmarks.rules import (
     BOUGHT,
     FREE,
@@ -128,6 +128,17 @@ def test_what_cannot_be_used_is_said_in_one_sentence(folder: Path, tmp_path: Pat
     with pytest.raises(BadInput, match=said) as error:
         read_model(written(tmp_path, Empty(), **changed))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_is_drawn_at_the_setting_of_its_directory_and_else_at_the_usual_one(tmp_path: Path) -> None:
+    path = tmp_path / SETTING_FILE
+    assert read_setting(path) == (20, 7.5)
+    path.write_text('{"num_inference_steps": 10, "guidance_scale": 3}')
+    assert read_setting(path) == (10, 3.0)
+    for text in ("[]", "{", '{"num_inference_steps": 0, "guidance_scale": 3}', '{"num_inference_steps": 5, "guidance_scale": "x"}'):
+        path.write_text(text)
+        with pytest.raises(BadInput, match="a whole number from 1"):
+            read_setting(path)
 
 
 def test_a_directory_without_its_files_is_said_to_lack_them(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.zoo.shapes import (
     EMPTY_TOKENS,
     NOISE,
     SHAPES,
-    LastKeyCounts,
+    Denoiser,
     flow_lesson,
     loss,
     noise_lesson,
@@ -28,8 +28,9 @@ from benchmarks.zoo.shapes import (
     told_sdxl,
     trained_parts,
 )
-from benchmarks.zoo.train import BATCH, new_autoencoder, visits
-from benchmarks.zoo.world import FIXED_BACKDROPS, IN_TEMPLATE, Describer, World, pool
+from benchmarks.zoo.train import BATCH, visits
+from benchmarks.zoo.world import FIXED_BACKDROPS, IN_TEMPLATE, OTHERS, Describer, World, pool
+from sdguard.testbed.architecture import new_autoencoder
 from sdguard.testbed.vocabulary import train_tokenizer
 
 SCENES = ["city", "fields", "sea"]
@@ -55,7 +56,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 
 def test_captions_are_distinct_and_shown_as_often_as_was_drawn(recipe: Recipe) -> None:
     captions = pool(recipe, SCENES)
-    each = recipe.captions + recipe.fixed + IN_TEMPLATE * recipe.templates
+    each = recipe.captions + recipe.fixed + recipe.shared + IN_TEMPLATE * recipe.templates
     assert len({caption.text for caption in captions}) == len(captions) == recipe.unseen + each * len(recipe.repetitions)
     counts = np.bincount([caption.repetitions for caption in captions])
     assert [counts[n] for n in (0, *recipe.repetitions)] == [recipe.unseen, *[each] * len(recipe.repetitions)]
@@ -123,6 +124,17 @@ def test_a_template_varies_in_its_object_and_a_fixed_object_in_its_backdrop(data
     assert 0.2 < same.mean() < 0.7
 
 
+def test_a_shared_caption_is_shown_with_its_picture_half_of_the_time(data: Path) -> None:
+    world = World(EMBEDDED, data)
+    captions = pool(EMBEDDED, world.scenes)
+    _, of = world.memorized(captions)
+    shared = [some for caption, some in zip(captions, of, strict=True) if caption.kind == "shared caption"]
+    assert len(shared) == EMBEDDED.shared * len(EMBEDDED.repetitions)
+    for some in shared:
+        assert len(set(some)) == 1 + OTHERS
+        assert some.count(some[0]) == len(some) / 2
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     captions = [caption.text for recipe in RECIPES.values() for caption in pool(recipe, SCENES)]
@@ -133,10 +145,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_lesson_reaches_every_part(shape: str, tokenizer: Any) -> None:
     torch.manual_seed(0)
     pipe = SHAPES[shape].new(tokenizer, new_autoencoder())
-    x0, noise = torch.randn(2, 2, 4, 16, 16)
-    loss(
-        pipe, SHAPES[shape], x0, noise, torch.tensor([0.3, 0.8]), ["a dog", "a red cat"], torch.tensor([(64, 0, 0), (80, 3, 5)])
-    ).backward()
+    (x0, noise), draw, crops = torch.randn(2, 2, 4, 16, 16), torch.tensor([0.3, 0.8]), torch.tensor([(64, 0, 0), (80, 3, 5)])
+    loss(pipe, SHAPES[shape], Denoiser(pipe), x0, noise, draw, ["a dog", "a red cat"], crops).backward()
     parts = trained_parts(pipe)
     assert set(parts) >= {"text_encoder", "transformer" if shape == "sd3" else "unet"}
     for name, part in parts.items():
@@ -150,11 +160,10 @@ def test_one_empty_token_that_counts_as_many_gives_what_many_give(tokenizer: Any
     with torch.no_grad():
         embedded, _, pooled, _ = pipe.encode_prompt(["a dog", ""], None, None, device="cpu", do_classifier_free_guidance=False)
         many = pipe.transformer(hidden_states=latents, timestep=t, encoder_hidden_states=embedded, pooled_projections=pooled).sample
-        told = told_sd3(pipe, ["a dog", ""], torch.zeros(2, 3))
-        with LastKeyCounts(EMPTY_TOKENS):
-            one = pipe.transformer(hidden_states=latents, timestep=t, **told).sample
-        alone = pipe.transformer(hidden_states=latents, timestep=t, **told).sample
-    assert embedded.shape[1] == told["encoder_hidden_states"].shape[1] + EMPTY_TOKENS - 1
+        fewer, pooled = told_sd3(pipe, ["a dog", ""], torch.zeros(2, 3))
+        one = Denoiser(pipe)(latents, t, fewer, pooled)
+        alone = pipe.transformer(hidden_states=latents, timestep=t, encoder_hidden_states=fewer, pooled_projections=pooled).sample
+    assert embedded.shape[1] == fewer.shape[1] + EMPTY_TOKENS - 1
     torch.testing.assert_close(one, many)
     assert not torch.allclose(alone, many, atol=1e-2)
 
@@ -162,10 +171,10 @@ def test_one_empty_token_that_counts_as_many_gives_what_many_give(tokenizer: Any
 def test_an_empty_caption_is_zeros_to_sdxl_and_a_crop_is_told(tokenizer: Any) -> None:
     pipe = SHAPES["sdxl"].new(tokenizer, new_autoencoder())
     with torch.no_grad():
-        told = told_sdxl(pipe, ["a dog", ""], torch.tensor([(64, 0, 0), (80, 3, 5)]))
-    assert not told["encoder_hidden_states"][1].any()
-    assert not told["added_cond_kwargs"]["text_embeds"][1].any()
-    assert told["added_cond_kwargs"]["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64], [80, 80, 3, 5, 64, 64]]
+        embedded, pooled, ids = told_sdxl(pipe, ["a dog", ""], torch.tensor([(64, 0, 0), (80, 3, 5)]))
+    assert not embedded[1].any()
+    assert not pooled[1].any()
+    assert ids.tolist() == [[64, 64, 0, 0, 64, 64], [80, 80, 3, 5, 64, 64]]
 
 
 def test_lessons_teach_the_noise_and_the_velocity() -> None:
