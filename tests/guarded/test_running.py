@@ -740,7 +740,8 @@ def test_pictures_may_be_given_in_every_form(kind: str, form: str, embedded: Any
 
 @pytest.mark.usefixtures("given_profile")
 def test_skip_layer_guidance_is_let_be_where_nothing_is_steered(embedded: Any) -> None:
-    pipe, extra = build(SD3, embedded.tokenizer), {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    pipe = build(SD3, embedded.tokenizer)
+    extra: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
     plain, without = call(pipe, **extra), call(pipe)
     norms = [report.signals["guidance_norm"]["value"] for report in call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))).guard]
     output = call(sdguard.guard(pipe, GuardConfig("block", profile=profile_for(sum(sorted(norms)[-2:]) / 2))), **extra)
