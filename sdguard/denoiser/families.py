@@ -258,12 +258,34 @@ FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3, FLUX, 
 GUIDANCE = ("guidance_scale", "guidance_rescale", "use_original_formulation", "start", "stop", "enabled")
 
 
+#: why pipelines of diffusers are refused for good, or until they are tried, by what is in the names of their classes.
+REFUSED: dict[str, str] = {
+    "PAG": "it has a branch with perturbed attention, which would hear the prompt as it is given where a flagged image is steered",
+    "InstructPix2Pix": "it joins three branches, one of them without the picture, and the guard steers where there are two",
+    "Qwen": "it draws guided outputs to the length of the conditional ones, which the guard cannot undo where branches are two calls",
+    "ZImage": "its denoiser takes lists of pictures and of texts, and the guard reads batches",
+    "Flux2": "its texts are encoded and its latents packed in ways that were not tried with the guard yet",
+    "Kolors": "its tokenizer needs a package that the guard was not tried with yet",
+}
+
+
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline; raises `TypeError` for a class sdguard does not know."""
-    name = type(pipe).__name__
-    if name not in FAMILIES:
-        raise TypeError(f"sdguard does not support {name} yet; supported: {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[name]
+    """The family of a pipeline, that of the nearest class that it is made from; raises `TypeError` for one sdguard does not support."""
+    return family_of_class(type(pipe))
+
+
+def family_of_class(cls: type) -> Family:
+    """The family of a pipeline class, or of the nearest class that it is made from.
+
+    Raises:
+        TypeError: sdguard does not support it, for a reason that is said where it is known.
+    """
+    for name, is_own in ((base.__name__, base.__module__.startswith("diffusers.")) for base in cls.__mro__):
+        if name in FAMILIES:
+            return FAMILIES[name]
+        if why := next((why for part, why in REFUSED.items() if is_own and part in name), None):
+            raise TypeError(f"sdguard does not support {cls.__name__}: {why}.")
+    raise TypeError(f"sdguard does not support {cls.__name__} yet; supported: {', '.join(sorted(FAMILIES))}.")
 
 
 def is_modular(pipe: Any) -> bool:
