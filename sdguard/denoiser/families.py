@@ -152,6 +152,29 @@ def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
     return found
 
 
+#: (latents [B, C, H, W], number of channels) -> so many more channels, as an inpainting model has them where everything is masked.
+Behind = Callable[[Tensor, int], Tensor]
+
+
+def nothing(x: Tensor, channels: int) -> Tensor:
+    """A picture of nothing."""
+    return x.new_zeros(len(x), channels, *x.shape[2:])
+
+
+def mask_first(x: Tensor, channels: int) -> Tensor:
+    """Everything masked, in one channel, and then a picture of nothing."""
+    found = nothing(x, channels)
+    found[:, :1] = 1
+    return found
+
+
+def mask_last(x: Tensor, channels: int) -> Tensor:
+    """A picture of nothing, and then, in as many channels as a latent has pixels, everything masked."""
+    found = nothing(x, channels)
+    found[:, x.shape[1] :] = 1
+    return found
+
+
 def two_pooled(pipe: Any) -> int:
     """Width of SDXL's pooled embedding: what of its added conditions the size ids leave."""
     config = pipe.unet.config
@@ -169,8 +192,10 @@ class Family:
         sample: name of the denoiser's first argument.
         by_place: names of the arguments that its pipelines give the denoiser by their places, as wrapped denoisers may name them otherwise.
         plain: the denoiser's other arguments in plain text-to-image.
+        behind: what stands behind the latents' own channels in plain text-to-image.
         widths: (pipeline) -> widths of token embeddings and of the pooled one, 0 where there is none.
-        pooled: where among the denoiser's arguments the pooled text embedding is, if there is one.
+        beside: where among the denoiser's arguments that is what of a text stands beside its token embeddings, if anything does.
+        masks: whether that says which tokens count, and is no pooled embedding.
         scale: the pipeline's attribute that holds what scales LoRA in the text encoder, in its ``scale`` entry.
         guidance: (pipeline, its call's arguments) -> scale of the guidance that joins two branches; 1 where there is one branch.
         sequential_cfg: whether the branches are two calls of the denoiser, the conditional one first, and not one.
@@ -184,8 +209,10 @@ class Family:
     sample: str = "sample"
     by_place: tuple[str, ...] = ("sample", "timestep")
     plain: PlainArguments = plain_unet
+    behind: Behind = mask_first
     widths: Callable[[Any], tuple[int, int]] = lambda pipe: (int(pipe.unet.config.cross_attention_dim), 0)
-    pooled: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    masks: bool = False
     scale: str = "cross_attention_kwargs"
     guidance: Callable[[Any, dict[str, Any]], float] = classifier_free
     sequential_cfg: bool = False
@@ -207,7 +234,7 @@ SDXL = Family(
     encode_two_clips,
     plain=plain_sdxl,
     widths=lambda pipe: (int(pipe.unet.config.cross_attention_dim), two_pooled(pipe)),
-    pooled=("added_cond_kwargs", "text_embeds"),
+    beside=("added_cond_kwargs", "text_embeds"),
     empty_negative_is_none=False,
     classes=(
         "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
@@ -221,7 +248,7 @@ SD3 = Family(
     denoiser="transformer",
     sample="hidden_states",
     by_place=(),
-    pooled=("pooled_projections",),
+    beside=("pooled_projections",),
     scale="joint_attention_kwargs",
     classes=(
         "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline",
@@ -235,11 +262,12 @@ FLUX = Family(
     denoiser="transformer",
     sample="hidden_states",
     by_place=(),
-    pooled=("pooled_projections",),
+    beside=("pooled_projections",),
     scale="joint_attention_kwargs",
     guidance=true_guidance,
     sequential_cfg=True,
     packed_latents=True,
+    behind=mask_last,
     empty_negative_is_none=False,
     timestep_scale=1000,
     classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdguard.denoiser.hidden_texts import Embeddings, HiddenTexts, is_alike
+from sdguard.denoiser.latents import Patches
 from sdguard.denoiser.schedulers import ScheduledCall, clone_scheduler, place_of, scheduled_calls
 from sdguard.observation import NoiseLevel, Observation, noise_level
 
@@ -41,7 +42,7 @@ class RunRecord:
         scheduler: the run's own.
         initial_scheduler: a copy of it from before its first step.
         dtype: of the pipeline's latents.
-        patch_rows: height of the latents in patches where they travel as a sequence, else 0.
+        patches: rows and columns of the latents' patches where they travel as a sequence, else None.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image.
         origin: the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
         schedule: the calls that the scheduler has planned.
@@ -61,7 +62,7 @@ class RunRecord:
     scheduler: Any = None
     initial_scheduler: Any = None
     dtype: torch.dtype = torch.float32
-    patch_rows: int = 0
+    patches: Patches = None
     evaluations: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     origin: Tensor | None = None
     schedule: list[ScheduledCall] = field(default_factory=list)
@@ -87,9 +88,11 @@ class RunRecord:
             self.evaluations = torch.zeros(images, dtype=torch.long)
         timesteps = scheduler.timesteps
         if places is not None:  # read at once, so that a GPU is waited for once
-            last = places[..., 1].max().to(timesteps.device, torch.double)
-            *found, last_row = torch.cat([timesteps.double(), last[None]]).cpu()
-            timesteps, self.patch_rows = torch.stack(found).to(timesteps.dtype), int(last_row) + 1
+            own = places[..., 0] == 0  # another picture's patches stand behind them
+            counts = torch.stack([(places[..., 1] * own).max(), own.sum()]).to(timesteps.device, torch.double)
+            *found, last_row, count = torch.cat([timesteps.double(), counts]).cpu()
+            rows = int(last_row) + 1
+            timesteps, self.patches = torch.stack(found).to(timesteps.dtype), (rows, int(count) // rows)
         self.schedule = scheduled_calls(scheduler, timesteps.cpu())
         self._levels = {call.timestep.item(): call.level for call in self.schedule}
         self.last_timestep = next(reversed(self._levels), None)

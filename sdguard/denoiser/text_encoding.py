@@ -58,5 +58,5 @@ class Encoder:
     @property
     def pads_with_end(self) -> bool:
         """Whether what lies behind a prompt is filled with copies of the end token, by the only text encoder there is."""
-        alone = not family_of(self.pipe).pooled
+        alone = not family_of(self.pipe).beside
         return alone and bool(self.pipe.tokenizer.pad_token_id == self.pipe.tokenizer.eos_token_id)
