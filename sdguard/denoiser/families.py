@@ -58,6 +58,18 @@ def encode_clip_and_t5(pipe: Any, texts: list[str], options: dict[str, Any]) -> 
     return text[:count], pooled[:count], text[count:].expand(count, -1, -1), pooled[count:].expand(count, -1)
 
 
+def encode_with_mask(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """One text encoder, and which tokens count: PixArt-Sigma and Sana."""
+    text, mask, null, null_mask = pipe.encode_prompt(texts, True, device=pipe._execution_device, **options)
+    return text, mask, null, null_mask
+
+
+def encode_t5(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """A T5, and which tokens count: Chroma."""
+    text, _, mask, null, _, null_mask = pipe.encode_prompt(texts, device=pipe._execution_device, **options)
+    return text, mask, null, null_mask
+
+
 def encode_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """SDXL as a modular pipeline, whose encoding is its text block's. The texts go to both encoders."""
     from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
@@ -77,6 +89,11 @@ def encode_three_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any])
 def classifier_free(pipe: Any, given: dict[str, Any]) -> float:
     """Guidance in one call of the denoiser, unconditional rows first."""
     return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+
+
+def told_guidance(pipe: Any, given: dict[str, Any]) -> float:
+    """The same where the pipeline itself does not keep the scale."""
+    return max(1.0, float(given.get("guidance_scale", default_of(pipe, "guidance_scale"))))
 
 
 def true_guidance(pipe: Any, given: dict[str, Any]) -> float:
@@ -139,6 +156,11 @@ def plain_sdxl(pipe: Any, x: Tensor) -> dict[str, Any]:
     return {**found, "added_cond_kwargs": {**found.get("added_cond_kwargs", {}), "time_ids": ids}}
 
 
+def plain_upscale(pipe: Any, x: Tensor) -> dict[str, Any]:
+    """The noise level of the picture that is made larger: the highest that there is, at which it says least."""
+    return {**plain_unet(pipe, x), "class_labels": torch.full((len(x),), int(pipe.config.max_noise_level), device=x.device)}
+
+
 def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
     """The places of the patches, no picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
     rows, columns = (side // 2 for side in x.shape[2:])
@@ -147,7 +169,7 @@ def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {"img_ids": places.flatten(0, 1).to(x)}
     if getattr(pipe.transformer, "encoder_hid_proj", None) is not None:
         found["joint_attention_kwargs"] = {"ip_hidden_states": []}
-    if pipe.transformer.config.guidance_embeds:
+    if getattr(pipe.transformer.config, "guidance_embeds", False):
         found["guidance"] = torch.full((len(x),), TOLD_FLUX, device=x.device)
     return found
 
@@ -230,6 +252,7 @@ SD = Family(
         "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline",
     ),
 )  # fmt: skip
+UPSCALE = replace(SD, plain=plain_upscale, behind=nothing, guidance=told_guidance, classes=("StableDiffusionUpscalePipeline",))
 SDXL = Family(
     encode_two_clips,
     plain=plain_sdxl,
@@ -270,8 +293,32 @@ FLUX = Family(
     behind=mask_last,
     empty_negative_is_none=False,
     timestep_scale=1000,
-    classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
+    classes=(
+        "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline", "FluxKontextPipeline", "FluxFillPipeline",
+    ),
+)  # fmt: skip
+CHROMA = replace(
+    FLUX,
+    encode=encode_t5,
+    widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), 0),
+    beside=("attention_mask",),
+    masks=True,
+    guidance=classifier_free,
+    classes=("ChromaPipeline",),
 )
+PIXART = Family(
+    encode_with_mask,
+    plain=lambda pipe, x: {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+    widths=lambda pipe: (int(pipe.transformer.config.caption_channels), 0),
+    denoiser="transformer",
+    sample="hidden_states",
+    by_place=("hidden_states",),
+    beside=("encoder_attention_mask",),
+    masks=True,
+    guidance=told_guidance,
+    classes=("PixArtSigmaPipeline",),
+)
+SANA = replace(PIXART, plain=lambda pipe, x: {}, scale="attention_kwargs", guidance=classifier_free, classes=("SanaPipeline",))
 MODULAR_SDXL = replace(
     SDXL, encode=encode_in_blocks, guidance=by_guider, sequential_cfg=True, classes=("StableDiffusionXLModularPipeline",)
 )
@@ -279,8 +326,10 @@ MODULAR_SD3 = replace(
     SD3, encode=encode_three_in_blocks, guidance=by_guider, sequential_cfg=True, classes=("StableDiffusion3ModularPipeline",)
 )
 
+TABLE = (SD, UPSCALE, SDXL, SD3, FLUX, CHROMA, PIXART, SANA, MODULAR_SDXL, MODULAR_SD3)
+
 #: pipeline class name -> family.
-FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3, FLUX, MODULAR_SDXL, MODULAR_SD3) for name in family.classes}
+FAMILIES: dict[str, Family] = {name: family for family in TABLE for name in family.classes}
 
 #: what a modular pipeline is told through its guider, and other pipelines, where they can be told, through their call.
 GUIDANCE = ("guidance_scale", "guidance_rescale", "use_original_formulation", "start", "stop", "enabled")

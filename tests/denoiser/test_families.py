@@ -24,7 +24,7 @@ from sdguard.denoiser.install import HOOK_NAME
 from sdguard.denoiser.probe import probe_run, read_prompts
 from sdguard.denoiser.reference_call import TOLERANCE, ReferenceCall
 from sdguard.denoiser.schedulers import clone_scheduler, scale_input
-from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.text_encoding import ENCODING, Encoder
 from sdguard.guarded import run as run_module
 from sdguard.observation import LEAST_SIGNAL, NoiseLevel, Observation, denoised, from_noise, noise_level, to_noise
 
@@ -36,6 +36,11 @@ CASES = [
     *((name, scheduler) for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") for scheduler in UNET_SCHEDULERS),
     *((name, None) for name in PIPELINES),
 ]
+#: whose runs begin with the reference call
+PLAIN = (
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "ChromaPipeline", "PixArtSigmaPipeline",
+    "SanaPipeline",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -58,7 +63,7 @@ def reading_cost(name: str) -> int:
 
     None where the run begins with the reference call, else its two; and one for the unconditional branch that a run has not.
     """
-    plain = name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
+    plain = name in PLAIN
     return 0 if plain else 2 + (name in DISTILLED)
 
 
@@ -140,7 +145,7 @@ def test_a_captured_call_is_evaluated_again_as_it_was(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 0.0])
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     name: str, guidance_scale: float, embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,12 +196,11 @@ def test_a_run_reads_what_calibration_reads_of_the_same_noise(pipe: Any, monkeyp
 
 
 @pytest.mark.usefixtures("given_profile")
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+@pytest.mark.parametrize("name", [*PLAIN, "FluxPipeline"])
 def test_a_run_from_noise_reads_what_calibration_reads_of_its_seeds(name: str, embedded: Any) -> None:
     pipe = build(name, embedded.tokenizer)
-    longest = default_of(pipe, "max_sequence_length")
-    unlimited = {} if longest is None else {"max_sequence_length": longest}
-    (seen,) = readings_of(pipe, **unlimited)
+    defaults = {name: default for name in ENCODING if (default := default_of(pipe, name)) is not None}
+    (seen,) = readings_of(pipe, **defaults)
     read = read_prompts(pipe, PROMPTS, [7, 8, 9])
     torch.testing.assert_close(seen.x, read.x)
     same_reading(seen, read)
@@ -228,11 +232,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: of pipelines that do not take every size
+SIZES = {"SanaPipeline": {"height": 64, "width": 32}}
+
+
 def setting_cases() -> list[Any]:
-    names = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "LatentConsistencyModelPipeline"]
     return [
-        pytest.param(name, extra, id=f"{name}, {what}")
-        for name in [*names, "FluxPipeline"]
+        pytest.param(name, SIZES.get(name, extra) if what == "size" else extra, id=f"{name}, {what}")
+        for name in [*PLAIN, "LatentConsistencyModelPipeline", "FluxPipeline"]
         for what, extra in SETTINGS.items()
         if extra.keys() <= {*inspect.signature(getattr(diffusers, name).__call__).parameters}
     ]
@@ -502,7 +509,7 @@ def test_a_compiled_denoiser_is_guarded(embedded: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_half_precision(name: str, dtype: torch.dtype, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipe = build(name, embedded.tokenizer).to(dtype)
