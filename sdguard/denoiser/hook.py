@@ -168,7 +168,8 @@ class DenoiserHook(ModelHook):
         """Note that a step of ``images`` images begins."""
         sample, timestep = kwargs[self.family.sample], kwargs["timestep"]
         if not self.record.timesteps:
-            self.record.begin(self.pipe.scheduler, images, sample.dtype, kwargs["img_ids"] if self.family.packed_latents else None)
+            places = kwargs["img_ids"] if self.family.packed_latents else None
+            self.record.begin(self.pipe.scheduler, images, sample.dtype, timestep, places)
         self.record.note_timestep(timestep, self.family.timestep_scale)
         self.record.guidance_scales.append(self.guidance)
         self.record.note_embeddings(embeddings_of(kwargs, self.family), len(sample) - images)

@@ -103,6 +103,43 @@ def test_an_unknown_model_of_every_family_is_calibrated(pipe: Any) -> None:
     assert all(len(report.series["guidance_norm"]) >= 1 for report in output.guard)
 
 
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("pipe", [(name, None) for name in PIPELINES if "ControlNet" not in name], indirect=True, ids=str)
+def test_a_steered_row_is_what_its_new_prompt_makes(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of a text stands beside its token embeddings goes with them."""
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+    steered = call(sdguard.guard(pipe, GuardConfig(profile=flagged_all())))
+    assert [report.verdict for report in steered.guard] == ["steered"] * 3
+    made = call(pipe, [prompt.split()[-1] for prompt in PROMPTS]).images
+    np.testing.assert_allclose(steered.images, made, atol=1e-4)
+    assert not np.allclose(steered.images, call(pipe).images, atol=1e-4)
+
+
+def embeddings(pipe: Any) -> dict[str, Any]:
+    """What a call takes in place of `PROMPTS`, as far as the pipeline's class takes it."""
+    family, encoder = family_of(pipe), Encoder(pipe, PIPELINES[type(pipe).__name__][1]())
+    beside = "prompt_attention_mask" if family.masks else "pooled_prompt_embeds"
+    names = ("prompt_embeds", beside, "negative_prompt_embeds", f"negative_{beside}")
+    found = dict(zip(names, family.encode(pipe, PROMPTS, encoder.options), strict=True))
+    taken = inspect.signature(type(pipe).__call__).parameters
+    distilled = type(pipe).__name__ in DISTILLED
+    texts = {name: None for name in ("prompt", "negative_prompt") if name in taken}
+    return texts | {name: v for name, v in found.items() if name in taken and not (distilled and name.startswith("negative"))}
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("pipe", [(name, None) for name in PIPELINES], indirect=True, ids=str)
+def test_embeddings_in_place_of_prompts_are_judged_and_steered_alike(pipe: Any) -> None:
+    given, plain = embeddings(pipe), call(pipe).images
+    clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **given)
+    np.testing.assert_allclose(clean.images, plain, atol=1e-5)
+    assert [(report.verdict, report.extra_evaluations) for report in clean.guard] == [("clean", reading_cost(type(pipe).__name__))] * 3
+    config = GuardConfig(profile=flagged_all(), steering=["embedding descent"], on_failure="pass")
+    steered = call(sdguard.guard(pipe, config), **given)
+    assert [report.error for report in steered.guard] == [None] * 3
+    assert not np.allclose(steered.images, plain, atol=1e-5)
+
+
 def flagged_all() -> Profile:
     return replace(
         profile_for(1e-9),
@@ -111,8 +148,8 @@ def flagged_all() -> Profile:
 
 
 @pytest.mark.parametrize("method", ["embedding descent", "rewording", "SAIL", "attractive-repulsive guidance", "guidance delay"])
-@pytest.mark.parametrize("pipe", [("StableDiffusionXLPipeline", None), ("StableDiffusion3Pipeline", None)], indirect=True, ids=str)
-def test_methods_steer_families_with_a_pooled_embedding(pipe: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pipe", [(name, None) for name in PLAIN if name != "StableDiffusionPipeline"], indirect=True, ids=str)
+def test_methods_steer_families_with_a_pooled_embedding_or_a_mask(pipe: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     profile = flagged_all() if method in ("embedding descent", "guidance delay", "SAIL") else profile_for(1e-9)
     profile = replace(profile, values={**profile.values, "guidance_norm": [1e-9] * 99 + [1e9], "reference_agreement": [2.0] * 100})
@@ -509,7 +546,7 @@ def test_a_compiled_denoiser_is_guarded(embedded: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, "StableDiffusionUpscalePipeline", *(name for name in PIPELINES if name.startswith("Flux"))])
 def test_half_precision(name: str, dtype: torch.dtype, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipe = build(name, embedded.tokenizer).to(dtype)
