@@ -220,8 +220,10 @@ def flux(name: str, tokenizer: Any, in_channels: int = 16, **extra: Any) -> Any:
 def chroma(name: str, tokenizer: Any) -> Any:
     sizes = {name: FLUX[name] for name in FLUX if name not in ("pooled_projection_dim", "guidance_embeds")}
     approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    transformer = ChromaTransformer2DModel(**sizes, **approximator)
+    transformer.register_to_config(guidance_embeds=False)  # which its inpainting pipeline asks for
     pipe = getattr(diffusers, name)(
-        transformer=ChromaTransformer2DModel(**sizes, **approximator),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae(shift_factor=0.06),
         text_encoder=t5(tokenizer),
@@ -362,12 +364,18 @@ PIPELINES: dict[str, tuple[Callable[[str, Any], Any], Callable[[], dict[str, Any
         lambda: {"control_image": picture(), **SHORT},
     ),
     "FluxKontextPipeline": (flux, lambda: {"image": picture(), "max_area": SIZE**2, "_auto_resize": False, **SHORT}),
+    "FluxKontextInpaintPipeline": (
+        flux,
+        lambda: {**masked(), "strength": 0.9, "max_area": SIZE**2, "_auto_resize": False, **SHORT},
+    ),
     "FluxFillPipeline": (
         # latents, a picture's latents, and the mask of two pixels by two, in patches of two by two
         lambda name, t: flux(name, t, in_channels=(4 + 4 + 2 * 2) * 4),
         lambda: {**masked(), "strength": 0.9, **SHORT},
     ),
     "ChromaPipeline": (chroma, lambda: SHORT),
+    "ChromaImg2ImgPipeline": (chroma, lambda: {"image": picture(), "strength": 0.8, **SHORT}),
+    "ChromaInpaintPipeline": (chroma, lambda: {**masked(), "strength": 0.9, **SHORT}),
     "PixArtSigmaPipeline": (pixart, lambda: {"use_resolution_binning": False, **SHORT}),
     "SanaPipeline": (
         sana,

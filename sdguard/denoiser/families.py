@@ -294,7 +294,8 @@ FLUX = Family(
     empty_negative_is_none=False,
     timestep_scale=1000,
     classes=(
-        "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline", "FluxKontextPipeline", "FluxFillPipeline",
+        "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline", "FluxKontextPipeline",
+        "FluxKontextInpaintPipeline", "FluxFillPipeline",
     ),
 )  # fmt: skip
 CHROMA = replace(
@@ -304,7 +305,7 @@ CHROMA = replace(
     beside=("attention_mask",),
     masks=True,
     guidance=classifier_free,
-    classes=("ChromaPipeline",),
+    classes=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
 )
 PIXART = Family(
     encode_with_mask,

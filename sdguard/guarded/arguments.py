@@ -84,7 +84,7 @@ ARGUMENTS = (
         "the reading is of the text alone: what a picture, a mask or a ControlNet adds is not judged; a ControlNet hears the prompt as it "
         "is given, for steered images too",
         (
-            "image", "mask_image", "masked_image_latents", "control_image", "controlnet_pooled_projections",
+            "image", "image_reference", "mask_image", "masked_image_latents", "control_image", "controlnet_pooled_projections",
             "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
         ),
     ),
