@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     ChromaTransformer2DModel,
     ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
     LCMScheduler,
@@ -32,6 +35,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -233,6 +238,40 @@ def chroma(name: str, tokenizer: Any) -> Any:
     return pipe
 
 
+def flux2(name: str, tokenizer: Any) -> Any:
+    """Its text is read off layers 9, 18 and 27 of a language model."""
+    qwen: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 27, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    reader = copy.deepcopy(tokenizer)
+    reader.chat_template = "{{ messages[0]['content'] }} ."
+    pipe = getattr(diffusers, name)(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=(4, 4, 4, 4),
+            timestep_guidance_channels=16,
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            layers_per_block=1,
+        ),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **qwen, **heads)).eval(),
+        tokenizer=reader,
+    )
+    pipe.default_sample_size = SIZE // pipe.vae_scale_factor
+    return pipe
+
+
 def pixart(name: str, tokenizer: Any) -> Any:
     """One that learns variances, as the published ones do."""
     sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 32}
@@ -376,6 +415,7 @@ PIPELINES: dict[str, tuple[Callable[[str, Any], Any], Callable[[], dict[str, Any
     "ChromaPipeline": (chroma, lambda: SHORT),
     "ChromaImg2ImgPipeline": (chroma, lambda: {"image": picture(), "strength": 0.8, **SHORT}),
     "ChromaInpaintPipeline": (chroma, lambda: {**masked(), "strength": 0.9, **SHORT}),
+    "Flux2KleinPipeline": (flux2, lambda: SHORT),
     "PixArtSigmaPipeline": (pixart, lambda: {"use_resolution_binning": False, **SHORT}),
     "SanaPipeline": (
         sana,
@@ -384,7 +424,7 @@ PIPELINES: dict[str, tuple[Callable[[str, Any], Any], Callable[[], dict[str, Any
 }
 
 #: pipelines that have no unconditional branch
-DISTILLED = {name for name in PIPELINES if name.startswith(("Flux", "LatentConsistency"))}
+DISTILLED = {name for name in PIPELINES if name.startswith(("Flux", "LatentConsistency")) and not name.startswith("Flux2")}
 
 
 def build(name: str, tokenizer: Any) -> Any:

@@ -70,6 +70,14 @@ def encode_t5(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Ten
     return text, mask, null, null_mask
 
 
+def encode_by_template(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """A language model that reads a prompt as a message: Flux 2 Klein, whose unconditional prompt is the empty message."""
+    given = {name: value for name, value in options.items() if name != "lora_scale"}
+    text, _ = pipe.encode_prompt([*texts, ""], device=pipe._execution_device, **given)
+    count = len(texts)
+    return text[:count], None, text[count:].expand(count, -1, -1), None
+
+
 def encode_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """SDXL as a modular pipeline, whose encoding is its text block's. The texts go to both encoders."""
     from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
@@ -162,16 +170,37 @@ def plain_upscale(pipe: Any, x: Tensor) -> dict[str, Any]:
 
 
 def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
-    """The places of the patches, no picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
-    rows, columns = (side // 2 for side in x.shape[2:])
-    places = torch.zeros(rows, columns, 3, device=x.device)
-    places[..., 1], places[..., 2] = torch.arange(rows, device=x.device)[:, None], torch.arange(columns, device=x.device)[None]
-    found: dict[str, Any] = {"img_ids": places.flatten(0, 1).to(x)}
+    """No picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
+    found: dict[str, Any] = {}
     if getattr(pipe.transformer, "encoder_hid_proj", None) is not None:
         found["joint_attention_kwargs"] = {"ip_hidden_states": []}
     if getattr(pipe.transformer.config, "guidance_embeds", False):
         found["guidance"] = torch.full((len(x),), TOLD_FLUX, device=x.device)
     return found
+
+
+#: (latents [B, C, H, W], number of tokens) -> what the denoiser is told of the places of patches and tokens.
+Places = Callable[[Tensor, int], dict[str, Tensor]]
+
+
+def grid(x: Tensor, entries: int) -> Tensor:
+    """Row and column of each patch of latents, ``[patches, entries]``, behind an entry that says whose patch it is."""
+    rows, columns = (side // 2 for side in x.shape[2:])
+    places = torch.zeros(rows, columns, entries, device=x.device)
+    places[..., 1], places[..., 2] = torch.arange(rows, device=x.device)[:, None], torch.arange(columns, device=x.device)[None]
+    return places.flatten(0, 1)
+
+
+def places_flux(x: Tensor, length: int) -> dict[str, Tensor]:
+    """Patches by row and column, and all tokens at one place: Flux and Chroma."""
+    return {"img_ids": grid(x, 3).to(x), "txt_ids": x.new_zeros(length, 3)}
+
+
+def places_flux2(x: Tensor, length: int) -> dict[str, Tensor]:
+    """Patches by row and column, tokens one after the other, in a batch of one for all images: Flux 2."""
+    tokens = torch.zeros(length, 4, device=x.device)
+    tokens[:, 3] = torch.arange(length, device=x.device)
+    return {"img_ids": grid(x, 4)[None], "txt_ids": tokens[None]}
 
 
 #: (latents [B, C, H, W], number of channels) -> so many more channels, as an inpainting model has them where everything is masked.
@@ -222,6 +251,8 @@ class Family:
         guidance: (pipeline, its call's arguments) -> scale of the guidance that joins two branches; 1 where there is one branch.
         sequential_cfg: whether the branches are two calls of the denoiser, the conditional one first, and not one.
         packed_latents: whether latents travel as a sequence of patches.
+        drawn_in_patches: whether noise is drawn as patches already.
+        places: what the denoiser is told of the places of patches and tokens.
         empty_negative_is_none: whether an empty negative prompt is the same as none.
         timestep_scale: what the denoiser's timestep is multiplied with to be the scheduler's.
     """
@@ -239,6 +270,8 @@ class Family:
     guidance: Callable[[Any, dict[str, Any]], float] = classifier_free
     sequential_cfg: bool = False
     packed_latents: bool = False
+    drawn_in_patches: bool = False
+    places: Places = lambda x, length: {}
     empty_negative_is_none: bool = True
     timestep_scale: int = 1
     classes: tuple[str, ...] = field(default=(), repr=False)
@@ -290,6 +323,7 @@ FLUX = Family(
     guidance=true_guidance,
     sequential_cfg=True,
     packed_latents=True,
+    places=places_flux,
     behind=mask_last,
     empty_negative_is_none=False,
     timestep_scale=1000,
@@ -306,6 +340,16 @@ CHROMA = replace(
     masks=True,
     guidance=classifier_free,
     classes=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+)
+FLUX2 = replace(
+    FLUX,
+    encode=encode_by_template,
+    widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), 0),
+    beside=(),
+    guidance=classifier_free,
+    drawn_in_patches=True,
+    places=places_flux2,
+    classes=("Flux2KleinPipeline",),
 )
 PIXART = Family(
     encode_with_mask,
@@ -327,7 +371,7 @@ MODULAR_SD3 = replace(
     SD3, encode=encode_three_in_blocks, guidance=by_guider, sequential_cfg=True, classes=("StableDiffusion3ModularPipeline",)
 )
 
-TABLE = (SD, UPSCALE, SDXL, SD3, FLUX, CHROMA, PIXART, SANA, MODULAR_SDXL, MODULAR_SD3)
+TABLE = (SD, UPSCALE, SDXL, SD3, FLUX, CHROMA, FLUX2, PIXART, SANA, MODULAR_SDXL, MODULAR_SD3)
 
 #: pipeline class name -> family.
 FAMILIES: dict[str, Family] = {name: family for family in TABLE for name in family.classes}
@@ -342,7 +386,7 @@ REFUSED: dict[str, str] = {
     "InstructPix2Pix": "it joins three branches, one of them without the picture, and the guard steers where there are two",
     "Qwen": "it draws guided outputs to the length of the conditional ones, which the guard cannot undo where branches are two calls",
     "ZImage": "its denoiser takes lists of pictures and of texts, and the guard reads batches",
-    "Flux2": "its texts are encoded and its latents packed in ways that were not tried with the guard yet",
+    "Flux2": "of Flux 2 only Klein's own pipeline was tried with the guard yet",
     "Kolors": "its tokenizer needs a package that the guard was not tried with yet",
 }
 

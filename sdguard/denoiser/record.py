@@ -92,8 +92,9 @@ class RunRecord:
             self.evaluations = torch.zeros(images, dtype=torch.long)
         timesteps, beside = scheduler.timesteps, []
         if places is not None:
-            own = places[..., 0] == 0  # another picture's patches stand behind them
-            beside += [(places[..., 1] * own).max(), own.sum()]
+            places = places[0] if places.ndim == 3 else places
+            own = places[:, 0] == 0  # another picture's patches stand behind them
+            beside += [(places[:, 1] * own).max(), own.sum()]
         if place_of(scheduler, given) is None:
             beside.append(torch.as_tensor(given).flatten()[0])
         told = torch.cat([timesteps.double(), *(value.to(timesteps.device, torch.double)[None] for value in beside)]).cpu()

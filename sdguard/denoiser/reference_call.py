@@ -49,6 +49,15 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
     return int(pipe.vae.config.latent_channels), height - height % patch, width - width % patch
 
 
+def drawn_noise(pipe: Any, seed: int) -> Tensor:
+    """The noise ``[C, H, W]`` that a run of the model's own size starts with from a seed."""
+    shape, generator = latent_shape(pipe), torch.Generator().manual_seed(seed)
+    if not family_of(pipe).drawn_in_patches:
+        return torch.randn(shape, generator=generator)
+    rows, columns = shape[1] // 2, shape[2] // 2
+    return unpack_latents(torch.randn(4 * shape[0], rows * columns, generator=generator).T[None], (rows, columns))[0]
+
+
 def has_text_encoders(pipe: Any) -> bool:
     """Whether a pipeline has a text encoder left; they may be dropped once prompts are encoded."""
     return any(getattr(pipe, name, None) is not None for name in ENCODERS)
@@ -199,8 +208,9 @@ class ReferenceCall:
         width, pooled_width = family.widths(self.pipe)
         in_channels = getattr(denoiser_of(self.pipe).config, "in_channels", 0) // (4 if patches else 1)
         behind = family.behind(x, max(in_channels - x.shape[1], 0))
-        found = {
+        found: dict[str, Any] = {
             **family.plain(self.pipe, x),
+            **family.places(x, length),
             family.sample: pack_latents(torch.cat([x, behind], dim=1), patches),
             TEXT: x.new_zeros(1, 1, 1).expand(len(x), length, width),
         }
@@ -211,8 +221,6 @@ class ReferenceCall:
                 found[name] = beside
             case (name, entry):
                 found[name] = {**found[name], entry: beside}
-        if patches:
-            found["txt_ids"] = x.new_zeros(length, 3)
         return with_condition({**found, family.scale: {**found.get(family.scale, {}), **self.adapters}}, condition, family)
 
     def denoise(self, x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
@@ -279,9 +287,10 @@ class ReferenceCall:
 
 
 def same_value(one: Any, other: Any) -> Answer:
-    """Whether two arguments of a denoiser are the same; nothing at all, None and an empty collection are."""
+    """Whether two arguments of a denoiser are the same; nothing at all, None and an empty collection are, and one row is as many alike."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and (one.to(other) == other).all()
+        alike = one.shape[1:] == other.shape[1:] and (one.shape == other.shape or (one.ndim == other.ndim and 1 in (len(one), len(other))))
+        return alike and (one.to(other) == other).all()
     if isinstance(one, dict) or isinstance(other, dict):
         one, other = one or {}, other or {}
         return all_of(same_value(one.get(name), other.get(name)) for name in {*one, *other})

@@ -14,7 +14,7 @@ from sdguard.noise import generators_kept
 #: the pipelines' attributes that hold text encoders.
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 #: arguments of a pipeline's call that its prompts are encoded with.
-ENCODING = ("max_sequence_length", "clip_skip", "clean_caption", "complex_human_instruction")
+ENCODING = ("max_sequence_length", "clip_skip", "clean_caption", "complex_human_instruction", "text_encoder_out_layers")
 
 
 @dataclass(frozen=True)

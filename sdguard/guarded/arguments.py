@@ -43,7 +43,7 @@ ARGUMENTS = (
         "it is in the text condition, which is taken from the run's first call of the denoiser, whatever encoded it",
         (
             "prompt", "prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "clip_skip",
-            "max_sequence_length", "clean_caption", "complex_human_instruction",
+            "max_sequence_length", "clean_caption", "complex_human_instruction", "text_encoder_out_layers",
         ),
     ),
     Decision(

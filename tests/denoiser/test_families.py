@@ -38,8 +38,8 @@ CASES = [
 ]
 #: whose runs begin with the reference call
 PLAIN = (
-    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "ChromaPipeline", "PixArtSigmaPipeline",
-    "SanaPipeline",
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "ChromaPipeline", "Flux2KleinPipeline",
+    "PixArtSigmaPipeline", "SanaPipeline",
 )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     arguments = {"num_inference_steps": 4, "output_type": "np", **PIPELINES[name][1](), "guidance_scale": guidance_scale}
 
     def free(target: Any) -> Any:
-        return target(PROMPTS, generator=[torch.Generator().manual_seed(7 + i) for i in range(3)], **arguments)
+        return target(prompt=PROMPTS, generator=[torch.Generator().manual_seed(7 + i) for i in range(3)], **arguments)
 
     plain = free(pipe).images
     clean = free(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
@@ -336,7 +336,9 @@ def test_the_reading_costs_what_of_it_the_run_has_not(name: str, extra: dict[str
     assert [report.extra_evaluations for report in output.guard] == [cost] * 3
 
 
-@pytest.mark.parametrize("names", [[name for name in PIPELINES if name.startswith(prefix)] for prefix in ("Flux", "LatentConsistency")])
+@pytest.mark.parametrize(
+    "names", [[name for name in sorted(DISTILLED) if name.startswith(prefix)] for prefix in ("Flux", "LatentConsistency")]
+)
 def test_pipelines_of_one_model_tell_it_one_guidance(names: list[str], embedded: Any) -> None:
     """Their calls' own defaults differ, and the model's profile is the same."""
     x, found = torch.zeros(1, 4, 8, 8), []

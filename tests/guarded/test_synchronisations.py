@@ -28,6 +28,7 @@ FAMILIES = (
     "FluxKontextPipeline",
     "FluxFillPipeline",
     "ChromaPipeline",
+    "Flux2KleinPipeline",
     "PixArtSigmaPipeline",
     "SanaPipeline",
 )
