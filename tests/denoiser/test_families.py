@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler
 from families import ADDED, DISTILLED, LENIENT, PIPELINES, PROMPTS, build, call, one_block, profile_for, reworded, unet
 from peft import LoraConfig
+from PIL import Image
 
 import sdguard
 from sdguard import GuardConfig, Profile
@@ -113,6 +114,33 @@ def test_a_steered_row_is_what_its_new_prompt_makes(pipe: Any, monkeypatch: pyte
     made = call(pipe, [prompt.split()[-1] for prompt in PROMPTS]).images
     np.testing.assert_allclose(steered.images, made, atol=1e-4)
     assert not np.allclose(steered.images, call(pipe).images, atol=1e-4)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("FluxKontextPipeline", torch.rand(1, 3, 16, 32, generator=torch.Generator().manual_seed(3))),
+        ("Flux2KleinPipeline", [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 96), "blue")]),
+    ],
+)
+def test_pictures_of_other_sizes_behind_the_latents_stay_there(
+    name: str, image: Any, embedded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+    pipe = build(name, embedded.tokenizer)
+    given: dict[str, Any] = {"image": image}
+    plain = call(pipe, **given).images
+    assert not np.array_equal(plain, call(pipe, image=None).images)
+    clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **given)
+    assert np.array_equal(clean.images, plain)
+    assert [report.verdict for report in clean.guard] == ["clean"] * 3
+    norms = [report.signals["guidance_norm"]["value"] for report in clean.guard]
+    row, bound = norms.index(max(norms)), sum(sorted(norms)[-2:]) / 2
+    steered = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(bound))), **given).images
+    assert [np.array_equal(steered[i], plain[i]) for i in range(3)] == [i != row for i in range(3)]
+    prompts = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
+    np.testing.assert_allclose(steered, call(pipe, prompts, **given).images, atol=1e-4)
 
 
 def embeddings(pipe: Any) -> dict[str, Any]:
@@ -324,6 +352,10 @@ def test_no_guidance_of_the_caller_reaches_a_signal_of_the_cascade(embedded: Any
         ("FluxPipeline", {"guidance_scale": 3.5}, 1),
         ("FluxPipeline", {"guidance_scale": 3.5, "negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0}, 1),
         ("FluxPipeline", {"guidance_scale": 3.5, "negative_prompt": [""] * 3, "true_cfg_scale": 3.0}, 0),
+        ("FluxKontextPipeline", {"image": None, "guidance_scale": 3.5}, 1),
+        ("PixArtSigmaPipeline", {"negative_prompt": ["a cow"] * 3}, 1),
+        ("SanaPipeline", {"guidance_scale": 1.0}, 1),
+        ("ChromaPipeline", {"negative_prompt": ["a cow"] * 3}, 1),
         ("LatentConsistencyModelPipeline", {"guidance_scale": 8.5}, 1),
     ],
     ids=str,
