@@ -142,6 +142,12 @@ def test_pictures_of_other_sizes_behind_the_latents_stay_there(
     prompts = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
     np.testing.assert_allclose(steered, call(pipe, prompts, **given).images, atol=1e-4)
 
+    def look(seen: Observation) -> None:
+        torch.testing.assert_close(seen.both_branches(seen.x, seen.timestep)[0], seen.eps_c, rtol=1e-3, atol=1e-5)
+
+    # to the end, where the network's output has a weight
+    probe_run(pipe, PROMPTS, [0, 1, 2], look, None, **{**PIPELINES[name][1](), **given}, num_inference_steps=4, guidance_scale=4.0)
+
 
 def embeddings(pipe: Any) -> dict[str, Any]:
     """What a call takes in place of `PROMPTS`, as far as the pipeline's class takes it."""
