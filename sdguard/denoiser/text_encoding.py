@@ -59,5 +59,6 @@ class Encoder:
     @property
     def pads_with_end(self) -> bool:
         """Whether what lies behind a prompt is filled with copies of the end token, by the only text encoder there is."""
-        alone = not family_of(self.pipe).beside
-        return alone and bool(self.pipe.tokenizer.pad_token_id == self.pipe.tokenizer.eos_token_id)
+        tokenizer = self.pipe.tokenizer
+        alone = not family_of(self.pipe).beside and not getattr(tokenizer, "chat_template", None)  # behind which a message goes on
+        return alone and bool(tokenizer.pad_token_id == tokenizer.eos_token_id)

@@ -474,6 +474,19 @@ def test_without_text_encoders_from_the_start_no_image_passes(embedded: Any) -> 
     assert all("no text encoder left" in str(report.error) for report in output.guard)
 
 
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("name", ["ChromaPipeline", "Flux2KleinPipeline", "PixArtSigmaPipeline", "SanaPipeline"])
+def test_text_encoders_may_be_dropped_once_the_guarded_pipeline_has_encoded(name: str, embedded: Any) -> None:
+    whole, pipe = build(name, embedded.tokenizer), build(name, embedded.tokenizer)
+    (seen,), given = readings_of(whole), embeddings(whole)
+    guarded: Any = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))
+    guarded.encode_prompt(PROMPTS, max_sequence_length=PIPELINES[name][1]()["max_sequence_length"])
+    guarded.text_encoder = None
+    (gone,) = readings_of(pipe, **given)
+    same_reading(seen, gone)
+    torch.testing.assert_close(seen.null_condition, gone.null_condition, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["FluxPipeline", "FluxImg2ImgPipeline"])
 def test_branches_that_are_two_calls_are_recognised(name: str, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flux under true guidance: rows that are left alone keep their bits, a steered one goes the way of its new prompt."""
