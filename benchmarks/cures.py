@@ -396,6 +396,7 @@ def main(
         str, typer.Option(help="What profiles are calibrated on: 'own' ordinary captions of each model, or 'shipped'.")
     ] = "own",
     only: Annotated[list[str] | None, typer.Option(help="These runs alone, and the unguarded one.")] = None,
+    name: Annotated[str, typer.Option(help="Of the files of results.")] = NAME,
 ) -> None:
     """Measure the guard's steering and every method alone on models that memorize; under 'accelerate launch', processes share the work."""
     transformers.logging.set_verbosity_error()
@@ -403,7 +404,7 @@ def main(
         if prompts not in ("own", "shipped"):
             raise BadInput(f"--prompts is {prompts!r}; it must be 'own' or 'shipped'.")
         runs = (GUARD, EMBEDDINGS, *METHODS, *BASELINES)
-        if unknown := [name for name in only or () if name not in runs]:
+        if unknown := [run for run in only or () if run not in runs]:
             raise BadInput(f"--only is {unknown[0]!r}; there are {', '.join(runs)}.")
         named = [*(read_model(folder) for folder in models or development_models()), embedded_model()]
         named = [model for model in named if "memorized" in set(model.cases.role)]
@@ -416,8 +417,8 @@ def main(
     counts = {each.model.name: {**each.about, "frames": len(each.frames), **each.samples.role.value_counts()} for each in found}
     about = {"prompts": prompts, "samples": samples, "models": counts, **versions()}
     out.mkdir(parents=True, exist_ok=True)
-    write_table(pd.concat([numbers(each) for each in found], ignore_index=True), out / f"{NAME}.parquet")
-    write_text(out / f"{NAME}.json", json.dumps({"about": about, "rows": rows}, indent=1, default=as_json))
+    write_table(pd.concat([numbers(each) for each in found], ignore_index=True), out / f"{name}.parquet")
+    write_text(out / f"{name}.json", json.dumps({"about": about, "rows": rows}, indent=1, default=as_json))
     for each in found:
         contact_sheet(each, work / NAME / f"{each.model.name}.jpg")
     typer.echo(readable(rows))
