@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,21 @@ def from_rows(latents: Sequence[bytes], like: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([np.frombuffer(row, np.float32) for row in latents])).clone().view(-1, *like.shape[1:])
 
 
+def encoded(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
+    """The arguments by which a pipeline's call takes ``texts`` as embeddings, whichever encoders it has."""
+    wanted = {
+        "prompt": texts,
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": pipe.device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": True,
+    }
+    found = pipe.encode_prompt(**{name: wanted[name] for name in inspect.signature(pipe.encode_prompt).parameters if name in wanted})
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, found, strict=False))
+
+
 def unguarded(model: Model, part: pd.DataFrame) -> pd.DataFrame:
     """A batch of samples as they come."""
     latents = call(model.pipe, {"prompt": part.caption.tolist()}, part.seed, model.setting).images
@@ -139,8 +155,7 @@ def under_guard(model: Model, profile: Profile, embeddings: bool, part: pd.DataF
     texts = part.caption.tolist()
     inputs: dict[str, Any] = {"prompt": texts}
     if embeddings:
-        own, negative = model.pipe.encode_prompt(texts, model.pipe.device, 1, True)[:2]
-        inputs = {"prompt_embeds": own, "negative_prompt_embeds": negative}
+        inputs = encoded(model.pipe, texts)
     output = call(sdguard.guard(model.pipe, GuardConfig(profile=profile)), inputs, part.seed, model.setting)
     return as_rows(
         output.images,

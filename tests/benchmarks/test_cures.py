@@ -186,6 +186,20 @@ def test_the_readmes_table_of_the_guard_has_a_row_a_model() -> None:
     assert " / " in line
 
 
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+def test_a_call_takes_its_texts_as_embeddings_and_gives_the_same_pictures(name: str, embedded: Any) -> None:
+    pipe, texts = build(name, embedded.tokenizer), ["a dog", "two cats"]
+    setting = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
+    if name == "StableDiffusion3Pipeline":
+        setting["max_sequence_length"] = 256  # what encode_prompt takes where it is not told
+
+    def drawn(**inputs: Any) -> torch.Tensor:
+        images: torch.Tensor = pipe(**inputs, **setting, generator=[torch.Generator().manual_seed(k) for k in (0, 1)]).images
+        return images
+
+    assert torch.equal(drawn(prompt=texts), drawn(**cures.encoded(pipe, texts)))
+
+
 GROUPS = {"repeated 60": (60, True), "repeated 9": (9, True), "unseen, same make": (0, False), "ordinary": (0, False)}
 
 
