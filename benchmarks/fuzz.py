@@ -28,61 +28,41 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import hostile_arguments
+from benchmarks.hostile_arguments import shipped
+from benchmarks.outcomes import (
+    BAD,
+    CRASHED,
+    LEFT,
+    READ,
+    REFUSED,
+    STRANGE,
+    UNKNOWN,
+    WRONG,
+    Misread,
+    Needless,
+    NoSentence,
+    checked_sentence,
+    expect,
+    refused_or,
+)
 from benchmarks.running import versions
-from sdguard import GuardConfig, Profile, testbed
+from sdguard import Profile
 from sdguard.decision.cache import name_of
 from sdguard.decision.known_profiles import read_profile
-from sdguard.decision.model_folder import PROFILE_FILE
 from sdguard.decision.profile import FORMAT, ProfileError
 from sdguard.decision.traffic import append_scores, logged_scores
 from sdguard.files.atomic import CannotWrite, write_text
 from sdguard.files.prompt_files import read_prompts, write_table
 from sdguard.files.resumable import Parts, run_pieces
-from sdguard.steering import METHODS
 
 NAME = "fuzz"
-READ, REFUSED, UNKNOWN = "read rightly", "refused in a sentence", "read, truth unknown"
-MISREAD, NEEDLESS, NO_SENTENCE, CRASHED, LEFT = "misread", "refused though sound", "no sentence", "another error", "a file left behind"
-BAD = (MISREAD, NEEDLESS, NO_SENTENCE, CRASHED, LEFT)
-#: characters that a sentence has at most.
-LONGEST_SENTENCE = 1000
-
 #: what texts are made of.
 SNIPPETS = (
     "a cat", "sitting", ",", ";", "\t", "\n", "\r", "\r\n", '"', '""', "'", " ", "  ", "\\", "/", "{", "}", "[", "=1+1", "007", "1e5",
     "-1", "NA", "null", "nan", "None", "true", "#", "\x00", "\x1f", "\x85", "\u2028", "é", "日本語", "قطة", "🐱", "e\u0301", "\u200f",
     "\ufffd", "x" * 300,
 )  # fmt: skip
-#: values that a field of JSON does not expect.
-STRANGE: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    5,
-    0.5,
-    10**400,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "a",
-    "\ud83d",
-    [],
-    [[]],
-    {},
-    {"a": 1},
-    [None],
-    ["a"],
-)
-
-
-class Misread(Exception):
-    """What was read is not what was written."""
-
-
-class Needless(Exception):
-    """What is sound was refused."""
 
 
 def text_of(rng: Random) -> str:
@@ -108,13 +88,6 @@ def damaged(content: bytes, rng: Random) -> bytes:
         content[:at] + b"9" * 5000 + content[at:],
         content + b"\n" + content[:at],
     ])  # fmt: skip
-
-
-def expect(found: Any, written: Any) -> str:
-    """The outcome `READ`; raises `Misread` if what was found is not what was written."""
-    if found != written:
-        raise Misread(f"{str(found)[:200]} in place of {str(written)[:200]}")
-    return READ
 
 
 # prompt files
@@ -213,11 +186,6 @@ def damaged_prompts(folder: Path, rng: Random) -> str:
 
 
 # what sdguard writes itself
-
-
-def shipped() -> Profile:
-    """The embedded model's profile."""
-    return Profile.load(testbed.path() / PROFILE_FILE)
 
 
 def use(profile: Profile) -> str:
@@ -338,55 +306,7 @@ def on_a_full_disk(folder: Path, rng: Random) -> str:
     return expect(path.read_bytes() != b"before", True)
 
 
-# arguments
-
-
-#: for each field of `GuardConfig` values that it takes, and some that it refuses.
-ARGUMENTS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
-    "mode": (("steer", "observe", "block"), ("Steer", "", None, 5, ["steer"])),
-    "false_positive_rate": ((0.01, 0.5, 1e-9, 5e-324), (0, 1, -1, 2.5, float("nan"), float("inf"), "0.01", None, 10**400, 1j, True, [0.1])),
-    "on_failure": (("withhold", "pass", "raise"), ("", None, 0, {"pass"})),
-    "on_unknown": (("calibrate", "background", "first_call_only", "raise"), ("ask", None, ())),
-    "rate_per": (("image", "prompt"), ("batch", None, 1)),
-    "profile": ((None, "name", Path("a.json")), (5, ["name"], b"name")),
-    "steering": ((None, [], [*METHODS][:2], tuple(METHODS)), ("rewording", ["nothing"], 5, [5], [["rewording"]], [None])),
-    "rewriter": ((None, str), ("a", 5)),
-    "calibration_prompts": ((None, ["a", "b", "c", "d"]), ("a cat", [], 5, [1, 2, 3, 4], [None] * 4)),
-    "score_log": ((None, "log", Path("log")), (5, ["log"])),
-    "log_prompts": ((True, False), ("no", None, 2)),
-    "on_call": ((None, print), ("print", 5)),
-}
-
-
-def arguments(folder: Path, rng: Random) -> str:
-    """Arguments of `GuardConfig`: taken where all of them can be, and refused with the name of one that cannot."""
-    chosen = {name: rng.random() < 0.15 for name in rng.sample(list(ARGUMENTS), rng.randint(1, len(ARGUMENTS)))}
-    given = {name: rng.choice(ARGUMENTS[name][strange]) for name, strange in chosen.items()}
-    try:
-        config = GuardConfig(**given)
-    except (ValueError, TypeError) as error:
-        expect(any(strange and name in str(error) for name, strange in chosen.items()), True)
-        return checked_sentence(error)
-    expect(any(chosen.values()), False)
-    return expect({name: getattr(config, name) for name in given}, given)
-
-
 # running
-
-
-def checked_sentence(error: BaseException) -> str:
-    """The outcome of an error: `REFUSED` if its text is one sentence, else `NO_SENTENCE`."""
-    text = str(error)
-    return REFUSED if text.endswith(".") and "\n" not in text and len(text) <= LONGEST_SENTENCE else NO_SENTENCE
-
-
-def refused_or(read: Callable[[], Any], documented: type[Exception], judge: Callable[[Any], str]) -> str:
-    """The outcome of reading: that of the documented error, or what ``judge`` says of what was read."""
-    try:
-        found = read()
-    except documented as error:
-        return checked_sentence(error)
-    return judge(found)
 
 
 KINDS: dict[str, Callable[[Path, Random], str]] = {
@@ -399,7 +319,7 @@ KINDS: dict[str, Callable[[Path, Random], str]] = {
     "part of long work, damaged": damaged_part,
     "log of scores, damaged": damaged_log,
     "a full disk": on_a_full_disk,
-    "GuardConfig": arguments,
+    **hostile_arguments.KINDS,
 }
 
 
@@ -411,8 +331,8 @@ def run_case(number: int) -> dict[str, Any]:
         folder = Path(name)
         try:
             outcome = KINDS[kind](folder, Random(number))
-        except (Misread, Needless) as error:
-            outcome, what = MISREAD if isinstance(error, Misread) else NEEDLESS, str(error)
+        except (Misread, Needless, NoSentence) as error:
+            outcome, what = WRONG[type(error)], str(error)
         except Exception as error:  # what is looked for
             outcome, what = CRASHED, f"{type(error).__name__}: {error}"
         if left := [path.name for path in folder.rglob("*.partial")]:
@@ -432,7 +352,7 @@ def quiet() -> Iterator[None]:
     """Within the block nothing is logged of what is passed over."""
     logger = logging.getLogger("sdguard")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -198,7 +198,9 @@ def endpoint(model: Model) -> None:
         steering: list[str] | None = None,
     ) -> dict[str, Any]:
         """Run a prompt without and with the guard: ``reports``, and the pictures ``unguarded`` and ``guarded`` as PNG in base64."""
-        asked = Setting(prompt, seed, steps, guidance, images, false_positive_rate, mode, tuple(steering or ()))
+        # a client's list becomes what a setting has; whatever else it may have sent is refused as it is
+        methods: Any = tuple(steering) if isinstance(steering, list) else () if steering is None else steering
+        asked = Setting(prompt, seed, steps, guidance, images, false_positive_rate, mode, methods)
         try:
             asked = asked.checked(model)
             if profile_known(model, None) is None:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from sdguard.demo.model import Model
 from sdguard.denoiser.loading import check_prompts
-from sdguard.files.inputs import BadInput
+from sdguard.files.inputs import BadInput, shown
 from sdguard.files.prompt_files import read_prompts
 from sdguard.guarded.config import GuardConfig
 
@@ -56,14 +56,14 @@ class Setting:
 def bounded(what: str, value: float, low: float, high: float) -> None:
     """Raise `BadInput` where a number is none, or out of bounds."""
     if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise BadInput(f"{what} must lie between {low:g} and {high:g}; it is {value!r}.")
+        raise BadInput(f"{what} must lie between {low:g} and {high:g}; it is {shown(value)}.")
 
 
 def whole(what: str, value: float, low: int, high: int) -> int:
     """A whole number within bounds, 2.0 being one; raises `BadInput`."""
     bounded(what, value, low, high)
     if value != int(value):
-        raise BadInput(f"{what} must be a whole number; it is {value!r}.")
+        raise BadInput(f"{what} must be a whole number; it is {shown(value)}.")
     return int(value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from sdguard.denoiser.families import check_pipeline, family_of, is_modular
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.reference_call import keep_null_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
+from sdguard.files.inputs import shown
 from sdguard.guarded.arguments import check, check_inputs, limits, lora_scale
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
@@ -130,7 +132,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         Cost: that of `sdguard.decision.calibration.calibrate`.
         """
         if prompts is not None:
-            self._self_config = replace(self._self_config, profile=None, calibration_prompts=list(prompts))
+            self._self_config = replace(self._self_config, profile=None, calibration_prompts=prompts)
         config = self._self_config
         return profile_for(self.__wrapped__, given=config.profile, prompts=config.calibration_prompts, adapter_scale=adapter_scale)
 
@@ -229,13 +231,20 @@ def class_for(kind: type) -> type[GuardedPipeline]:
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:
-    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings."""
+    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings.
+
+    Raises `TypeError`, in one sentence, where the call does not say how many images are made of a prompt, which pipelines do not check.
+    """
     prompt = given["prompt"]
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return [p for p in prompts for _ in range(given["num_images_per_prompt"])]
+    try:
+        count = operator.index(given["num_images_per_prompt"])
+    except TypeError:
+        raise TypeError(f"num_images_per_prompt is {shown(given['num_images_per_prompt'])}; it must be a whole number.") from None
+    return [p for p in prompts for _ in range(count)]
 
 
 def guard(pipe: Any, config: GuardConfig | None = None) -> GuardedPipeline:

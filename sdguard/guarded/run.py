@@ -464,5 +464,5 @@ def blank(images: Any, withheld: list[int]) -> Any:
     if isinstance(images, list):
         return [Image.new(image.mode, image.size) if i in withheld else image for i, image in enumerate(images)]
     images = images.clone() if isinstance(images, Tensor) else images.copy()
-    images[withheld] = 0
+    images[[i for i in withheld if i < len(images)]] = 0  # a run without steps has no image to blank
     return images

@@ -12,6 +12,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
 from families import build
@@ -466,6 +467,22 @@ def test_a_run_whose_denoiser_is_never_seen_is_not_clean(tiny: Any, profile_for:
         ("withheld", "RuntimeError: the guard saw no call of the denoiser")
     }
     assert output.images.max() == 0
+
+
+def test_a_run_of_no_step_shows_nothing_and_is_not_clean(tiny: Any, profile_for: MakeProfile) -> None:
+    """A picture that is not to be changed at all, of which diffusers makes no image."""
+    plain = StableDiffusionImg2ImgPipeline.from_pipe(tiny)
+    options = {"image": torch.zeros(1, 3, 16, 16), "strength": 0.6, "num_inference_steps": 1, "output_type": "latent"}
+    output = sdguard.guard(plain, GuardConfig(profile=profile_for(plain, 1e6)))("a cat", **options)
+    assert len(output.images) == len(plain("a cat", **options).images) == 0
+    assert [report.verdict for report in output.guard] == ["withheld"]
+
+
+@pytest.mark.parametrize("count", ["2", 1.5, None, [1]])
+def test_a_count_of_images_that_is_none_is_one_sentence(count: Any, tiny: Any, profile_for: MakeProfile) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
+    with pytest.raises(TypeError, match=r"^num_images_per_prompt is .*; it must be a whole number\.$"):
+        guarded("a cat", num_images_per_prompt=count, **SETTING)
 
 
 def test_a_report_names_what_was_given_and_not_judged(tiny: Any, profile_for: MakeProfile) -> None:
