@@ -1,9 +1,10 @@
 """Hostile files and arguments, made from seeds: what is read is read rightly, and all else is refused in one sentence.
 
 ``python -m benchmarks fuzz --count N`` makes N cases in turn of each kind (`KINDS`): prompt files as many programs write them, misshapen or
-damaged; profiles, parts of long work and logs of scores that were damaged or changed; full disks; arguments of `GuardConfig`. No denoiser
-evaluation. A case is known by its number: ``--first 41 --count 1`` makes case 41 again. Writes ``results/fuzz.json`` and ends with exit
-code 1 if any outcome is one of `BAD`.
+damaged; profiles, parts of long work and logs of scores that were damaged or changed; full disks; arguments of whatever takes some
+(`hostile_arguments`), on the embedded model. A case is known by its number: ``--first 41 --count 1`` makes case 41 again; ``--add`` puts a
+run of cases behind those that were run before. Writes ``results/fuzz.json`` and the README's sentence, and ends with exit code 1 if any
+outcome is one of `BAD`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks import hostile_arguments
@@ -46,6 +48,7 @@ from benchmarks.outcomes import (
     expect,
     refused_or,
 )
+from benchmarks.readme import put
 from benchmarks.running import versions
 from sdguard import Profile
 from sdguard.decision.cache import name_of
@@ -57,6 +60,8 @@ from sdguard.files.prompt_files import read_prompts, write_table
 from sdguard.files.resumable import Parts, run_pieces
 
 NAME = "fuzz"
+RESULTS = Path(__file__).parent / "results"
+
 #: what texts are made of.
 SNIPPETS = (
     "a cat", "sitting", ",", ";", "\t", "\n", "\r", "\r\n", '"', '""', "'", " ", "  ", "\\", "/", "{", "}", "[", "=1+1", "007", "1e5",
@@ -359,19 +364,49 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Results of cases that come right after those of other results, together; raises `typer.BadParameter` where they do not."""
+    if (before["first"] + before["count"], before["versions"]) != (now["first"], now["versions"]):
+        raise typer.BadParameter("the cases in the file do not end where these begin, or are of other versions", param_hint="--add")
+    counts = [{name: value for name, value in row.items() if name != "kind"} for row in (*before["rows"], *now["rows"])]
+    half, columns = len(now["rows"]), list(dict.fromkeys(name for row in counts for name in row))
+    rows = [
+        {"kind": row["kind"], **{name: one.get(name, 0) + other.get(name, 0) for name in columns}}
+        for row, one, other in zip(now["rows"], counts[:half], counts[half:], strict=True)
+    ]
+    return {**now, "first": before["first"], "count": before["count"] + now["count"], "rows": rows, "bad": before["bad"] + now["bad"]}
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """What the README says of the results."""
+    totals = {name: sum(row.get(name, 0) for row in found["rows"]) for name in (READ, REFUSED, UNKNOWN)}
+    wrong = len(found["bad"])
+    return (
+        f"Of {found['count']:,} hostile files, profiles, arguments and requests from seeds, in {len(found['rows'])} kinds, "
+        f"{totals[READ]:,} were read rightly, {totals[REFUSED]:,} refused in one sentence, and {totals[UNKNOWN]:,} damaged ones read as "
+        f"something whose truth nobody can tell; {wrong or 'none'} came out otherwise."
+    )
+
+
 def main(
     count: Annotated[int, typer.Option(min=1, help="How many cases.")] = 10_000,
     first: Annotated[int, typer.Option(min=0, help="The number of the first one.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where fuzz.json goes.")] = Path(__file__).parent / "results",
+    add: Annotated[bool, typer.Option("--add", help="Add to the results that are there, of the cases before these.")] = False,
+    out: Annotated[Path, typer.Option(help="Where fuzz.json goes.")] = RESULTS,
 ) -> None:
     """Try hostile files and arguments."""
+    path = out / f"{NAME}.json"
+    before = json.loads(path.read_text()) if add else None
     with quiet():
-        cases = [run_case(number) for number in range(first, first + count)]
+        cases = [run_case(number) for number in track(range(first, first + count), NAME)]
     rows, bad = summary(cases), [case for case in cases if case["outcome"] in BAD]
     written = {"first": first, "count": count, "rows": rows, "bad": bad, "versions": versions()}
-    write_text(out / f"{NAME}.json", json.dumps(written, indent=1) + "\n")
-    table = Table(*rows[0], title=f"{count} cases from number {first}")
-    for row in rows:
+    written = added(before, written) if before else written
+    write_text(path, json.dumps(written, indent=1) + "\n")
+    if out == RESULTS:
+        put(NAME, sentence(written))
+    table = Table(*written["rows"][0], title=f"{written['count']} cases from number {written['first']}")
+    for row in written["rows"]:
         table.add_row(*map(str, row.values()))
     Console().print(table)
     for case in bad:
