@@ -210,7 +210,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         if not given["return_dict"]:
             return (blank(output[0], run.withheld), *output[1:])
         output.images = blank(output.images, run.withheld)
-        output.guard = self._self_reports
+        output.guard = run.reports  # not those of the last call, which may be another thread's
         return output
 
     def profile(self, given: dict[str, Any]) -> Profile | None:
