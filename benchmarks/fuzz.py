@@ -400,7 +400,7 @@ def main(
     with quiet():
         cases = [run_case(number) for number in track(range(first, first + count), NAME)]
     rows, bad = summary(cases), [case for case in cases if case["outcome"] in BAD]
-    written = {"first": first, "count": count, "rows": rows, "bad": bad, "versions": versions()}
+    written: dict[str, Any] = {"first": first, "count": count, "rows": rows, "bad": bad, "versions": versions()}
     written = added(before, written) if before else written
     write_text(path, json.dumps(written, indent=1) + "\n")
     if out == RESULTS:

@@ -236,8 +236,8 @@ def same_output(plain: Any, guarded: Any) -> str:
     expect(len(reports), len(before))
     for one, other, report in zip(before, after, reports, strict=True):
         if report.verdict in ("clean", "flagged"):
-            arrays = [np.asarray(value) for value in (one, other)]
-            expect(np.array_equal(*arrays, equal_nan=arrays[0].dtype.kind == "f"), True)
+            was, found = np.asarray(one), np.asarray(other)
+            expect(np.array_equal(was, found, equal_nan=was.dtype.kind == "f"), True)
     return READ
 
 

@@ -150,8 +150,8 @@ def prepared(model: Path, folder: Path) -> Inputs:
     inputs = Inputs(model, *(folder / name for name in ("prompts.txt", "memorized.txt", "sets.csv", "profile.json")))
     write_text(inputs.prompts, "\n".join(PROMPTS) + "\n")
     write_text(inputs.memorized, "\n".join(f"a rose number {i}" for i in range(3)) + "\n")
-    kinds = ["memorized", "ordinary"] * 4
-    pd.DataFrame({"prompt": PROMPTS[: len(kinds)], "kind": kinds}).to_csv(inputs.sets, index=False)
+    apart = ["cat", "dog", "fox", "boat", "zebra", "owl", "snow", "fog", "forest", "sky"]  # no two are near duplicates
+    pd.DataFrame({"prompt": apart, "kind": ["memorized", "ordinary"] * 5}).to_csv(inputs.sets, index=False)
     pipe = load_pipeline(str(model))
     pipe.set_progress_bar_config(disable=True)
     calibrate(pipe, PROMPTS).save(inputs.profile)
@@ -268,14 +268,15 @@ def trial(name: str, inputs: Inputs, whole: Whole, folder: Path, kills: int, rng
         with started(name, inputs, folder) as process:
             process.join(rng.uniform(0, whole.seconds))
             if process.exitcode is not None:
+                complete = True
                 break
         killed += 1
-        complete = complete or made(folder) == whole.results  # it had but to tidy up: begun again, it does its work again
+        complete = complete or made(folder) == whole.results
     again = written_again(folder) if (folder / "renamed").exists() else 0
     with started(name, inputs, folder) as process:
         process.join()
         code = process.exitcode
-    again = again if complete else written_again(folder)
+    again = again if complete else written_again(folder)  # after it was complete it does its work anew
     left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".partial", ".parts")]
     wrong = {
         "exit code": code,

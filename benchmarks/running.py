@@ -6,8 +6,8 @@ import hashlib
 import importlib.metadata
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import click
 import numpy as np
 import typer
 from PIL import Image
@@ -41,10 +41,10 @@ def from_png(files: Sequence[bytes]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
 
 
-def commands_of(app: typer.Typer) -> dict[str, click.Command]:
+def commands_of(app: typer.Typer) -> dict[str, Any]:
     """Every command of an application by its words."""
 
-    def under(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[str, click.Command]]:
+    def under(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         if not hasattr(command, "commands"):
             yield " ".join(words), command
             return
