@@ -114,7 +114,6 @@ def ranked(tables: Iterable[pd.DataFrame], fdr: float, folder: Path) -> Iterator
     with TemporaryDirectory(prefix="ranking-", dir=folder) as own:
         try:
             with duckdb.connect(f"{own}/rows.duckdb", config={**limits, "temp_directory": own}) as database:
-                database.begin()  # and no commit: nothing of it is to stay
                 for number, table in enumerate(tables):
                     database.register("piece", table)
                     database.execute("INSERT INTO scanned BY NAME FROM piece" if number else "CREATE TABLE scanned AS FROM piece")

@@ -66,20 +66,20 @@ def test_rows_are_ranked_as_by_pandas_with_the_false_discovery_rates_of_scipy(fo
 
 
 def test_more_rows_than_the_memory_holds_are_sorted_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ranking, "MEMORY", "80MB")
+    monkeypatch.setattr(ranking, "MEMORY", "160MB")
     monkeypatch.setattr(ranking, "THREADS", 1)
     size, rng = 20_000, np.random.default_rng(0)
+    prompts = [f"{i:0800d}" for i in range(size)]
 
     def tables() -> Any:
-        for start in range(0, 10 * size, size):
+        for start in range(0, 14 * size, size):
             table = pd.DataFrame({"row": range(start, start + size), "p_value": rng.random(size)})
-            table["prompt"] = [f"{i:0800d}" for i in range(size)]
-            yield table.assign(score=0.0, evaluations=2, error="", truncated=False)
+            yield table.assign(prompt=prompts, score=0.0, evaluations=2, error="", truncated=False)
 
     with ranked(tables(), 0.05, tmp_path) as found:
         seen = pd.concat([table[["row", "p_value", "q_value"]] for table in found.tables()], ignore_index=True)
     assert seen.p_value.is_monotonic_increasing
-    assert sorted(seen.row) == list(range(10 * size))
+    assert sorted(seen.row) == list(range(14 * size))
     assert seen.q_value.to_numpy() == pytest.approx(false_discovery_control(seen.p_value), rel=1e-14)
 
 
