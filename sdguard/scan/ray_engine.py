@@ -113,17 +113,16 @@ def scan_pieces_with_ray(
     if not done:
         return
     ray = connect()
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0))
     workers = gpus or int(there["CPU"])
     unread = sum(left[name] - len(rows) for name, rows in done.items())
     size = batch_size * min(BATCHES, max(1, unread // (batch_size * workers * TURNS)))
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    node = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    here = {name: 0.001 for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__"}
     results = (
         ray.data.from_items([{"read": True}])
-        .map_batches(lambda _: shares(pieces, done, size), batch_size=1, num_cpus=0, scheduling_strategy=here)
+        .map_batches(lambda _: shares(pieces, done, size), batch_size=1, num_cpus=0, resources=here)
         .map_batches(
             Scanner,
             fn_constructor_args=(load, profile, batch_size, options),

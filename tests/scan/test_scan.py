@@ -384,7 +384,7 @@ def test_a_file_that_changes_while_it_is_scanned_is_refused(listed: Path, tmp_pa
     result = command(listed, "--out", tmp_path / "scan.csv")
     assert result.exit_code == 0, result.stderr  # what has come behind is left for another scan
     assert len(pd.read_csv(tmp_path / "scan.csv")) == 6
-    monkeypatch.setattr(scan_file, "load_pipeline", lambda model: listed.write_text("prompt\na cat\n") and testbed.load())
+    monkeypatch.setattr(scan_file, "load_pipeline", lambda model: listed.write_text("url,TEXT\nu,a cat\n") and testbed.load())
     result = command(listed, "--out", tmp_path / "other.csv")
     assert result.exit_code == 1
     assert f"{listed} has changed while it was scanned" in result.stderr
