@@ -111,7 +111,12 @@ def ranked(tables: Iterable[pd.DataFrame], fdr: float, folder: Path) -> Iterator
     """
     duckdb = import_duckdb()
     limits = {"memory_limit": MEMORY, "threads": THREADS}
-    with TemporaryDirectory(prefix="ranking-", dir=folder) as own:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = TemporaryDirectory(prefix="ranking-", dir=folder)
+    except OSError as error:
+        raise CannotWrite(error.errno, error.strerror or str(error), str(folder)) from None
+    with files as own:
         try:
             with duckdb.connect(f"{own}/rows.duckdb", config={**limits, "temp_directory": own}) as database:
                 for number, table in enumerate(tables):
