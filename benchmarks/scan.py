@@ -267,7 +267,7 @@ def readme_text(found: dict[str, Any]) -> str:
             f"{case['captions a second']:.1f}",
             f"{min(case['captions a second, by tenth']):.1f} to {max(case['captions a second, by tenth']):.1f}",
             f"{case['resident MB of all processes, by tenth'][1]:,} to {case['resident MB of all processes, by tenth'][-1]:,}",
-            f"{case['rank seconds']:.0f} s, {case['rank MB']:,.0f} MB",
+            f"{case['rank seconds']:.0f} s, {case['rank MB']:,.0f} MB" if case["rank MB"] else "too short to be seen",
         ]
         for case in found["cases"]
     ]
