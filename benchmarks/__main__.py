@@ -16,6 +16,7 @@ from benchmarks import (
     overhead,
     prompt_sets,
     report,
+    scan,
     settings,
     steering,
     upstream,
@@ -33,6 +34,7 @@ app.command("settings")(settings.main)
 app.command("fuzz")(fuzz.main)
 app.command("kills")(kills.main)
 app.command("load")(load.main)
+app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("upstream")(upstream.main)
