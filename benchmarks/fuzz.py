@@ -122,6 +122,8 @@ def prompt_file(folder: Path, rng: Random) -> tuple[Path, list[str]]:
         path.write_bytes(rng.choice(["", "\ufeff"]).encode() + rng.choice(["\n", "\r\n"]).join(prompts).encode())
     elif kind in ("csv", "tsv"):
         separator = "\t" if kind == "tsv" else rng.choice(",;\t")
+        if len(columns) == 1 and kind == "csv":
+            separator = ","  # a header of one column names no other
         path.write_bytes(csv_bytes([list(columns), *zip(*columns.values(), strict=True)], separator, rng))
     elif kind in ("jsonl", "ndjson"):
         rows, plain = table.to_dict("records"), rng.random() < 0.5

@@ -194,14 +194,18 @@ def run_command(application: str, words: list[str], folder: str, profile: str) -
         app(words)
 
 
+def server() -> Any:
+    """What starts processes: a server that has imported everything and computed nothing forks them, so that no time is lost on imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.kills", "benchmarks.__main__"])
+    return context
+
+
 @contextmanager
 def started(name: str, inputs: Inputs, folder: Path) -> Iterator[Any]:
     """A process that runs a command; killed at the end of the block, if it still runs."""
-    # a server that has imported everything and computed nothing forks them: a new one costs no time, and no thread of ours is in it
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.kills", "benchmarks.__main__"])
     arguments = (name.split()[0], words_of(name, inputs, folder), str(folder), str(inputs.profile))
-    process = context.Process(target=run_command, args=arguments)
+    process = server().Process(target=run_command, args=arguments)
     process.start()
     try:
         yield process
@@ -251,6 +255,9 @@ class Whole(NamedTuple):
 def undisturbed(name: str, inputs: Inputs, folder: Path) -> Whole:
     """A command run to its end in an empty folder; raises `RuntimeError` where it fails."""
     folder.mkdir(parents=True)
+    first = server().Process(target=time.time)
+    first.start()
+    first.join()  # the server has imported everything by now
     began = time.monotonic()
     with started(name, inputs, folder) as process:
         process.join()

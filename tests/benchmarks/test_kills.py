@@ -51,6 +51,7 @@ def test_a_killed_command_makes_what_it_makes_undisturbed_and_does_nothing_twice
     found = tried(name, inputs, trials=1, kills=2, seed=0, folder=tmp_path)
     assert found["wrong"] == []
     assert found["files"] > 0
+    assert found["killed"] > 0
     decision = DECISIONS[name]
     assert isinstance(decision, Long)
     assert (found["pieces kept"] > 1) == decision.goes_on
