@@ -91,9 +91,9 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def one_client(address: str, number: int, count: int, asked: list[Request], alone: dict[Request, str]) -> tuple[list[float], int]:
+def one_client(client: Client, number: int, count: int, asked: list[Request], alone: dict[Request, str]) -> tuple[list[float], int]:
     """Seconds that each of ``count`` requests of a client took, one after the other, and how many answers were not those given alone."""
-    client, seconds, wrong = Client(address, verbose=False), [], 0
+    seconds, wrong = [], 0
     for turn in range(count):
         request, began = asked[(number + turn) % len(asked)], time.monotonic()
         wrong += request.answer(client) != alone[request]
@@ -111,13 +111,17 @@ def measure(clients: int, count: int, bar: Progress) -> dict[str, Any]:
         for request in asked:
             request.answer(first)
         single = (time.monotonic() - began) / len(asked)
+        many = [Client(address, verbose=False) for _ in range(clients)]
         memory, seconds, wrong, rounds = [resident(pid)], [], 0, 10
         task, began = bar.add_task("requests", total=count), time.monotonic()
         with ThreadPoolExecutor(clients) as pool:
             for part in range(rounds):
                 each = count * (part + 1) // rounds - count * part // rounds
                 shares = [each * (k + 1) // clients - each * k // clients for k in range(clients)]
-                waiting = [pool.submit(one_client, address, k, share, asked, alone) for k, share in enumerate(shares)]
+                waiting = [
+                    pool.submit(one_client, client, k, share, asked, alone)
+                    for k, (client, share) in enumerate(zip(many, shares, strict=True))
+                ]
                 for taken, bad in (client.result() for client in waiting):
                     seconds.append(taken)
                     wrong += bad
