@@ -36,7 +36,7 @@ from sdguard.files.atomic import write_text
 NAME = "load"
 #: different requests; each client asks for some of them in turn.
 REQUESTS = 12
-STEPS = 4
+STEPS = 2
 #: seconds that the app has to begin to answer.
 PATIENCE = 600.0
 
