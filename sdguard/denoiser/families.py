@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -128,9 +129,16 @@ _told: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 PlainArguments = Callable[[Any, Tensor], dict[str, Any]]
 
 
+@functools.cache
+def parameters_of_call(cls: type) -> Mapping[str, inspect.Parameter]:
+    """What a call of a pipeline class takes, by name."""
+    return inspect.signature(cls.__call__).parameters
+
+
 def default_of(pipe: Any, name: str) -> Any:
     """The default of an argument of the pipeline's call, None where it has none."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    cls: type = type(pipe)
+    parameter = parameters_of_call(cls).get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 

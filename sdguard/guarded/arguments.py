@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from sdguard.denoiser.families import parameters_of_call
 
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
 #: part of the text condition that is judged; it moves the model that judges; or the call is refused, where flagged images are steered or
@@ -145,9 +145,6 @@ DECISIONS, ENTRY_DECISIONS = by_name(ARGUMENTS), by_name(ENTRIES)
 
 #: parameters of a call that no argument is named after: the pipeline, and deprecated arguments.
 NO_ARGUMENTS = ("self", "kwargs")
-
-#: looked up at every guarded call.
-parameters_of_call = functools.cache(lambda cls: inspect.signature(cls.__call__).parameters)
 
 
 class Given(NamedTuple):
