@@ -64,7 +64,7 @@ class Setting:
 def bounded(what: str, value: float, low: float, high: float) -> None:
     """Raise `BadInput` where a number is none, or out of bounds."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise BadInput(f"{what} must lie between {low:g} and {high:g}; it is {shown(value)}.")
+        raise BadInput(f"{what} must lie between {low:,.15g} and {high:,.15g}; it is {shown(value)}.")
 
 
 def whole(what: str, value: float, low: int, high: int) -> int:
