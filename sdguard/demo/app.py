@@ -195,6 +195,7 @@ def launch(model: Model, host: str, port: int, wait: bool = True) -> gr.Blocks:
         enable_monitoring=False,
         ssr_mode=False,
         mcp_server=False,
+        run_history=False,  # whose page could have runs kept in a bucket elsewhere
         footer_links=[],
         prevent_thread_lock=not wait,
         quiet=not wait,

@@ -371,16 +371,21 @@ def test_work_holds_nothing_of_the_model_where_it_rests(model: Model, tmp_path: 
     """Somebody else has a turn there, and would wait for ever."""
     path = tmp_path / "prompts.txt"
     path.write_text("a cat in snow\na dog in fog\n")
-    free: dict[str, bool] = {}
+    free: dict[str, bool] = {}  # by what is done: whether another thread could take the denoiser whenever it rested
 
     def emit(event: Any) -> None:
         if isinstance(event, Progress) and event.rests:
+            free[event.doing] = False
             lock = lock_of(model.pipe.unet)
-            found: list[bool] = []
-            other = threading.Thread(target=lambda: found.append(lock.acquire(blocking=False) and not lock.release()))
-            other.start()
-            other.join()
-            free[event.doing] = found[0]
+
+            def other() -> None:
+                if lock.acquire(blocking=False):
+                    lock.release()
+                    free[event.doing] = True
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
 
     scan_prompts(model, uploaded_prompts(str(path)), 1, 0.05, 0.01, None, emit)
     why(model, Setting(ORDINARY, steps=4), None, emit)

@@ -170,7 +170,7 @@ def test_the_next_request_does_not_wait_for_a_run_that_nobody_listens_to(served:
 
 # strange values
 
-STRANGE = [
+STRANGE: list[Any] = [
     None, True, 1.5, -1, 0, 10**30, 1e308, float("nan"), float("inf"), "", "abc", "<b>\n", "x" * 10**6,
     [], ["abc", 1], [[]], {}, {"path": "x"},
 ]  # fmt: skip
@@ -236,7 +236,9 @@ def test_every_argument_of_everything_that_can_be_sent_takes_strange_values(serv
                 sent, refused = sent + 1, refused + bool(sentences)
                 wrong += [(function.name, position, repr(value)[:20], text) for text in sentences if not is_one_sentence(text)]
         for data in ([], usual[:-1]):
-            wrong += [(function.name, len(data), text) for text in said(served.answer(function, data)) if not is_one_sentence(text)]
+            wrong += [
+                (function.name, len(data), "left out", text) for text in said(served.answer(function, data)) if not is_one_sentence(text)
+            ]
     served.raised.clear()
     assert wrong == []
     assert refused > sent / 2  # most of these can be nothing

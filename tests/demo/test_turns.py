@@ -45,7 +45,7 @@ def test_everybody_is_served_and_a_session_in_its_own_order(comers: list[Client]
     line, places = Line(), [Place(client) for client in comers]
     for place in places:
         line.join(place)
-    served = [place for _ in comers if (place := line.take())]
+    served = [taken for _ in comers if (taken := line.take())]
     assert line.take() is None
     for client in set(comers):
         assert [place for place in served if place.client == client] == [place for place in places if place.client == client]
@@ -76,16 +76,22 @@ def started(turns: Turns, client: Client, work: Callable[[Emit], None]) -> Itera
     return events
 
 
+def waits_for(go: threading.Event) -> Callable[[Emit], None]:
+    """Work that lasts until it is told to go."""
+
+    def work(emit: Emit) -> None:
+        go.wait(20)
+
+    return work
+
+
 def test_a_client_with_many_requests_does_not_starve_another() -> None:
     turns, order, go = Turns(), [], threading.Event()
-
-    def first(emit: Emit) -> None:
-        go.wait(20)
 
     def noted(name: str) -> Callable[[Emit], None]:
         return lambda emit: order.append(name)
 
-    running = [started(turns, GREEDY, first)]
+    running = [started(turns, GREEDY, waits_for(go))]
     for number in range(5):
         running.append(started(turns, GREEDY, noted(f"greedy {number}")))
         waited_for(turns, number + 1)
@@ -117,7 +123,7 @@ def test_long_work_rests_for_those_who_wait() -> None:
 
 def test_work_that_is_stopped_while_it_waits_leaves_the_line() -> None:
     turns, go = Turns(), threading.Event()
-    running = started(turns, GREEDY, lambda emit: go.wait(20) and None)
+    running = started(turns, GREEDY, waits_for(go))
     waits = started(turns, MODEST, lambda emit: pytest.fail("nobody waits for it"))
     waited_for(turns, 1)
     waits.close()  # type: ignore[attr-defined]
@@ -129,7 +135,7 @@ def test_work_that_is_stopped_while_it_waits_leaves_the_line() -> None:
 
 def test_an_address_has_so_many_requests_at_once_and_no_more() -> None:
     turns, go = Turns(most=2), threading.Event()
-    wait: Callable[[Emit], None] = lambda emit: go.wait(20) and None  # noqa: E731
+    wait = waits_for(go)
     running = [started(turns, Client("a", "one"), wait), started(turns, Client("a", "two"), wait)]
     with pytest.raises(BadInput, match="2 requests from your address are under way already"):
         list(streamed(turns.taken(Client("a", "three"), wait)))
