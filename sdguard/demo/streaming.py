@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ def streamed(work: Callable[[Emit], None], stop: threading.Event | None = None) 
         if over():
             raise Stopped
         found.put(("event", event))
+        time.sleep(0.002)  # so that whoever reads comes to the end of what there is, and takes the newest
 
     def run() -> None:
         _here.over = over
