@@ -190,7 +190,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         call = signature_of(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        check(pipe, given, steers=config.mode == "steer")
+        check(pipe, given)
         check_pipeline(pipe)  # it may have another scheduler by now
         check_inputs(pipe, args, kwargs)
         encoder = Encoder(pipe, given)

@@ -29,6 +29,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, ProfileError, testbed
+from sdguard.correction import Correction
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded import pipeline as pipeline_module
 from sdguard.guarded import run as run_module
@@ -210,6 +211,10 @@ WAYS = [
     ),
     Way("clip skip, SDXL", nothing, given(clip_skip=1), SDXL),
     Way("guidance rescale", nothing, given(guidance_rescale=0.7)),
+    *(
+        Way(f"{name}, SD3", nothing, given(skip_guidance_layers=layers, skip_layer_guidance_stop=1.0), SD3)
+        for name, layers in {"skip-layer guidance": [0], "no layer skipped": [], "layers as an array": np.array([0])}.items()
+    ),
     Way("eta", nothing, given(eta=1.0)),
     Way("size", nothing, given(height=24, width=32), cost=2),
     Way("size, SDXL", nothing, given(height=24, width=32, original_size=(64, 64), crops_coords_top_left=(2, 1)), SDXL, cost=2),
@@ -738,10 +743,14 @@ def test_pictures_may_be_given_in_every_form(kind: str, form: str, embedded: Any
     assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
 
 
+#: skip-layer guidance from the second step to the last
+SKIPPING: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+
+
 @pytest.mark.usefixtures("given_profile")
 def test_skip_layer_guidance_is_let_be_where_nothing_is_steered(embedded: Any) -> None:
     pipe = build(SD3, embedded.tokenizer)
-    extra: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    extra = SKIPPING
     plain, without = call(pipe, **extra), call(pipe)
     norms = [report.signals["guidance_norm"]["value"] for report in call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))).guard]
     output = call(sdguard.guard(pipe, GuardConfig("block", profile=profile_for(sum(sorted(norms)[-2:]) / 2))), **extra)
@@ -749,6 +758,48 @@ def test_skip_layer_guidance_is_let_be_where_nothing_is_steered(embedded: Any) -
     assert not any(same(plain, without))
     assert [report.verdict for report in output.guard] == ["withheld" if i == row else "clean" for i in range(3)]
     assert same(output, plain) == [i != row for i in range(3)]
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_the_branch_without_some_layers_hears_what_a_steered_row_hears(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row is what the whole pipeline makes of its new prompt."""
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+    pipe = build(SD3, embedded.tokenizer)
+    norms = [report.signals["guidance_norm"]["value"] for report in call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))).guard]
+    row = norms.index(max(norms))
+    prompts = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
+    wanted = call(pipe, prompts, **SKIPPING)
+    output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(sum(sorted(norms)[-2:]) / 2))), **SKIPPING)
+    assert [report.verdict for report in output.guard] == ["steered" if i == row else "clean" for i in range(3)]
+    np.testing.assert_allclose(output.images, wanted.images, atol=5e-5)
+    assert not np.allclose(output.images[row], call(pipe, prompts).images[row], atol=5e-3)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("start", [-1.0, 0.01], ids=["from the first step", "from the second"])
+@pytest.mark.parametrize("how", ["rule", "noise"])
+def test_nothing_is_turned_away_where_a_rule_or_another_noise_says_where_a_row_goes(
+    how: str, start: float, embedded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a row that follows a rule, at no step; of one that starts elsewhere, at the step where it enters."""
+
+    def corrected(flagged: SteeringInput, methods: Any, outcomes: Any = None) -> list[Outcome]:
+        noises = drawn(*flagged.observation.x.shape)
+        return [
+            Outcome(Correction({}, rule=lambda seen: seen.eps_u) if how == "rule" else Correction({}, x=noise), [{"method": how}])
+            for noise in noises
+        ]
+
+    monkeypatch.setattr(run_module, "try_in_order", corrected)
+    pipe = build(SD3, embedded.tokenizer)
+    found = {}
+    for name, extra in {"without": {}, "with": {**SKIPPING, "skip_layer_guidance_start": start}}.items():
+        if how == "noise" and name == "with":
+            extra["skip_layer_guidance_stop"] = 0.1  # over when the row has entered
+        output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e-9))), **extra)
+        assert [report.error for report in output.guard] == [None] * 3
+        found[name] = output.images
+    np.testing.assert_allclose(found["with"], found["without"], atol=1e-5)
 
 
 def drop_encoders(pipe: Any) -> None:
