@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -427,6 +428,12 @@ def default_size(pipe: Any) -> tuple[int, int]:
     return int(height * pipe.vae_scale_factor), int(width * pipe.vae_scale_factor)
 
 
+def check_weights(denoiser: nn.Module | None) -> None:
+    """Raise `TypeError`, in one sentence, for a denoiser that shows no weights, as one that only calls a traced one."""
+    if denoiser is not None and not any(True for _ in chain(denoiser.parameters(), denoiser.buffers())):
+        raise TypeError("The denoiser's weights cannot be seen, so that nothing tells which model it is: it is not guarded.")
+
+
 def check_pipeline(pipe: Any) -> None:
     """Raise `TypeError`, in one sentence, for a pipeline that cannot be guarded as it is: its class, its scheduler, or its denoiser."""
     denoiser, scheduler = denoiser_of(pipe), pipe.scheduler
@@ -434,6 +441,7 @@ def check_pipeline(pipe: Any) -> None:
         raise TypeError(
             f"The denoiser is a {type(denoiser).__name__} and no torch module, so that the guard cannot stand around its calls."
         )
+    check_weights(denoiser)
     if scheduler is not None:
         nothing = torch.zeros(())
         to_noise(nothing, nothing, noise_level(scheduler, 1.0), prediction_type(scheduler))  # says what of these it does not know

@@ -29,6 +29,13 @@ from sdguard.guarded.run import GuardedRun, blank, profile_of
 #: looked up at every guarded call.
 signature_of = functools.cache(inspect.signature)
 
+#: class methods of pipelines that make no pipeline. Those that make one are written out below, since it is to be guarded.
+FORWARDED = (
+    "download", "load_config", "get_config_dict", "extract_init_dict", "register_for_auto_class", "numpy_to_pil", "lora_state_dict",
+    "load_lora_into_unet", "load_lora_into_transformer", "load_lora_into_text_encoder", "save_lora_weights", "write_lora_layers",
+    "pack_weights",
+)  # fmt: skip
+
 
 class GuardedPipeline(wrapt.ObjectProxy):
     """A diffusers pipeline under guard: same attributes, same call, same return type, plus ``output.guard``.
@@ -88,6 +95,13 @@ class GuardedPipeline(wrapt.ObjectProxy):
         """
         inner, config = unguard(pipe), pipe.guard_config if isinstance(pipe, GuardedPipeline) else None
         return cls.of((cls.pipeline_class or type(inner)).from_pipe(inner, **kwargs), guard or config)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_config(cls, config: Any, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
+        """The ``from_config`` of the class of a guarded pipeline, or ``DiffusionPipeline``'s, with the same arguments, under guard."""
+        check_config(guard)
+        kind: Any = cls.pipeline_class or DiffusionPipeline
+        return cls.of(kind.from_config(config, **kwargs), guard)
 
     @classmethod
     def of(cls, pipe: Any, config: GuardConfig | None) -> GuardedPipeline:
@@ -216,6 +230,15 @@ class GuardedPipeline(wrapt.ObjectProxy):
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 
+def forwarded(kind: type) -> dict[str, Any]:
+    """The class methods of a pipeline class that make no pipeline, as its own, for the class of its guarded pipelines."""
+    return {name: staticmethod(getattr(kind, name)) for name in FORWARDED if hasattr(kind, name)}
+
+
+for _name, _method in forwarded(DiffusionPipeline).items():
+    setattr(GuardedPipeline, _name, _method)
+
+
 @functools.cache
 def class_for(kind: type) -> type[GuardedPipeline]:
     """`GuardedPipeline` for pipelines of class ``kind``, whose call has the signature and the documentation of theirs."""
@@ -224,7 +247,7 @@ def class_for(kind: type) -> type[GuardedPipeline]:
     def call(self: GuardedPipeline, *args: Any, **kwargs: Any) -> Any:
         return GuardedPipeline.__call__(self, *args, **kwargs)
 
-    held = {"__call__": call, "pipeline_class": kind, "__module__": __name__, "__doc__": GuardedPipeline.__doc__}
+    held = {**forwarded(kind), "__call__": call, "pipeline_class": kind, "__module__": __name__, "__doc__": GuardedPipeline.__doc__}
     return type(GuardedPipeline.__name__, (GuardedPipeline,), held)
 
 
