@@ -74,6 +74,7 @@ class DenoiserHook(ModelHook):
 
     Attributes:
         record: the run so far.
+        busy: whether a call is under way.
         conditional: the conditional half of the step under way, where it is a call of its own.
         text_branch: what the pipeline has been given for its conditional rows, at the step under way.
         activated: the correction of each row that is in force.
@@ -87,7 +88,7 @@ class DenoiserHook(ModelHook):
         super().__init__()
         self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
-        self.record = RunRecord()
+        self.record, self.busy = RunRecord(), False
         self.conditional: DenoiserCall | None = None
         self.text_branch = torch.zeros(0)
         self.activated: dict[int, Correction] = {}
@@ -110,7 +111,14 @@ class DenoiserHook(ModelHook):
         """The denoiser's forward pass. Cost: none where both branches are evaluated anyway, else 1 where the call is read."""
         if self.is_foreign:
             return self.fn_ref.original_forward(*args, **kwargs)
-        kwargs = by_name(args, kwargs, self.family)
+        self.busy = True
+        try:
+            return self.watched_forward(module, by_name(args, kwargs, self.family))
+        finally:
+            self.busy = False
+
+    def watched_forward(self, module: Any, kwargs: dict[str, Any]) -> Any:
+        """The forward pass of one of the run's own calls."""
         if kwargs.get("skip_layers") is not None:
             return self.third_branch(kwargs)
         if self.conditional is not None:
@@ -174,8 +182,8 @@ class DenoiserHook(ModelHook):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether a call of the denoiser is none of this run's: it is made in another thread."""
-        return threading.get_ident() != self.thread
+        """Whether a call of the denoiser is none of this run's: it is made in another thread, or by who is shown one, while it is shown."""
+        return self.busy or threading.get_ident() != self.thread
 
     @property
     def can_skip(self) -> bool:

@@ -142,8 +142,38 @@ DECISIONS, ENTRY_DECISIONS = by_name(ARGUMENTS), by_name(ENTRIES)
 #: parameters of a call that no argument is named after: the pipeline, and deprecated arguments.
 NO_ARGUMENTS = ("self", "kwargs")
 
-#: looked up at every guarded call.
-parameters_of_call = functools.cache(lambda cls: inspect.signature(cls.__call__).parameters)
+
+@functools.cache
+def signatures_of_call(cls: type) -> list[inspect.Signature]:
+    """The signatures of a pipeline class's call, and of those of the classes it is made from.
+
+    One that takes anything by place says nothing, and hands all on to the next. Looked up at every guarded call.
+    """
+    found = [inspect.signature(base.__call__) for base in cls.__mro__ if "__call__" in vars(base)]
+    return [of for of in found if not any(part.kind is part.VAR_POSITIONAL for part in of.parameters.values())] or found
+
+
+def parameters_of_call(cls: type) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline class's call."""
+    return signatures_of_call(cls)[0].parameters
+
+
+def arguments_of(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's call by name, at its defaults where nothing is given.
+
+    What a subclass's call does not name and hands on is looked up in the calls that it is made from; what none of them names is ``kwargs``.
+    Raises `TypeError` for arguments that it cannot have.
+    """
+    own, *inherited = signatures_of_call(type(pipe))
+    call = own.bind(pipe, *args, **kwargs)
+    call.apply_defaults()
+    found = dict(call.arguments)
+    opened = [name for name, part in own.parameters.items() if part.kind is part.VAR_KEYWORD]
+    rest = {entry: value for name in opened for entry, value in found.pop(name).items()}
+    for name, part in (pair for of in inherited if opened for pair in of.parameters.items()):
+        if name not in found and part.kind is not part.VAR_KEYWORD:
+            found[name] = rest.pop(name, None if part.default is part.empty else part.default)
+    return {**found, "kwargs": rest}
 
 
 class Given(NamedTuple):

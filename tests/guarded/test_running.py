@@ -9,6 +9,7 @@ import importlib.util
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -593,6 +594,102 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(who: str, offload: str, emb
     assert changed(before, state(pipe)) <= changed(first, before)
     assert all(same(call(pipe), plain))
     assert len(call(guarded).guard) == 3
+
+
+def runs_another(pipe: Any, guard: Callable[[Any], Any]) -> Any:
+    """An image-to-image run of the same denoiser, with a copy of the scheduler as it is in mid-run."""
+    other = build("StableDiffusionImg2ImgPipeline", pipe.tokenizer)
+    other.unet, other.scheduler = pipe.unet, copy.deepcopy(pipe.scheduler)
+    return call(guard(other)).images
+
+
+def asks_the_denoiser(pipe: Any, guard: Callable[[Any], Any]) -> Any:
+    return pipe.unet(drawn(1, 4, 8, 8), 500, encoder_hidden_states=drawn(1, 32, 16), return_dict=False)[0]
+
+
+def loads_a_lora(pipe: Any, guard: Callable[[Any], Any]) -> None:
+    load_lora(pipe)
+
+
+def offloads(pipe: Any, guard: Callable[[Any], Any]) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def swaps_the_denoiser(pipe: Any, guard: Callable[[Any], Any]) -> None:
+    pipe.unet = build(SDXL if hasattr(pipe, "text_encoder_2") else SD, pipe.tokenizer).unet
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("extra", [{}, {"guidance_scale": 1.0}], ids=["guidance", "no guidance"])
+@pytest.mark.parametrize("what", [runs_another, asks_the_denoiser, loads_a_lora, offloads, swaps_the_denoiser])
+def test_what_a_callback_makes_of_the_parts_of_the_run_is_none_of_the_run(what: Any, extra: dict[str, Any], embedded: Any) -> None:
+    """It finds them unguarded, and does what it does in an unguarded run; pipelines that it guards itself are guarded."""
+    config = GuardConfig(profile=profile_for(1e6))
+    found: list[tuple[Any, list[Any]]] = []
+    for outer, inner in ((False, False), (True, False), (True, True)):
+        made: list[Any] = []
+
+        def aside(
+            pipe: Any, step: int, timestep: Any, tensors: dict[str, Any], made: list[Any] = made, inner: bool = inner
+        ) -> dict[str, Any]:
+            if step == 1:
+                assert not {"forward", "_diffusers_hook"} & set(vars(pipe.unet))
+                made.append(what(pipe, partial(sdguard.guard, config=config) if inner else sdguard.unguard))
+            return tensors
+
+        pipe = build(SD, copy.deepcopy(embedded.tokenizer))
+        output = call(sdguard.guard(pipe, config) if outer else pipe, callback_on_step_end=aside, **extra)
+        found.append((output, made))
+        if outer:
+            assert [report.error for report in output.guard] == [None] * 3
+            assert [len(report.series["guidance_norm"]) for report in output.guard] == [1 if extra else 4] * 3
+    for output, made in found[1:]:
+        assert all(same(output, found[0][0]))
+        assert made[0] is None or np.array_equal(made[0], found[0][1][0])
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_who_is_shown_a_call_may_ask_the_denoiser(embedded: Any) -> None:
+    pipe = build(SD, embedded.tokenizer)
+    plain, asked = call(pipe), []
+    config = GuardConfig(profile=profile_for(1e6), on_call=lambda seen, reports: asked.append(asks_the_denoiser(pipe, sdguard.unguard)))
+    output = call(sdguard.guard(pipe, config))
+    assert all(same(output, plain))
+    assert len(asked) == 4
+    assert all(torch.equal(one, asks_the_denoiser(pipe, sdguard.unguard)) for one in asked)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_another_default_precision_changes_no_decision(embedded: Any) -> None:
+    pipe = build(SD, embedded.tokenizer)
+    config = GuardConfig(profile=profile_for(1e6))
+    before, default = call(sdguard.guard(pipe, config)), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        plain, output = call(pipe), call(sdguard.guard(pipe, config))
+    finally:
+        torch.set_default_dtype(default)
+    assert all(same(output, plain))
+    for report, other in zip(output.guard, before.guard, strict=True):
+        assert (report.verdict, report.error) == ("clean", None)
+        assert report.score == pytest.approx(other.score, rel=1e-3)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_copies_made_for_each_request_may_run_at_once(embedded: Any) -> None:
+    """As servers have them: shallow copies, each with a scheduler of its own."""
+    pipe = build(SD, embedded.tokenizer)
+    guarded, plain = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), call(pipe)
+
+    def request(_: int) -> Any:
+        own: Any = copy.copy(guarded)
+        own.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        return call(own)
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(request, range(4)))
+    assert all(all(same(output, plain)) for output in outputs)
+    assert all(report.error is None for output in outputs for report in output.guard)
 
 
 @pytest.mark.usefixtures("given_profile")
