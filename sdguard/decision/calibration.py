@@ -294,7 +294,7 @@ def measure_series(measurement: Measurement, positions: Sequence[int]) -> tuple[
 def values_along(observation: Observation) -> Values:
     """Each signal of `SERIES` at every call of a short run, named ``signal@timestep``. Cost: ``2 (SERIES_STEPS - 1)`` evaluations."""
     calls = observations(observation, steps=SERIES_STEPS)
-    return {f"{name}@{call.timestep:g}": BY_NAME[name].read(call).tolist() for call in calls for name in SERIES}
+    return {f"{name}@{call.timestep:g}": read(call).tolist() for call in calls for name, read in SERIES.items()}
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -129,9 +130,32 @@ _told: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 PlainArguments = Callable[[Any, Tensor], dict[str, Any]]
 
 
+@functools.cache
+def signatures_of_call(cls: type) -> list[inspect.Signature]:
+    """The signatures of a pipeline class's call, and of those of the classes it is made from.
+
+    One that takes anything by place says nothing, and hands all on to the next.
+    """
+    found = [inspect.signature(base.__call__) for base in cls.__mro__ if "__call__" in vars(base)]
+    return [of for of in found if not any(part.kind is part.VAR_POSITIONAL for part in of.parameters.values())] or found
+
+
+@functools.cache
+def parameters_of_call(cls: type) -> Mapping[str, inspect.Parameter]:
+    """What a call of a pipeline class takes, by name; where it hands on what it does not name, what those take that it may hand it to."""
+    found: dict[str, inspect.Parameter] = {}
+    for signature in signatures_of_call(cls):
+        parts = {name: part for name, part in signature.parameters.items() if part.kind is not part.VAR_KEYWORD}
+        found = {**parts, **found}
+        if len(parts) == len(signature.parameters):  # nothing is handed on
+            break
+    return found
+
+
 def default_of(pipe: Any, name: str) -> Any:
     """The default of an argument of the pipeline's call, None where it has none."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    cls: type = type(pipe)
+    parameter = parameters_of_call(cls).get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 

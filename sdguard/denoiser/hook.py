@@ -40,7 +40,7 @@ from sdguard.denoiser.reference_call import (
 from sdguard.denoiser.replay import Replayed, activate_correction
 from sdguard.denoiser.schedulers import insert_row
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.observation import Denoiser, Observation, prediction_type, to_noise
+from sdguard.observation import Denoiser, Observation, Prediction, prediction_type, to_noise
 
 
 class Watcher(Protocol):
@@ -52,8 +52,14 @@ class Watcher(Protocol):
     def reads(self, step: int) -> bool:
         """Whether a call is to be shown where that costs an evaluation an image: in a run without an unconditional branch."""
 
+    def follows(self, step: int) -> bool:
+        """Whether a call has to be observed whatever its text; of the others what is predicted is shown (`glance`), which takes less."""
+
     def observe(self, observation: Observation) -> None:
         """Look at one call; what it puts into ``corrections`` holds for the whole run of that row, its past calls included."""
+
+    def glance(self, prediction: Prediction) -> None:
+        """Look at what a call predicts that is not observed."""
 
     def rewritten(self, observation: Observation, found: Tensor) -> None:
         """Look, when the run is over, at what its text was where it was written into unseen.
@@ -170,7 +176,10 @@ class DenoiserHook(ModelHook):
     def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
         """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
         output = own_call(self.fn_ref.original_forward, self.family, kwargs)
-        wanted = self.process_step(module, concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample))
+        both = concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample)
+        wanted = self.process_step(module, both)
+        if wanted is both.prediction:
+            return output
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
 
     @property
@@ -217,6 +226,11 @@ class DenoiserHook(ModelHook):
 
         Returns ``call.prediction`` itself where no row is corrected.
         """
+        if not (self.watcher.follows(self.record.step) or self.record.new_condition):
+            seen = self.predicted(call)
+            self.record.norms.append(seen.guidance_norm)
+            self.watcher.glance(seen)
+            return call.prediction
         observation = self.observation(module, call)
         self.record.note(observation)
         self.watcher.observe(observation)
@@ -228,21 +242,31 @@ class DenoiserHook(ModelHook):
                 prediction[rows] = with_latents(prediction[rows], branches, self.record.patches)
         return prediction
 
+    def noises(self, call: DenoiserCall) -> tuple[Tensor, Tensor]:
+        """The points of all rows of a step and the noise predicted there, ``[branches B, C, H, W]`` both."""
+        latents = unpack_latents(call.kwargs[self.family.sample], self.record.patches)
+        prediction = unpack_latents(call.prediction, self.record.patches)
+        # masks and pictures stand behind latents, and behind outputs the variances that some networks learn
+        channels = min(latents.shape[1], prediction.shape[1])
+        x = latents[:, :channels].float()
+        return x, self.to_noise(prediction[:, :channels], x, float(self.record.timesteps[-1]))
+
+    def predicted(self, call: DenoiserCall) -> Prediction:
+        """What the two branches of a step predict. Cost: none."""
+        x, eps = self.noises(call)
+        eps_u, eps_c = eps.chunk(2)
+        return Prediction(x[: len(eps_c)], eps_c, eps_u, self.record.levels[-1], self.record.guidance_scales[-1])
+
     def observation(self, module: Any, call: DenoiserCall) -> Observation:
         """One step as an observation. Cost: none where the call has both branches, else 1 evaluation an image."""
         record, images, timestep = self.record, self.record.images, float(self.record.timesteps[-1])
-        latents = unpack_latents(call.kwargs[self.family.sample], record.patches)
-        prediction = unpack_latents(call.prediction, record.patches)
-        # masks and pictures stand behind latents, and behind outputs the variances that some networks learn
-        channels = min(latents.shape[1], prediction.shape[1])
-        x, prediction, rows = latents[:, :channels].float(), prediction[:, :channels], torch.arange(images)
-        condition, denoise = condition_of(call.kwargs, self.family), self.evaluator(call)
-        if len(latents) > images:
+        x, eps_c = self.noises(call)
+        condition, denoise, rows = condition_of(call.kwargs, self.family), self.evaluator(call), torch.arange(images)
+        if len(x) > images:
             null, condition = condition.chunk(2)
-            eps_u, eps_c = self.to_noise(prediction, x, timestep).chunk(2)
+            eps_u, eps_c = eps_c.chunk(2)
             x = x[:images]
         else:
-            eps_c = self.to_noise(prediction, x, timestep)
             try:
                 null = self.own_null(condition).expand_as(condition)
             except Exception:  # the reading asks for it again, where an error reaches the report

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+
+from sdguard.denoiser.families import default_of, parameters_of_call, signatures_of_call
 
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
 #: part of the text condition that is judged; it moves the model that judges; or the call is refused.
@@ -143,37 +143,20 @@ DECISIONS, ENTRY_DECISIONS = by_name(ARGUMENTS), by_name(ENTRIES)
 NO_ARGUMENTS = ("self", "kwargs")
 
 
-@functools.cache
-def signatures_of_call(cls: type) -> list[inspect.Signature]:
-    """The signatures of a pipeline class's call, and of those of the classes it is made from.
-
-    One that takes anything by place says nothing, and hands all on to the next. Looked up at every guarded call.
-    """
-    found = [inspect.signature(base.__call__) for base in cls.__mro__ if "__call__" in vars(base)]
-    return [of for of in found if not any(part.kind is part.VAR_POSITIONAL for part in of.parameters.values())] or found
-
-
-def parameters_of_call(cls: type) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a pipeline class's call."""
-    return signatures_of_call(cls)[0].parameters
-
-
 def arguments_of(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline's call by name, at its defaults where nothing is given.
+    """A pipeline's call by name, at its defaults where nothing is given; what is named nowhere is in ``kwargs``.
 
-    What a subclass's call does not name and hands on is looked up in the calls that it is made from; what none of them names is ``kwargs``.
     Raises `TypeError` for arguments that it cannot have.
     """
-    own, *inherited = signatures_of_call(type(pipe))
+    cls: type = type(pipe)
+    own = signatures_of_call(cls)[0]
     call = own.bind(pipe, *args, **kwargs)
     call.apply_defaults()
     found = dict(call.arguments)
     opened = [name for name, part in own.parameters.items() if part.kind is part.VAR_KEYWORD]
     rest = {entry: value for name in opened for entry, value in found.pop(name).items()}
-    for name, part in (pair for of in inherited if opened for pair in of.parameters.items()):
-        if name not in found and part.kind is not part.VAR_KEYWORD:
-            found[name] = rest.pop(name, None if part.default is part.empty else part.default)
-    return {**found, "kwargs": rest}
+    handed_on = {name: rest.pop(name, default_of(pipe, name)) for name in parameters_of_call(cls) if name not in found}
+    return {**found, **handed_on, "kwargs": rest}
 
 
 class Given(NamedTuple):

@@ -21,7 +21,7 @@ from sdguard.guarded.arguments import lora_scale
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, profile_of
-from sdguard.observation import Observation
+from sdguard.observation import Observation, Prediction
 
 #: where among the denoiser's arguments an IP-Adapter's pictures are.
 IMAGES = (("added_cond_kwargs", "image_embeds"), ("joint_attention_kwargs", "ip_adapter_image_embeds"))
@@ -147,6 +147,13 @@ class RunOpener:
 
     def reads(self, step: int) -> bool:
         return self.run.reads(step) if self.run else True
+
+    def follows(self, step: int) -> bool:
+        return self.run.follows(step) if self.run else True
+
+    def glance(self, prediction: Prediction) -> None:
+        if self.run:
+            self.run.glance(prediction)
 
     def made(self, latents: Tensor) -> None:
         if self.run:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sdguard.correction import Correction
 from sdguard.decision.cache import name_of
 from sdguard.decision.calibration import same_picture
-from sdguard.decision.cascade import BY_NAME, judge
+from sdguard.decision.cascade import judge
 from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
 from sdguard.decision.store import profile_now
 from sdguard.decision.traffic import append_scores
@@ -28,7 +28,7 @@ from sdguard.geometry.reference import LESS_NOISED_LOG_SNR, LOG_SNR, NOISED_LOG_
 from sdguard.geometry.rowwise import correlation
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
-from sdguard.observation import Observation, denoised
+from sdguard.observation import Observation, Prediction, denoised
 from sdguard.steering.fallback import Outcome, methods_of, try_in_order
 from sdguard.steering.method import Method, SteeringInput
 
@@ -122,6 +122,14 @@ class GuardedRun:
         """The call that is judged whatever happens; one with another text condition is shown as well."""
         return step == 0
 
+    def follows(self, step: int) -> bool:
+        """The call that is judged, and all where something is steered, or somebody else is to see them."""
+        return step == 0 or bool(self.corrections) or self.config.on_call is not None
+
+    def glance(self, prediction: Prediction) -> None:
+        """Note the free signals of a call of which nothing else is asked."""
+        self.watch(prediction)
+
     def observe(self, observation: Observation) -> None:
         """Look at one call: judge the first, and any whose text condition is another; steer what is flagged at the first."""
         self.watch(observation)
@@ -200,18 +208,18 @@ class GuardedRun:
         memo = None if any(rules) else dict(observation.memo or {})
         return replace(observation, rules=rules, evaluations=observation.evaluations.clone(), memo=memo)
 
-    def watch(self, observation: Observation) -> None:
+    def watch(self, prediction: Prediction) -> None:
         """Note the free signals of one call; nothing is decided here, so an error is only logged.
 
         The values stay where they are until somebody asks for them: a GPU is not waited for at each call.
         """
         values = []
-        for name in SERIES:
+        for name, read in SERIES.items():
             try:
-                values.append(BY_NAME[name].read(observation).float())
+                values.append(read(prediction).float())
             except Exception as error:
-                logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
-                values.append(observation.x.new_full((len(self._reports),), math.nan))
+                logger.warning("sdguard: %s could not be read of a call: %s: %s", name, type(error).__name__, error)
+                values.append(prediction.x.new_full((len(self._reports),), math.nan))
         self.watched.append(torch.stack(values))
 
     def judge(self, observation: Observation, reports: list[GuardReport]) -> None:
