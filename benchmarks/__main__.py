@@ -15,6 +15,7 @@ from benchmarks import (
     overhead,
     prompt_sets,
     report,
+    scan,
     settings,
     steering,
     upstream,
@@ -31,6 +32,7 @@ app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
 app.command("fuzz")(fuzz.main)
 app.command("load")(load.main)
+app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("upstream")(upstream.main)

@@ -13,7 +13,8 @@ from sdguard.demo.model import Model
 from sdguard.demo.profiles import find_or_make_profile
 from sdguard.demo.settings import MOST_SEEDS, bounded, whole
 from sdguard.demo.streaming import Emit, Progress
-from sdguard.scan.scan import rank_prompts, scan
+from sdguard.scan.ranking import rank_prompts
+from sdguard.scan.scan import scan
 
 
 @dataclass
@@ -39,4 +40,4 @@ def scan_prompts(model: Model, prompts: pd.Series, seeds: int, fdr: float, rate:
     for batch in scan(model.own(), profile, found, seeds=seeds, false_positive_rate=rate):
         rows += batch
         emit(Progress("Scanning", len(rows), len(found), rests=True))
-    emit(Scanned(rank_prompts(rows, found, fdr), profile, seeds, fdr, time.monotonic() - began))
+    emit(Scanned(rank_prompts(rows, fdr), profile, seeds, fdr, time.monotonic() - began))

@@ -59,6 +59,6 @@ def check_prompts(prompts: list[str], tokenizer: Any) -> None:
             raise BadInput(f"The prompt is {len(ids)} tokens long and the text encoder reads {window}: this part would be cut: {cut!r}.")
 
 
-def count_truncated(prompts: list[str], tokenizer: Any) -> int:
-    """How many of the prompts are longer than the text encoder reads."""
-    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(prompts, truncation=False).input_ids)
+def are_truncated(prompts: list[str], tokenizer: Any) -> list[bool]:
+    """Of each of the prompts whether it is longer than the text encoder reads."""
+    return [len(ids) > tokenizer.model_max_length for ids in tokenizer(prompts, truncation=False).input_ids]
