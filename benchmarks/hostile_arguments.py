@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -316,9 +317,10 @@ def api() -> Callable[..., Any]:
     """The function behind ``/generate``, on the embedded model."""
     import gradio as gr
 
-    from sdguard.demo import generate_tab
+    from sdguard.demo import clients, generate_tab
     from sdguard.demo.model import Model
 
+    clients.GRACE = float("inf")  # there is no connection that could be listened to
     with gr.Blocks(analytics_enabled=False) as page:
         generate_tab.endpoint(Model.load("embedded"))
     (function,) = (event.fn for event in page.fns.values())
@@ -343,13 +345,14 @@ def api_arguments(folder: Path, rng: Random) -> str:
     """Arguments of ``/generate``: it answers with a report and two pictures an image, as JSON, or refuses in one sentence."""
     import gradio as gr
 
-    names = list(inspect.signature(api()).parameters)
+    names = [name for name in inspect.signature(api()).parameters if name != "request"]
+    request = SimpleNamespace(client=SimpleNamespace(host="127.0.0.1"), session_hash="fuzz")
     given = {name: rng.choice(API[name]) for name in names if name in ("prompt", "steps") or rng.random() < 0.3}
     strange = {
         name: rng.choice((*STRANGE, "🐱" * 700, 1.5, [1, 2], "0" * 5000, 10**5000)) for name in rng.sample(names, rng.choice((0, 1, 1, 2)))
     }
     try:
-        answer = api()(**{**given, **strange})
+        answer = api()(request, **{**given, **strange})
     except gr.Error as error:
         if not strange:
             raise Needless(error.message) from None

@@ -14,13 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sdguard.denoiser.families import parameters_of_call
+from sdguard.denoiser.families import default_of, parameters_of_call, signatures_of_call
 from sdguard.files.inputs import shown
 
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
-#: part of the text condition that is judged; it moves the model that judges; or the call is refused, where flagged images are steered or
-#: always.
-Effect = Literal["inert", "limit", "text", "counts", "not steered", "refused"]
+#: part of the text condition that is judged; it moves the model that judges; or the call is refused.
+Effect = Literal["inert", "limit", "text", "counts", "refused"]
 
 
 class Decision(NamedTuple):
@@ -109,14 +108,11 @@ ARGUMENTS = (
         "callback_on_step_end_tensor_inputs", "callback_steps",
     )),
     Decision(
-        "not steered",
-        "it adds a third branch, which hears the prompt as it is given even where a flagged image is steered; leave it out and guide by "
-        "guidance_scale alone, or use mode='block' or 'observe'",
-        ("skip_guidance_layers",),
+        "inert",
+        "it adds a third branch to the guidance, and the reading has its own guidance; of a steered image that branch hears what its text "
+        "branch hears, and steps that are gone through again for it go without",
+        ("skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
     ),
-    Decision("inert", "it moves what skip_guidance_layers adds to the guidance, and the reading has its own guidance", (
-        "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
-    )),
     Decision(
         "limit",
         "the text is judged as ever; the picture comes in half made, as a rule of the very prompt that is flagged, so that it is not "
@@ -146,6 +142,22 @@ DECISIONS, ENTRY_DECISIONS = by_name(ARGUMENTS), by_name(ENTRIES)
 
 #: parameters of a call that no argument is named after: the pipeline, and deprecated arguments.
 NO_ARGUMENTS = ("self", "kwargs")
+
+
+def arguments_of(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's call by name, at its defaults where nothing is given; what is named nowhere is in ``kwargs``.
+
+    Raises `TypeError` for arguments that it cannot have.
+    """
+    cls: type = type(pipe)
+    own = signatures_of_call(cls)[0]
+    call = own.bind(pipe, *args, **kwargs)
+    call.apply_defaults()
+    found = dict(call.arguments)
+    opened = [name for name, part in own.parameters.items() if part.kind is part.VAR_KEYWORD]
+    rest = {entry: value for name in opened for entry, value in found.pop(name).items()}
+    handed_on = {name: rest.pop(name, default_of(pipe, name)) for name in parameters_of_call(cls) if name not in found}
+    return {**found, **handed_on, "kwargs": rest}
 
 
 class Given(NamedTuple):
@@ -186,13 +198,12 @@ def undecided(cls: type) -> list[str]:
     return [name for name in parameters_of_call(cls) if name not in NO_ARGUMENTS and name not in DECISIONS]
 
 
-def check(pipe: Any, given: Mapping[str, Any], steers: bool = True) -> None:
+def check(pipe: Any, given: Mapping[str, Any]) -> None:
     """Refuse a call that cannot be guarded.
 
     Args:
         pipe: a pipeline, or its class.
         given: its call's arguments by name; those at their defaults may be left out.
-        steers: whether flagged images are to be steered.
 
     Raises:
         ValueError: an argument that is not at its default, or an entry of one for attention, is refused, or nothing is decided about it;
@@ -213,7 +224,7 @@ def check(pipe: Any, given: Mapping[str, Any], steers: bool = True) -> None:
                 f"A guarded call of {cls.__name__} does not take {name}: sdguard does not know what it does to a picture; leave it out, or "
                 "call the pipeline unguarded."
             )
-        if decision.effect == "refused" or (steers and decision.effect == "not steered"):
+        if decision.effect == "refused":
             raise ValueError(f"A guarded call of {cls.__name__} does not take {name}: {decision.reason}.")
 
 
