@@ -9,6 +9,7 @@ from benchmarks import (
     development,
     first_use,
     fuzz,
+    kills,
     leave_one_out,
     load,
     matrix,
@@ -31,6 +32,7 @@ app.command("leave-one-out")(leave_one_out.main)
 app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
 app.command("fuzz")(fuzz.main)
+app.command("kills")(kills.main)
 app.command("load")(load.main)
 app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from sdguard.demo.model import Model
 from sdguard.denoiser.loading import check_prompts
+from sdguard.files import inputs
 from sdguard.files.inputs import BadInput
 from sdguard.files.prompt_files import read_prompts
 from sdguard.guarded.config import GuardConfig
@@ -77,7 +78,11 @@ def whole(what: str, value: float, low: int, high: int) -> int:
 
 def shown(value: Any) -> str:
     """A value that somebody sent as they sent it, or its beginning."""
-    return f"{json.dumps(value, ensure_ascii=False):.40}"
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # nothing that JSON can hold, or a number of more digits than Python writes
+        text = inputs.shown(value)
+    return f"{text:.40}"
 
 
 def checked_prompt(prompt: str, model: Model) -> str:

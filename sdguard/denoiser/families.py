@@ -432,7 +432,9 @@ def family_of_class(cls: type) -> Family:
             return FAMILIES[name]
         if why := next((why for part, why in REFUSED.items() if is_own and part in name), None):
             raise TypeError(f"sdguard does not support {cls.__name__}: {why}.")
-    raise TypeError(f"sdguard does not support {cls.__name__} yet; supported: {', '.join(sorted(FAMILIES))}.")
+    names = [name.removesuffix("Pipeline") for name in FAMILIES]
+    shortest = [name for name in names if not any(name != other and name.startswith(other) for other in names)]
+    raise TypeError(f"sdguard does not support {cls.__name__} yet; it does support pipelines of {', '.join(sorted(shortest))}.")
 
 
 def is_modular(pipe: Any) -> bool:

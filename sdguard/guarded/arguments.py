@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from sdguard.denoiser.families import default_of, parameters_of_call, signatures_of_call
+from sdguard.files.inputs import shown
 
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
 #: part of the text condition that is judged; it moves the model that judges; or the call is refused.
@@ -207,7 +208,9 @@ def check(pipe: Any, given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an argument that is not at its default, or an entry of one for attention, is refused, or nothing is decided about it;
             the message is one sentence that names it.
+        TypeError: an argument for attention is no dictionary, or the scale in it no number; likewise.
     """
+    check_attention(given)
     cls = pipe if isinstance(pipe, type) else type(pipe)
     parameters = parameters_of_call(cls)
     found = [
@@ -223,6 +226,19 @@ def check(pipe: Any, given: Mapping[str, Any]) -> None:
             )
         if decision.effect == "refused":
             raise ValueError(f"A guarded call of {cls.__name__} does not take {name}: {decision.reason}.")
+
+
+def check_attention(given: Mapping[str, Any]) -> None:
+    """Raise `TypeError`, in one sentence, for an argument for attention of which it cannot be told what is in it."""
+    for name, value in given.items():
+        if value is not None and name in DECISIONS and DECISIONS[name].effect == "counts" and not isinstance(value, Mapping):
+            raise TypeError(f"{name} is {shown(value)}; it must be a dictionary.")
+    for name, value, decision in entries_in(given):
+        if decision and decision.effect == "counts":
+            try:
+                float(value)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise TypeError(f"{name} is {shown(value)}; it must be a number.") from None
 
 
 class _Checked(BaseException):

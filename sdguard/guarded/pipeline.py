@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from sdguard.denoiser.families import check_pipeline, family_of, is_modular
 from sdguard.denoiser.install import Aside, watched
 from sdguard.denoiser.reference_call import keep_null_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
+from sdguard.files.inputs import shown
 from sdguard.guarded.arguments import arguments_in, arguments_of, check, check_inputs, limits, lora_scale
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
@@ -145,7 +147,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         Cost: that of `sdguard.decision.calibration.calibrate`.
         """
         if prompts is not None:
-            self._self_config = replace(self._self_config, profile=None, calibration_prompts=list(prompts))
+            self._self_config = replace(self._self_config, profile=None, calibration_prompts=prompts)
         config = self._self_config
         return profile_for(self.__wrapped__, given=config.profile, prompts=config.calibration_prompts, adapter_scale=adapter_scale)
 
@@ -223,7 +225,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         if not given["return_dict"]:
             return (blank(output[0], run.withheld), *output[1:])
         output.images = blank(output.images, run.withheld)
-        output.guard = self._self_reports
+        output.guard = run.reports  # not those of the last call, which may be another thread's
         return output
 
     def profile(self, given: dict[str, Any]) -> Profile | None:
@@ -270,13 +272,20 @@ def beside(callback: Callable[..., Any], aside: Aside) -> Callable[..., Any]:
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:
-    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings."""
+    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings.
+
+    Raises `TypeError`, in one sentence, where the call does not say how many images are made of a prompt, which pipelines do not check.
+    """
     prompt = given["prompt"]
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return [p for p in prompts for _ in range(given["num_images_per_prompt"])]
+    try:
+        count = operator.index(given["num_images_per_prompt"])
+    except TypeError:
+        raise TypeError(f"num_images_per_prompt is {shown(given['num_images_per_prompt'])}; it must be a whole number.") from None
+    return [p for p in prompts for _ in range(count)]
 
 
 def guard(pipe: Any, config: GuardConfig | None = None) -> GuardedPipeline:

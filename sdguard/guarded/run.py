@@ -230,12 +230,24 @@ class GuardedRun:
         rows = torch.tensor([report.row for report in reports], dtype=torch.long)
         try:
             seen = observation.at_reference.select(rows)
+        except Exception as error:  # as in judge_seen
+            self.fail(reports, error)
+            return
+        self.judge_seen(seen, reports)
+
+    def judge_seen(self, seen: Observation, reports: list[GuardReport]) -> None:
+        """`judge` images by the reference call of their rows; where that fails, each by its own, so that none fails for its neighbours."""
+        try:
             if self.profile:
                 scores, values = judge(seen, self.profile.cascade)
             else:
                 scores, values = torch.tensor(same_picture(seen)["reference_agreement"]), {}
         except Exception as error:  # whatever fails in a signal must reach the report, and on_failure decides what it means
-            self.fail(reports, error)
+            if len(reports) == 1:
+                self.fail(reports, error)
+                return
+            for place, report in enumerate(reports):
+                self.judge_seen(seen.select(torch.tensor([place])), [report])
             return
         for place, (report, score) in enumerate(zip(reports, scores.tolist(), strict=True)):
             if report.score is not None and score <= report.score:
@@ -472,5 +484,5 @@ def blank(images: Any, withheld: list[int]) -> Any:
     if isinstance(images, list):
         return [Image.new(image.mode, image.size) if i in withheld else image for i, image in enumerate(images)]
     images = images.clone() if isinstance(images, Tensor) else images.copy()
-    images[withheld] = 0
+    images[[i for i in withheld if i < len(images)]] = 0  # a run without steps has no image to blank
     return images

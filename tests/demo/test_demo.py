@@ -187,6 +187,7 @@ def test_work_that_ends_of_itself_was_not_stopped() -> None:
         ({"steering": ["rewording"] * 2}, "names a method twice"),
         ({"seed": True}, "seed must lie between 0 and 4,294,967,292; it is true"),
         ({"steps": "x" * 10**6}, 'it is "x{39}\\.'),
+        ({"steps": 10**5000}, "steps must lie between 2 and 100; it is a value of type int"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_sentence(changed: dict[str, Any], says: str, model: Model) -> None:

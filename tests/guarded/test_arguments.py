@@ -121,6 +121,13 @@ def test_what_is_refused_is_named_in_one_sentence(cls: type, given: dict[str, An
     assert re.fullmatch(r"[^.]+\.", str(refused.value))
 
 
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("value", [0.5, 5, "scale", [1], {"scale": "half"}, {"scale": [0.5, 0.5]}, {"scale": 10**400}])
+def test_an_argument_for_attention_that_cannot_be_read_is_refused_in_one_sentence(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}(\['scale'\])? is .{{1,110}}; it must be a (dictionary|number)\.$"):
+        check(StableDiffusionPipeline, {**defaults(StableDiffusionPipeline), name: value})
+
+
 @pytest.mark.parametrize(
     "given",
     [
