@@ -198,7 +198,7 @@ def said(message: dict[str, Any]) -> list[str]:
 
 
 def is_one_sentence(text: Any) -> bool:
-    """Nothing that Python says to programmers, and no end of it."""
+    """Nothing that Python says to programmers, no end of it, and not that the app itself is at fault."""
     raw = (
         "Traceback",
         "<class",
@@ -218,6 +218,7 @@ def is_one_sentence(text: Any) -> bool:
         and 10 < len(text) <= page.LONGEST_SENTENCE
         and "\n" not in text
         and text[-1] in ".…"
+        and text != page.INTERNAL
         and not any(word in text for word in raw)
     )
 

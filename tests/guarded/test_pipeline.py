@@ -520,7 +520,7 @@ def test_a_run_that_begins_far_from_the_reference_level_is_read_apart(tiny: Any,
 
 def test_a_run_whose_denoiser_is_never_seen_is_not_clean(tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
     guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
-    monkeypatch.setattr(DenoiserHook, "is_foreign_call", lambda self, kwargs: True)
+    monkeypatch.setattr(DenoiserHook, "is_foreign", True)
     output = call(guarded)
     assert {(report.verdict, report.error) for report in output.guard} == {
         ("withheld", "RuntimeError: the guard saw no call of the denoiser")
