@@ -225,8 +225,8 @@ def timeless(path: Path) -> bytes:
 
 
 def without_times(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an object but for its times."""
-    return {name: value for name, value in fields.items() if "seconds" not in name}
+    """The fields of an object but for its times, and for the name that each image is given of its own."""
+    return {name: value for name, value in fields.items() if "seconds" not in name and name not in ("time", "id")}
 
 
 def made(folder: Path) -> dict[str, str]:
