@@ -4,6 +4,7 @@ import typer
 
 from benchmarks import (
     audit,
+    audit_log,
     cures,
     detection,
     development,
@@ -33,6 +34,7 @@ app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
 app.command("fuzz")(fuzz.main)
 app.command("kills")(kills.main)
+app.command("audit-log")(audit_log.main)
 app.command("load")(load.main)
 app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)

@@ -45,7 +45,7 @@ def append_lines(path: Path, lines: Iterable[str], *, beginning: bytes | None = 
         with FileLock(path.with_name(f".{path.name}.lock"), poll_interval=POLL):
             with FileIO(path, "a+") as file:
                 size = mended(file, beginning)
-                if largest is None or not size or size + len(content) <= largest:
+                if largest is None or not (size and content) or size + len(content) <= largest:
                     append(file, content)
                     return
             path.rename(path.with_name(f"{path.name}.{1 + max(put_aside(path), default=0)}"))

@@ -261,14 +261,13 @@ class GuiderHook(DenoiserHook):
             @functools.wraps(original)
             def step(*args: Any, **kwargs: Any) -> Any:
                 self.detach()
-                is_last = self.record.timesteps[-1].item() == self.record.last_timestep
                 with self.guider.telling_of_failure():
                     output = self.wrap_step(original)(*args, **kwargs)
-                    if is_last:
+                    if self.record.timesteps[-1].item() == self.record.last_timestep:
                         self.show_hidden_texts()
                 if self.guider.run and (withheld := self.guider.run.withheld):
                     output[0][withheld] = 0
-                if is_last:
+                if self.record.step + 1 == len(self.record.schedule):  # Heun's method goes through its last timestep twice
                     tell(self.guider.guard, self.guider.reports)
                 return output
 
