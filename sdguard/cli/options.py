@@ -28,8 +28,8 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.", show_
 Guidance = Annotated[
     float | None, typer.Option(help="Guidance scale.", show_default=f"{testbed.GUIDANCE_SCALE} embedded, {GUIDANCE_SCALE} else")
 ]
-Height = Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.", show_default="the model's own")]
-Width = Annotated[int | None, typer.Option(min=1, help="Of the picture, in pixels.", show_default="the model's own")]
+Height = Annotated[int | None, typer.Option(min=8, max=8192, help="Of the picture, in pixels.", show_default="the model's own")]
+Width = Annotated[int | None, typer.Option(min=8, max=8192, help="Of the picture, in pixels.", show_default="the model's own")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What the picture is guided away from.", show_default="the empty prompt")]
 
 # files of prompts
