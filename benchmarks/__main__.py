@@ -1,5 +1,7 @@
 """``python -m benchmarks NAME``: every benchmark under one roof; ``accelerate launch -m benchmarks NAME`` shares what can be shared."""
 
+import logging
+
 import typer
 
 from benchmarks import (
@@ -46,4 +48,6 @@ app.add_typer(zoo.app, name="zoo")
 app.command("report")(report.main)
 
 if __name__ == "__main__":
+    # verdicts by the thousand are what benchmarks are made of
+    logging.getLogger("sdguard").addFilter(lambda record: not hasattr(record, "sdguard"))
     app()

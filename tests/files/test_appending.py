@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -139,6 +141,36 @@ def test_processes_lose_nothing_while_the_file_is_put_aside_under_them(tmp_path:
         assert [line for line in lines if line[0] == name] == [f"{name} {i} {j}" for i in range(100) for j in range(i % 3 + 1)]
     assert len(lines) == 3 * sum(i % 3 + 1 for i in range(100))
     assert all(len(file) <= 500 for file in written(path))
+
+
+#: appends numbered lines until it is killed, each as soon as the one before is on disk, and says which are.
+ENDLESS = """
+import itertools, sys
+from pathlib import Path
+from sdguard.files.appending import append_lines
+for i in itertools.count():
+    line = f'{{"id": "{sys.argv[2]}", "number": {i}, "text": "{"long " * 900}"}}'
+    append_lines(Path(sys.argv[1]), [line], beginning=b'{"id": "', largest=20_000)
+    print(i, flush=True)
+"""
+
+
+def test_killed_processes_leave_whole_lines_and_all_that_they_said_were_there(tmp_path: Path) -> None:
+    path, said = tmp_path / "log", {}
+    for name, delay in (("a", 0.02), ("b", 0.05), ("c", 0.11), ("d", 0.23)):
+        with subprocess.Popen([sys.executable, "-c", ENDLESS, str(path), name], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            first = process.stdout.readline()  # it is under way
+            time.sleep(delay)
+            process.kill()
+            said[name] = len((first + process.stdout.read()).splitlines())
+    append_lines(path, ['{"id": "last", "number": 0}'], beginning=OURS)
+    lines = [json.loads(line) for line in b"".join(written(path)).splitlines()]
+    numbers = {name: [line["number"] for line in lines if line["id"] == name] for name in said}
+    assert min(said.values()) > 0
+    for name, count in said.items():
+        assert numbers[name] == list(range(len(numbers[name])))
+        assert len(numbers[name]) - count in (0, 1)  # one may be there that it had not yet said
 
 
 def test_threads_lose_nothing_either(tmp_path: Path) -> None:
