@@ -214,7 +214,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         encoder = Encoder(pipe, given)
         prompts = prompts_of(given)
         append_records(config, ())  # a log that cannot be written is better told of now than when the pictures are there
-        profile, model = profile_of(pipe, config, lora_scale(given))
+        profile, model = self.profile(given)
         run = GuardedRun(config, profile, prompts, encoder, limits(given), model)
         try:
             with watched(encoder, run) as aside:
@@ -235,6 +235,10 @@ class GuardedPipeline(wrapt.ObjectProxy):
         output.images = images
         output.guard = run.reports  # not those of the last call, which may be another thread's
         return output
+
+    def profile(self, given: dict[str, Any]) -> tuple[Profile | None, str]:
+        """The profile of a run with these arguments, given, known, or made now, or None where it goes on without; and its model's name."""
+        return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 
 def forwarded(kind: type) -> dict[str, Any]:
