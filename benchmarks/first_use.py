@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.documents import markdown
 from benchmarks.models import development_models, embedded_model, read_model
-from benchmarks.readme import markdown
 from benchmarks.running import versions
 from sdguard.cli.errors import one_sentence
 from sdguard.decision.calibration import calibrate, evenly
