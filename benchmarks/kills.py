@@ -94,7 +94,7 @@ DECISIONS: dict[str, Long | str] = {
     **dict.fromkeys(["benchmarks zoo autoencoder", "benchmarks zoo train"], TRAINS),
     **dict.fromkeys(["benchmarks load", "benchmarks overhead"], TIMES),
     **dict.fromkeys(["benchmarks fuzz", "benchmarks kills", "benchmarks matrix"], ANEW),
-    **dict.fromkeys([f"benchmarks {name}" for name in ("report", "prompt-sets", "zoo data", "audit lid")], QUICK),
+    **dict.fromkeys([f"benchmarks {name}" for name in ("report", "figures", "examples", "prompt-sets", "zoo data", "audit lid")], QUICK),
     "benchmarks upstream": "writes its results after each class of pipelines, and goes on from them",
     "benchmarks scan": "scans by 'sdguard scan', whose work goes on, and keeps what each case took",
     "benchmarks first-use": "counts one calibration after the other, and begins anew",

@@ -32,6 +32,9 @@ from benchmarks.cures import EMBEDDINGS, NEVER_SEEN
 from benchmarks.cures import GUARD as FROM_TEXT
 from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
 from benchmarks.documents import ROOT, markdown, put
+from benchmarks.leave_one_out import NAME as LEAVE_ONE_OUT
+from benchmarks.leave_one_out import SHIPPED
+from benchmarks.models import ZOO
 from benchmarks.published import Released, over_run, released
 from benchmarks.statistics import roc_band
 from sdguard.files.atomic import write_text
@@ -384,6 +387,34 @@ def brief_guard(found: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def brief_results(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
+    """A row a model of the zoo, which neither the decision nor the steering was chosen on: what is flagged, and what the guard leaves."""
+    runs = {row["run"]: row for row in found["rows"]}
+    zoo = {path.parent.name for path in ZOO.glob("*/model_index.json")}
+    lines = []
+    for row in rows:
+        name = row["left out"]
+        if row["rule"] != SHIPPED or name not in zoo:
+            continue
+        own, by_shipped = (row[f"{prompts}, checked"]["flagged"] for prompts in ("own", "shipped"))
+        flagged = [own["copies"], own["never seen, cleaned"], own["ordinary"], by_shipped["ordinary"]]
+        left = ["-"] * 3
+        if guarded := runs[FROM_TEXT].get(name):
+            memorized, withheld, kept = (guarded[what] for what in ("memorized", "withheld", "aligned"))
+            shown = [f"{each['share'] * each['of']:.0f} of {each['of']}" for each in (memorized, withheld)]
+            left = [*shown, f"{kept['share']:.0%} ({runs[NEVER_SEEN][name]['aligned']['share']:.0%})"]
+        lines.append([name, *("-" if math.isnan(value) else share(value) for value, _, _ in flagged), *left])
+    header = [
+        "",
+        "copies flagged",
+        "never-shown captions of the same make flagged",
+        "ordinary captions flagged",
+        "the same, by sdguard's prompts",
+    ]
+    header += ["memorized pictures left", "withheld", "subject kept (drawn unguarded, never-shown captions)"]
+    return markdown(header, lines)
+
+
 def brief_overhead(found: dict[str, dict[str, Any]]) -> str:
     """The documentation's table: every shape and path."""
     lines = [
@@ -479,6 +510,8 @@ def main(
         put("cures", brief_cures(cures), root)
     if guard := load(results, "cures-guard"):
         put("cures-guard", brief_guard(guard), root)
+        if chosen := load(results, LEAVE_ONE_OUT):
+            put("results", brief_results(chosen["rows"], guard), root)
     overhead = {path.stem.removeprefix("overhead-"): json.loads(path.read_text()) for path in sorted(results.glob("overhead-*.json"))}
     if overhead:
         paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])

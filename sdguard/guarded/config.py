@@ -48,8 +48,8 @@ class GuardConfig:
         rewriter: gives wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts that the profile has to be made of, which then goes before one that came with the
             model. By default any; where one is made, those that come with the model or with sdguard.
-        score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what `sdguard calibrate
-            --from-log` makes a profile of. What cannot be written is logged and stops nothing.
+        score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what ``sdguard calibrate
+            --from-log`` makes a profile of. What cannot be written is logged and stops nothing.
         log_prompts: whether its prompt stands there too.
         on_call: shown each denoiser call once the guard has acted on it, with the reports as they stand: what was judged, at the first
             call or a later one, and from then on a steered row under its steering. It moves nothing of the run and its evaluations
