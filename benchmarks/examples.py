@@ -14,22 +14,22 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from benchmarks.documents import ROOT, documents
+from benchmarks.documents import documents
 from sdguard.files.atomic import write_text
 
 NOT_RUN, PRINTED = "not run: ", "printed"
-FENCE = re.compile(r"^(`{3,})([\w-]+)[ \t]*([^\n]*)\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(`{3,})([\w-]*)[ \t]*([^\n]*)\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
     """A fenced block of a page.
 
     Attributes:
-        language: the first word of its fence.
+        language: the first word of its fence, empty where it says none.
         note: what else stands there.
         code: what stands in it.
         line: the number of its first line.
@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
 
 def blocks(text: str) -> list[Block]:
-    """The fenced blocks of a page that say what language they are in."""
+    """The fenced blocks of a page."""
     return [
         Block(found[2], found[3].strip(), found[4], text.count("\n", 0, found.start(4)) + 1, found.start(4), found.end(4))
         for found in FENCE.finditer(text)
@@ -94,11 +94,13 @@ def elsewhere() -> Iterator[None]:
             os.environ.update(before)
 
 
-def main() -> None:
+def main(
+    pages: Annotated[list[Path] | None, typer.Argument(help="Pages. [default: the README and all of the documentation]")] = None,
+) -> None:
     """Run the code in the README and the documentation, and write what it prints below it."""
-    for path in documents():
+    for path in [page.resolve() for page in pages or documents()]:
         with elsewhere():
             printed = run(path.read_text(), str(path))
         if printed:
             write_text(path, filled(path.read_text(), printed))
-            typer.echo(f"{path.relative_to(ROOT)}: {len(printed)} outputs")
+            typer.echo(f"{path.name}: {len(printed)} outputs")
