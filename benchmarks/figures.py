@@ -192,7 +192,7 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def write_sheet(path: Path) -> None:
+def write_sheet(_: Model, path: Path) -> None:
     """The sheet of ``make demo``, as WebP."""
     with tempfile.TemporaryDirectory() as folder:
         demo.main(Path(folder), seed=SEED)
@@ -200,11 +200,19 @@ def write_sheet(path: Path) -> None:
         picture.resize((picture.width * 3 // 4, picture.height * 3 // 4), Image.Resampling.LANCZOS).save(path, quality=85, method=6)
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "docs") -> None:
+#: what draws each figure.
+FIGURES = {"filmstrip": write_filmstrip, "geometry": write_geometry, "demo": write_sheet}
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(FIGURES)}. [default: all]", metavar="FIGURE...")] = None,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = ROOT / "docs",
+) -> None:
     """Draw the figures of single prompts that the README and the documentation show."""
     matplotlib.use("Agg")
     with one_sentence():
+        if unknown := [name for name in only or () if name not in FIGURES]:
+            raise BadInput(f"There is no figure {unknown[0]!r}; there are {', '.join(FIGURES)}.")
         model = Model.load("embedded")
-        write_filmstrip(model, out / "filmstrip.webp")
-        write_geometry(model, out / "geometry.webp")
-        write_sheet(out / "demo.webp")
+        for name in only or FIGURES:
+            FIGURES[name](model, out / f"{name}.webp")

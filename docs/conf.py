@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import pydoc
 import sys
+from contextlib import suppress
 from itertools import takewhile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,11 @@ nitpick_ignore_regex = [("py:(class|exc|data)", ".*"), ("py:obj", r"typing\..*")
 
 def exists(name: str, module: str | None) -> bool:
     """Whether a name is something in a module, of a library, or a file of the repository, though it has no entry of its own."""
-    inside: Any = sys.modules.get(module or "")
-    for part in name.split("."):
-        inside = getattr(inside, part, None)
+    with suppress(AttributeError):
+        attrgetter(name)(sys.modules.get(module or ""))
+        return True
     libraries = ("", "diffusers.", "transformers.")
-    return inside is not None or any(pydoc.locate(library + name) is not None for library in libraries) or (HERE.parent / name).is_file()
+    return any(pydoc.locate(library + name) is not None for library in libraries) or (HERE.parent / name).is_file()
 
 
 def shared(name: str, module: str) -> int:
