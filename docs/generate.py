@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import sdguard
 from sdguard.denoiser.families import REFUSED, TABLE
@@ -59,7 +61,19 @@ def first_sentence(thing: object) -> str:
     """The first sentence of a function's docstring."""
     function = thing.func if isinstance(thing, functools.partial) else thing
     text = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
-    return text.partition(". ")[0].rstrip(".")
+    return re.split(r"(?<!et al)\. ", text)[0].rstrip(".")
+
+
+def called(thing: Any) -> str:
+    """A function's name, and where some of its arguments are fixed, these too."""
+    if not isinstance(thing, functools.partial):
+        return str(thing.__name__)
+    values = [getattr(value, "__name__", repr(value)) for value in (*thing.args, *thing.keywords.values())]
+    fixed = [
+        *values[: len(thing.args)],
+        *(f"{name}={value}" for name, value in zip(thing.keywords, values[len(thing.args) :], strict=True)),
+    ]
+    return f"{thing.func.__name__}({', '.join(fixed)})"
 
 
 def families() -> str:
@@ -88,8 +102,11 @@ def signals() -> str:
 
 def methods() -> str:
     """A line a steering method: what it does and what it costs."""
-    lines = [[f"`{name}`", first_sentence(found.correct), str(found.cost), str(found.step_cost)] for name, found in METHODS.items()]
-    return table(["method", "what it does", "evaluations at most", "and at each step"], lines)
+    lines = [
+        [f"`{name}`", first_sentence(found.correct), f"`{called(found.correct)}`", str(found.cost), str(found.step_cost)]
+        for name, found in METHODS.items()
+    ]
+    return table(["method", "what it does", "function", "evaluations at most", "and at each step"], lines)
 
 
 def commands() -> str:
