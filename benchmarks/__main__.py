@@ -10,6 +10,8 @@ from benchmarks import (
     cures,
     detection,
     development,
+    examples,
+    figures,
     first_use,
     fuzz,
     kills,
@@ -46,6 +48,8 @@ app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
 app.add_typer(zoo.app, name="zoo")
 app.command("report")(report.main)
+app.command("figures")(figures.main)
+app.command("examples")(examples.main)
 
 if __name__ == "__main__":
     # verdicts by the thousand are what benchmarks are made of

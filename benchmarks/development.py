@@ -1,6 +1,6 @@
 """The guard on the embedded model's development split: what it flags, and what is still a copy after steering.
 
-``python -m benchmarks development`` writes ``benchmarks/results/development.json`` and prints the table of the README.
+``python -m benchmarks development`` writes ``benchmarks/results/development.json`` and prints the table of the documentation.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class GuardConfig:
         rewriter: gives wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts that the profile has to be made of, which then goes before one that came with the
             model. By default any; where one is made, those that come with the model or with sdguard.
-        score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what `sdguard calibrate
-            --from-log` makes a profile of. What cannot be written is logged and stops nothing.
+        score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what ``sdguard calibrate
+            --from-log`` makes a profile of. What cannot be written is logged and stops nothing.
         log_prompts: whether prompts stand there too, in the audit log and in the log record of a verdict.
         audit_log: a file that a record of each image is appended to, a JSON line each (`sdguard.guarded.audit_log`), whatever its
             verdict. Where it cannot be written, nothing is delivered: a call raises `CannotWrite`, before it begins where it can be told.

@@ -788,7 +788,7 @@ pipeline("An image of a squirrel in Picasso style").images[0]
 def our_readme() -> str:
     """The script under "One changed line"."""
     text = (Path(__file__).parents[2] / "README.md").read_text()
-    found = re.search(r"## One changed line\n+```python\n(.*?)```", text, re.DOTALL)
+    found = re.search(r"## One changed line\n+```python[^\n]*\n(.*?)```", text, re.DOTALL)
     assert found
     return found[1]
 
