@@ -11,14 +11,26 @@ from diffusers import AutoencoderKL
 from rich.progress import track
 
 from benchmarks.zoo.recipes import RECIPES
-from benchmarks.zoo.world import World
-from sdguard.testbed.architecture import new_autoencoder
-from sdguard.testbed.training import train
+from benchmarks.zoo.training import train
+from benchmarks.zoo.world import SIZE, World
 
 BATCH = 64
 STEPS = 10_000
 #: pictures of each recipe.
 PICTURES = 5_000
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """A 4-channel autoencoder with a downsampling factor of 4, in options that diffusers .18 already had."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
