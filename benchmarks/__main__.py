@@ -17,6 +17,7 @@ from benchmarks import (
     report,
     settings,
     steering,
+    upstream,
 )
 from benchmarks.zoo import commands as zoo
 
@@ -32,6 +33,7 @@ app.command("fuzz")(fuzz.main)
 app.command("load")(load.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
+app.command("upstream")(upstream.main)
 app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
 app.add_typer(zoo.app, name="zoo")

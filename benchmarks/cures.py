@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +129,21 @@ def from_rows(latents: Sequence[bytes], like: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([np.frombuffer(row, np.float32) for row in latents])).clone().view(-1, *like.shape[1:])
 
 
+def encoded(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
+    """The arguments by which a pipeline's call takes ``texts`` as embeddings, whichever encoders it has."""
+    wanted = {
+        "prompt": texts,
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": pipe.device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": True,
+    }
+    found = pipe.encode_prompt(**{name: wanted[name] for name in inspect.signature(pipe.encode_prompt).parameters if name in wanted})
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, found, strict=False))
+
+
 def unguarded(model: Model, part: pd.DataFrame) -> pd.DataFrame:
     """A batch of samples as they come."""
     latents = call(model.pipe, {"prompt": part.caption.tolist()}, part.seed, model.setting).images
@@ -139,8 +155,7 @@ def under_guard(model: Model, profile: Profile, embeddings: bool, part: pd.DataF
     texts = part.caption.tolist()
     inputs: dict[str, Any] = {"prompt": texts}
     if embeddings:
-        own, negative = model.pipe.encode_prompt(texts, model.pipe.device, 1, True)[:2]
-        inputs = {"prompt_embeds": own, "negative_prompt_embeds": negative}
+        inputs = encoded(model.pipe, texts)
     output = call(sdguard.guard(model.pipe, GuardConfig(profile=profile)), inputs, part.seed, model.setting)
     return as_rows(
         output.images,
@@ -396,6 +411,7 @@ def main(
         str, typer.Option(help="What profiles are calibrated on: 'own' ordinary captions of each model, or 'shipped'.")
     ] = "own",
     only: Annotated[list[str] | None, typer.Option(help="These runs alone, and the unguarded one.")] = None,
+    name: Annotated[str, typer.Option(help="Of the files of results.")] = NAME,
 ) -> None:
     """Measure the guard's steering and every method alone on models that memorize; under 'accelerate launch', processes share the work."""
     transformers.logging.set_verbosity_error()
@@ -403,7 +419,7 @@ def main(
         if prompts not in ("own", "shipped"):
             raise BadInput(f"--prompts is {prompts!r}; it must be 'own' or 'shipped'.")
         runs = (GUARD, EMBEDDINGS, *METHODS, *BASELINES)
-        if unknown := [name for name in only or () if name not in runs]:
+        if unknown := [run for run in only or () if run not in runs]:
             raise BadInput(f"--only is {unknown[0]!r}; there are {', '.join(runs)}.")
         named = [*(read_model(folder) for folder in models or development_models()), embedded_model()]
         named = [model for model in named if "memorized" in set(model.cases.role)]
@@ -416,8 +432,8 @@ def main(
     counts = {each.model.name: {**each.about, "frames": len(each.frames), **each.samples.role.value_counts()} for each in found}
     about = {"prompts": prompts, "samples": samples, "models": counts, **versions()}
     out.mkdir(parents=True, exist_ok=True)
-    write_table(pd.concat([numbers(each) for each in found], ignore_index=True), out / f"{NAME}.parquet")
-    write_text(out / f"{NAME}.json", json.dumps({"about": about, "rows": rows}, indent=1, default=as_json))
+    write_table(pd.concat([numbers(each) for each in found], ignore_index=True), out / f"{name}.parquet")
+    write_text(out / f"{name}.json", json.dumps({"about": about, "rows": rows}, indent=1, default=as_json))
     for each in found:
         contact_sheet(each, work / NAME / f"{each.model.name}.jpg")
     typer.echo(readable(rows))

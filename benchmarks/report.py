@@ -28,6 +28,8 @@ from matplotlib.text import Annotation
 from PIL import Image
 
 from benchmarks import audit
+from benchmarks.cures import EMBEDDINGS, NEVER_SEEN
+from benchmarks.cures import GUARD as FROM_TEXT
 from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
 from benchmarks.published import Released, over_run, released
 from benchmarks.readme import README, markdown, put
@@ -350,6 +352,38 @@ def readme_cures(found: dict[str, Any]) -> str:
     return markdown(header, [[name(row), *(cell(row.get(model)) for model in models)] for row in found["rows"]])
 
 
+def readme_guard(found: dict[str, Any]) -> str:
+    """A row a model, of the guard from text and from embeddings: what it leaves, what of that it calls steered, what it withholds."""
+    rows = {row["run"]: row for row in found["rows"]}
+    guards = (rows[FROM_TEXT], rows[EMBEDDINGS])
+    lines = []
+    for model in found["about"]["models"]:
+        both, never = [row[model] for row in guards], rows[NEVER_SEEN].get(model)
+
+        def shares(name: str, both: Sequence[dict[str, Any]] = both) -> str:
+            return " / ".join("-" if math.isnan(each[name]["share"]) else share(each[name]["share"]) for each in both)
+
+        asked = " / ".join(f"{share(each['aligned, all']['share'])}, {share(each['in three, all']['share'])}" for each in [never] if each)
+        lines.append(
+            [
+                model,
+                str(found["about"]["models"][model]["memorized"]),
+                shares("acted on"),
+                shares("copies"),
+                shares("memorized"),
+                " / ".join(str(each["called steered"]) for each in both),
+                shares("withheld"),
+                f"{shares('aligned')} ({shares('in three')})",
+                asked or "-",
+                " / ".join(f"{each['evaluations']:.0f}" for each in both),
+                shares("ordinary flagged"),
+            ]
+        )
+    header = ["text / embeddings alone", "memorized samples", "flagged", "copies left", "memorized left", "of them called steered"]
+    header += ["withheld", "subject at first (in three)", "never seen: subject at first, in three", "evaluations", "ordinary flagged"]
+    return markdown(header, lines)
+
+
 def readme_overhead(found: dict[str, dict[str, Any]]) -> str:
     """The README's table: every shape and path."""
     lines = [
@@ -425,6 +459,8 @@ def main(
         put("development", readme_development(development["figures"]), readme)
     if cures := load(results, "cures"):
         put("cures", readme_cures(cures), readme)
+    if guard := load(results, "cures-guard"):
+        put("cures-guard", readme_guard(guard), readme)
     overhead = {path.stem.removeprefix("overhead-"): json.loads(path.read_text()) for path in sorted(results.glob("overhead-*.json"))}
     if overhead:
         paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])

@@ -10,7 +10,7 @@ been taken for every row, so that a rule is scored in a moment, and thousands ar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -285,19 +285,26 @@ def best(rules: Sequence[Rule], value: np.ndarray, count: int) -> list[int]:
     ]
 
 
-def choose(models: Mapping[str, Readings]) -> Rule:
+def read_on_all(models: Iterable[Readings]) -> set[str]:
+    """The readings that every one of ``models`` has: a transformer has no bottleneck."""
+    tables = [table for readings in models for table in readings]
+    return {name for name in READINGS if all(np.isfinite(table[name]).all() for table in tables)}
+
+
+def choose(models: Mapping[str, Readings], usable: Collection[str]) -> Rule:
     """The rule that is best on ``models``, each calibrated on its own captions, by the mean of their `merits`; ties by cost.
+
+    Of the ``usable`` readings alone.
 
     In two rounds: sums of evidence behind an open gate, then the best `SHORT_LIST` of them behind every gate, with and without the gate's
     own signals in the sum. Pull, persistence and agreement each take part in every candidate.
     """
     fitting = {name: readings.own.iloc[split(len(readings.own))[0]] for name, readings in models.items()}
-    usable = {name for name in READINGS if all(np.isfinite(t[name]).all() for r in models.values() for t in r)}
-    sums = [evidence for evidence in sums_of_evidence() if usable.issuperset(evidence)]
+    sums = [evidence for evidence in sums_of_evidence() if set(evidence) <= set(usable)]
     open_rules = [Rule((), 1.0, evidence, scale) for scale in SCALES for evidence in sums]
     value = np.mean([value_of(open_rules, fitting[name], readings.cases) for name, readings in models.items()], axis=0)
     short = [open_rules[i] for i in best(open_rules, value, SHORT_LIST)]
-    gates = [gate for gate in GATES if usable.issuperset(gate)]
+    gates = [gate for gate in GATES if set(gate) <= set(usable)]
     gated = [
         Rule(gate, share, (*rule.evidence, *(gate if pulled else ())), rule.scale)
         for rule, gate, share, pulled in itertools.product(short, gates, SHARES, (False, True))

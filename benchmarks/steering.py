@@ -76,6 +76,9 @@ class Always:
     def made(self, latents: torch.Tensor) -> None:
         """Nothing is asked of the picture here."""
 
+    def rewritten(self, observation: Observation, found: torch.Tensor) -> None:
+        """Nobody writes into the benchmark's texts."""
+
     def observe(self, observation: Observation) -> None:
         if observation.step == 0:
             found = self.correct(observation)

@@ -6,14 +6,17 @@ caption explains the picture best (Li et al. 2023, 2303.16203).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from sdguard.observation import noise_level, prediction_type, to_noise
 
 #: an ending is one that captions share where so many different words stand before it.
 SHARED = 5
@@ -81,18 +84,6 @@ def choices(about: Sequence[str], count: int) -> list[list[str]]:
     return [[distinct[(place[subject] + k) % len(distinct)] for k in range(min(count, len(distinct)))] for subject in about]
 
 
-def added_noise(output: Tensor, noisy: Tensor, signal: float, noise: float, prediction_type: str) -> Tensor:
-    """The noise that a denoiser's output says is in ``noisy = signal * clean + noise * added``."""
-    match prediction_type:
-        case "epsilon":
-            return output
-        case "v_prediction":
-            return signal * output + noise * noisy
-        case "sample":
-            return (noisy - signal * output) / noise
-    raise ValueError(f"No noise is known of a denoiser that predicts {prediction_type!r}.")
-
-
 @torch.no_grad()
 def errors(pipe: Any, latents: Tensor, offered: Sequence[Sequence[str]], asked: Sequence[str]) -> Tensor:
     """How badly each of the subjects ``offered`` for a picture explains it, ``[n, k]`` (k subjects each).
@@ -106,25 +97,44 @@ def errors(pipe: Any, latents: Tensor, offered: Sequence[Sequence[str]], asked: 
     picture, subject = torch.arange(n).repeat_interleave(k), place.flatten()
     generator = torch.Generator().manual_seed(NOISE_SEED)
     total = torch.zeros(n * k)
-    scheduler = pipe.scheduler
-    for level, frame in itertools.product(LEVELS, asked):
-        timestep = round(level * (len(scheduler.alphas_cumprod) - 1))
-        signal, noise = (float(power) ** 0.5 for power in (scheduler.alphas_cumprod[timestep], 1 - scheduler.alphas_cumprod[timestep]))
+    predicts, steps = prediction_type(pipe.scheduler), pipe.scheduler.config.num_train_timesteps
+    for share, frame in itertools.product(LEVELS, asked):
+        timestep = round(share * (steps - 1))
+        level = noise_level(pipe.scheduler, timestep)
         conditions = encoded(pipe, [frame.format(subject) for subject in distinct])
         added = torch.randn(latents.shape[1:], generator=generator)
-        noisy = signal * latents + noise * added
+        noisy = level.a * latents + level.s * added
         for part in torch.arange(n * k).split(ROWS):
-            x = noisy[picture[part]]
-            output = pipe.unet(x, timestep, encoder_hidden_states=conditions[subject[part]]).sample
-            predicted = added_noise(output, x, signal, noise, scheduler.config.prediction_type)
+            x, condition = noisy[picture[part]], [each[subject[part]] for each in conditions]
+            predicted = to_noise(asked_of(pipe, x, timestep, *condition), x, level, predicts)
             total[part] += (predicted - added).square().flatten(1).mean(dim=1)
     return total.view(n, k) / (len(LEVELS) * len(asked))
 
 
-def encoded(pipe: Any, texts: list[str]) -> Tensor:
-    """The denoiser's condition for each text, ``[n, tokens, width]``."""
-    condition: Tensor = pipe.encode_prompt(texts, pipe.device, 1, False)[0]
-    return condition
+def encoded(pipe: Any, texts: list[str]) -> list[Tensor]:
+    """What the denoiser is told of each text: its condition, ``[n, tokens, width]``, and, where there is one, its pooled embedding."""
+    wanted = {
+        "prompt": texts,
+        "prompt_2": None,
+        "prompt_3": None,
+        "device": pipe.device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": False,
+    }
+    found = pipe.encode_prompt(**{name: wanted[name] for name in inspect.signature(pipe.encode_prompt).parameters if name in wanted})
+    return [each for each in found if each is not None]
+
+
+def asked_of(pipe: Any, x: Tensor, timestep: int, condition: Tensor, *pooled: Tensor) -> Tensor:
+    """The output of a pipeline's denoiser: a U-Net's, with sizes where it has a pooled embedding, or a transformer's."""
+    t = torch.full((len(x),), timestep)
+    if pipe.components.get("transformer") is not None:
+        return cast(Tensor, pipe.transformer(x, condition, pooled[0], t, return_dict=False)[0])
+    if not pooled:
+        return cast(Tensor, pipe.unet(x, t, condition, return_dict=False)[0])
+    side = x.shape[-1] * pipe.vae_scale_factor
+    added = {"text_embeds": pooled[0], "time_ids": x.new_tensor([[side, side, 0, 0, side, side]]).expand(len(x), -1)}
+    return cast(Tensor, pipe.unet(x, t, condition, added_cond_kwargs=added, return_dict=False)[0])
 
 
 def places(pipe: Any, latents: Tensor, offered: Sequence[Sequence[str]], asked: Sequence[str]) -> Tensor:

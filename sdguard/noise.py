@@ -1,8 +1,10 @@
-"""Noise that nobody's random generator is asked for: a fixed function of each image's own."""
+"""Noise that nobody's random generator is asked for: a fixed function of each image's own; and generators left as they were."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,3 +18,13 @@ def independent_noise(x: Tensor, draw: int = 0, shape: tuple[int, ...] | None = 
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big"))
         rows.append(torch.randn(shape or row.shape, generator=generator))
     return torch.stack(rows).to(x)
+
+
+@contextmanager
+def generators_kept(drawn_from: bool) -> Iterator[None]:
+    """After the block torch's own generators are where they were, if they may be ``drawn_from`` in it, as by dropout in training mode."""
+    if not drawn_from:
+        yield
+        return
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield

@@ -234,7 +234,9 @@ class Observation:
         self.evaluations.index_add_(0, self.rows, torch.full_like(self.rows, count))
 
     def select(self, rows: Tensor) -> Observation:
-        """The observation of some of its rows (positions in this observation, also repeated ones)."""
+        """The observation of some of its rows (positions in this observation, also repeated ones); of all in their order itself."""
+        if rows.tolist() == list(range(len(self.x))):
+            return self
         names = ("x", "eps_c", "eps_u", "condition", "null_condition", "rows", "past_norms")
         picked: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
         picked["origin"] = None if self.origin is None else self.origin[rows]
@@ -268,7 +270,7 @@ class Observation:
         """The call that follows this one at another point ``x`` and timestep. Cost: 2 evaluations per image."""
         x = self.as_taken(x)
         eps_c, eps_u = self.both_branches(x, timestep)
-        norms = torch.cat([self.past_norms, self.guidance_norm[:, None].to(self.past_norms)], dim=1)
+        norms = torch.cat([self.past_norms.to(self.guidance_norm), self.guidance_norm[:, None]], dim=1)
         level, step = self.level_at(timestep), self.step + 1
         return replace(self, step=step, timestep=timestep, level=level, x=x, eps_c=eps_c, eps_u=eps_u, past_norms=norms, memo=None)
 

@@ -43,6 +43,7 @@ GROUPS = {
         "test_store",
         "test_benchmarks",
         "test_audit_memorization",
+        "test_upstream",
         "test_imports",
     ),
     "targets": ("test_demo", "test_embedded", "test_testbed"),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sdguard.decision.digests import hexed
-from sdguard.decision.module_state import tree_of
+from sdguard.decision.module_state import trees_of
 from sdguard.denoiser.bare import uncompiled
 from sdguard.denoiser.families import default_size, denoiser_of, family_of
 from sdguard.denoiser.reference_call import setup_of
@@ -42,7 +42,7 @@ def identity(pipe: Any, scale: float | None = None) -> dict[str, Any]:
     readers, (height, width) = readers_of(pipe), default_size(pipe)
     if not any(True for _ in chain(readers[family_of(pipe).denoiser].parameters(), readers[family_of(pipe).denoiser].buffers())):
         raise TypeError("The denoiser's weights cannot be seen, so that nothing tells which model it is: it is not guarded.")
-    read = {name: tree_of(module) for name, module in readers.items()}
+    read = dict(zip(readers, trees_of(list(readers.values())), strict=True))
     adapters = {name: found for name, tree in read.items() if (found := tree.adapters(1.0 if scale is None else float(scale)))}
     return {
         "denoiser": type(uncompiled(denoiser_of(pipe))).__name__,

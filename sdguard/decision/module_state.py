@@ -79,24 +79,24 @@ class Tree:
         scaled = [{**of, "scale": float(f"{of['scale'] * scale:.6g}")} if "scale" in of else dict(of) for of in self.switched_on]
         return [of for of in scaled if of.get("scale") != 0]
 
-    def holds(self) -> bool:
-        """Whether the module is as it was."""
+    def as_it_was(self) -> list[Tensor] | None:
+        """The tensors that are to be looked at, to tell whether the module is as it was; None where it is another already."""
         modules = [module() for module in self.modules]
         if None in modules:
-            return False
+            return None
         attributes = list(map(vars, modules))
         if list(map(len, attributes)) != self.sizes or list(map(type, modules)) != self.kinds:
-            return False
+            return None
         below = [child for child in chain.from_iterable(map(dict.values, map(modules_in, attributes))) if child is not None]
         if not same_objects(below, modules[1:]) or hooked(attributes) != self.hooked:
-            return False
+            return None
         held = held_by(attributes)
         if not same_objects(held, [tensor() for tensor in self.held]):
-            return False
+            return None
         tensors = [tensor() for tensor in self.tensors]
         if any(map(partial(is_, None), tensors)) or settings_at(attributes, self.marked) != self.settings:
-            return False
-        return look_at(tensors, self.groups, self.places) == self.look
+            return None
+        return tensors
 
 
 def reference(thing: Any) -> Callable[[], Any]:
@@ -137,35 +137,75 @@ def settings_at(attributes: Sequence[Attributes], marked: list[int]) -> list[Any
     return [(tuple(patches_on(attributes[place])), scales_on(attributes[place])) for place in marked]
 
 
+class Looked(NamedTuple):
+    """What is to be looked at: tensors, how many there are of each device and dtype together, and where in their memory (see `Tree`)."""
+
+    tensors: list[Tensor]
+    groups: list[int]
+    places: tuple[list[tuple[int]], list[tuple[int]]]
+
+    def samples(self) -> list[Tensor] | None:
+        """Some values of each group; None if one's tensors are on different devices, or shrank."""
+        try:
+            # views are made anew each time: kept ones would keep the memory of a model that is moved or offloaded
+            views = list(map(torch.as_strided, self.tensors, *self.places))
+            return [torch.cat(views[start:end]) for start, end in pairwise(accumulate(self.groups, initial=0))]
+        except RuntimeError:
+            return None
+
+    def look(self, samples: list[bytes]) -> Look:
+        """Versions, shapes, layouts and dtypes beside ``samples``."""
+        try:
+            versions = list(map(versions_of, self.tensors))
+        except RuntimeError:  # tensors made in inference mode have none
+            versions = list(map(version, self.tensors))
+        sizes, strides = list(map(Tensor.size, self.tensors)), list(map(Tensor.stride, self.tensors))
+        return Look(versions, sizes, strides, list(map(dtype_of, self.tensors)), samples)
+
+
+def bytes_of(tensors: Sequence[Tensor]) -> list[bytes]:
+    """The bytes of vectors, of those on one device read at once, so that a GPU is waited for once; none of those without values."""
+    raw = [tensor.new_empty(0, dtype=torch.uint8, device="cpu") if tensor.is_meta else tensor.view(torch.uint8) for tensor in tensors]
+    found = [b""] * len(raw)
+    for device in {of.device for of in raw}:
+        there = [place for place, of in enumerate(raw) if of.device == device]
+        whole = torch.cat([raw[place] for place in there]).cpu().numpy().tobytes()
+        for place, (start, end) in zip(there, pairwise(accumulate((len(raw[place]) for place in there), initial=0)), strict=True):
+            found[place] = whole[start:end]
+    return found
+
+
 @torch.inference_mode()
-def look_at(tensors: list[Tensor], groups: list[int], places: tuple[list[tuple[int]], list[tuple[int]]]) -> Look | None:
-    """Versions, shapes, layouts, dtypes and some values of tensors; None if a group's are on different devices, or shrank."""
-    try:
-        versions = list(map(versions_of, tensors))
-    except RuntimeError:  # tensors made in inference mode have none
-        versions = list(map(version, tensors))
-    try:
-        # views are made anew each time: kept ones would keep the memory of a model that is moved or offloaded
-        views = list(map(torch.as_strided, tensors, *places))
-        samples = [torch.cat(views[start:end]) for start, end in pairwise(accumulate(groups, initial=0))]
-    except RuntimeError:
-        return None
-    seen = [b"" if of.is_meta else of.view(torch.uint8).cpu().numpy().tobytes() for of in samples]
-    return Look(versions, list(map(Tensor.size, tensors)), list(map(Tensor.stride, tensors)), list(map(dtype_of, tensors)), seen)
+def looks_at(asked: Sequence[Looked | None]) -> list[Look | None]:
+    """A look at each of some tensors; None where nothing is asked, or where it cannot be."""
+    sampled = [None if of is None else of.samples() for of in asked]
+    seen = iter(bytes_of(list(chain.from_iterable(filter(None, sampled)))))
+    return [
+        None if of is None or samples is None else of.look([next(seen) for _ in samples])
+        for of, samples in zip(asked, sampled, strict=True)
+    ]
 
 
 _trees: weakref.WeakKeyDictionary[nn.Module, Tree] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def tree_of(root: nn.Module) -> Tree:
-    """What there is to know of a module, found out anew where it changed. Of several threads that ask, one finds out."""
+def trees_of(roots: Sequence[nn.Module]) -> list[Tree]:
+    """What there is to know of modules, found out anew where one changed. Of several threads that ask, one finds out."""
     # quantised tensors are looked at as what they are made of
     with _lock, torch._C.DisableTorchFunctionSubclass():
-        known = _trees.get(root)
-        if known is None or not known.holds():
-            _trees[root] = known = grown(root, known)
-        return known
+        known = [_trees.get(root) for root in roots]
+        asked = [tree.as_it_was() if tree else None for tree in known]
+        to_look_at = [
+            Looked(tensors, tree.groups, tree.places) if tree and tensors is not None else None
+            for tree, tensors in zip(known, asked, strict=True)
+        ]
+        found = []
+        for root, tree, look in zip(roots, known, looks_at(to_look_at), strict=True):
+            if tree is None or look != tree.look:
+                _trees[root] = tree = grown(root, tree)
+            found.append(tree)
+        return found
 
 
 def grown(root: nn.Module, before: Tree | None) -> Tree:
@@ -186,7 +226,7 @@ def grown(root: nn.Module, before: Tree | None) -> Tree:
     groups = [len(list(group)) for _, group in groupby(named, key=lambda of: (of.tensor.device, of.tensor.dtype))]
     spreads = list(map(spread, tensors))
     places = [size for size, _ in spreads], [stride for _, stride in spreads]
-    look = look_at(tensors, groups, places)
+    (look,) = looks_at([Looked(tensors, groups, places)])
     if look is None:
         raise TypeError(f"sdguard cannot read all weights of {type(root).__name__}, so it cannot tell which model this is.")
     digests = hashed(tensors, seen_of(look, places[0]), before)

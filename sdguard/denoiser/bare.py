@@ -18,6 +18,8 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from torch import Tensor, nn
 
+from sdguard.noise import generators_kept
+
 #: the package of DeepCache, whose helper stands in the closures of forwards that it has replaced.
 DEEP_CACHE = "DeepCache"
 
@@ -36,12 +38,14 @@ class Around(NamedTuple):
         references: what holds the forwards that hooks of caches have replaced.
         helpers: of DeepCache, which have replaced forwards.
         compiled: what holds a compiled call or forward of a module, under which name, and what stands there where nothing is compiled.
+        trains: whether any is in training mode, where it may draw random numbers.
     """
 
     registries: list[Any]
     references: list[Any]
     helpers: list[Any]
     compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]]
+    trains: bool
 
 
 def around(denoiser: nn.Module) -> Around:
@@ -49,10 +53,11 @@ def around(denoiser: nn.Module) -> Around:
     registries: list[Any] = []
     forwards: list[Callable[..., Any]] = []
     compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]] = []
-    modules = [denoiser]
+    modules, trains = [denoiser], False
     for module in modules:  # by hand, since nn.Module.modules takes several times as long
         held = vars(module)
         modules.extend(filter(None, held["_modules"].values()))
+        trains |= held.get("training", False)
         if "_diffusers_hook" in held:
             registries.append(held["_diffusers_hook"])
         if "forward" in held:
@@ -62,7 +67,7 @@ def around(denoiser: nn.Module) -> Around:
         if held.get("_compiled_call_impl") is not None:
             compiled.append((held, "_compiled_call_impl", None))
     hooked = (pair for of in registries for pair in zip(map(of.hooks.get, of._hook_order), of._fn_refs, strict=True))
-    return Around(registries, [reference for hook, reference in hooked if is_cache(hook)], helpers_in(forwards), compiled)
+    return Around(registries, [reference for hook, reference in hooked if is_cache(hook)], helpers_in(forwards), compiled, trains)
 
 
 def not_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,9 +129,10 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 def bare(denoiser: nn.Module) -> Iterator[None]:
     """Within the block a denoiser computes all that it is asked for, by its own code; what is kept of other calls is not used or changed.
 
+    Nor is where torch's generators are, of which the run's own calls may draw.
     Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
     """
-    registries, references, helpers, compiled = around(denoiser)
+    registries, references, helpers, compiled, trains = around(denoiser)
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     for reference in references:
         reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
@@ -139,7 +145,7 @@ def bare(denoiser: nn.Module) -> Iterator[None]:
     for held, name, plain in compiled:
         held[name] = plain
     try:
-        with weights_kept(registries):
+        with weights_kept(registries), generators_kept(trains):
             yield
     finally:
         for (held, name, _), call in zip(compiled, calls, strict=True):

@@ -96,6 +96,9 @@ def by_guider(pipe: Any, given: dict[str, Any]) -> float:
 #: the same model are others.
 TOLD_FLUX, TOLD_CONSISTENCY = 3.5, 8.5
 
+#: the embedding of what latent consistency models are told, ``[1, width]``, by width, device and dtype: bringing it to a GPU is a wait.
+_told: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
 #: (pipeline, latents it is called with, [B, C, H, W]) -> the denoiser's other arguments in plain text-to-image.
 PlainArguments = Callable[[Any, Tensor], dict[str, Any]]
 
@@ -108,10 +111,14 @@ def default_of(pipe: Any, name: str) -> Any:
 
 def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
     """Nothing, but for latent consistency models the guidance scale that they are told, and for IP-Adapters pictures that act nowhere."""
-    config, found = pipe.unet.config, {}
+    config = pipe.unet.config
+    found: dict[str, Any] = {}
     if width := config.time_cond_proj_dim:
-        scale = torch.full((len(x),), TOLD_CONSISTENCY - 1)
-        found["timestep_cond"] = pipe.get_guidance_scale_embedding(scale, embedding_dim=width).to(x)
+        if (kept := (width, x.device, x.dtype)) not in _told:
+            with torch.inference_mode(False):
+                scale = torch.full((1,), TOLD_CONSISTENCY - 1)
+                _told[kept] = pipe.get_guidance_scale_embedding(scale, embedding_dim=width).to(x)
+        found["timestep_cond"] = _told[kept].expand(len(x), -1)
     if config.encoder_hid_dim_type == "ip_image_proj":
         layers = pipe.unet.encoder_hid_proj.image_projection_layers
         widths = [next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear)) for layer in layers]
@@ -127,15 +134,16 @@ def plain_sdxl(pipe: Any, x: Tensor) -> dict[str, Any]:
     """The size ids of an uncropped picture of the model's own size; the refiner's have its usual aesthetic score."""
     found, size = plain_unet(pipe, x), default_size(pipe)
     last = (6.0,) if getattr(pipe.config, "requires_aesthetics_score", False) else size
-    ids = torch.tensor([[*size, 0, 0, *last]], dtype=x.dtype, device=x.device).expand(len(x), -1)
+    # number by number, which no GPU is waited for
+    ids = torch.stack([x.new_full((), number) for number in (*size, 0, 0, *last)]).expand(len(x), -1)
     return {**found, "added_cond_kwargs": {**found.get("added_cond_kwargs", {}), "time_ids": ids}}
 
 
 def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
     """The places of the patches, no picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
     rows, columns = (side // 2 for side in x.shape[2:])
-    places = torch.zeros(rows, columns, 3)
-    places[..., 1], places[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)[None]
+    places = torch.zeros(rows, columns, 3, device=x.device)
+    places[..., 1], places[..., 2] = torch.arange(rows, device=x.device)[:, None], torch.arange(columns, device=x.device)[None]
     found: dict[str, Any] = {"img_ids": places.flatten(0, 1).to(x)}
     if getattr(pipe.transformer, "encoder_hid_proj", None) is not None:
         found["joint_attention_kwargs"] = {"ip_hidden_states": []}

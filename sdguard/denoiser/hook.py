@@ -27,12 +27,13 @@ from sdguard.denoiser.calls import (
 )
 from sdguard.denoiser.families import denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
-from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_latents, unpack_latents, with_condition
+from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_condition, pack_latents, unpack_latents, with_condition
 from sdguard.denoiser.record import RunRecord
 from sdguard.denoiser.reference_call import (
     ReferenceCall,
     first_noise,
     null_condition,
+    read_answers,
     same_texts,
 )
 from sdguard.denoiser.replay import Replayed, activate_correction
@@ -53,6 +54,12 @@ class Watcher(Protocol):
     def observe(self, observation: Observation) -> None:
         """Look at one call; what it puts into ``corrections`` holds for the whole run of that row, its past calls included."""
 
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        """Look, when the run is over, at what its text was where it was written into unseen.
+
+        ``found`` is that of `HiddenTexts`; images that had none are in ``observation`` under the text that was judged.
+        """
+
     def made(self, latents: Tensor) -> None:
         """Look at what the last step of the scheduler's list has made, ``[B, C, H, W]``."""
 
@@ -70,6 +77,8 @@ class DenoiserHook(ModelHook):
         activated: the correction of each row that is in force.
         arriving: rows that enter the batch at the ``scheduler.step`` under way.
         step_arguments: those of ``scheduler.step``.
+        nulls: the model's own empty prompt, by number of tokens.
+        read: gives the guard's own reference call beside an observation, with the arguments of the call that was last observed.
     """
 
     def __init__(self, watcher: Watcher, encoder: Encoder) -> None:
@@ -81,6 +90,8 @@ class DenoiserHook(ModelHook):
         self.activated: dict[int, Correction] = {}
         self.arriving: dict[int, Replayed] = {}
         self.step_arguments: dict[str, Any] = {}
+        self.nulls: dict[int, Tensor] = {}
+        self.read: Callable[[Observation], Observation] | None = None
 
     @property
     def guidance(self) -> float:
@@ -157,9 +168,8 @@ class DenoiserHook(ModelHook):
         """Note that a step of ``images`` images begins."""
         sample, timestep = kwargs[self.family.sample], kwargs["timestep"]
         if not self.record.timesteps:
-            patch_rows = int(kwargs["img_ids"][..., 1].max()) + 1 if self.family.packed_latents else 0
-            self.record.begin(self.pipe.scheduler, images, sample.dtype, patch_rows)
-        self.record.note_timestep(lambda: float(torch.as_tensor(timestep).flatten()[0]) * self.family.timestep_scale)
+            self.record.begin(self.pipe.scheduler, images, sample.dtype, kwargs["img_ids"] if self.family.packed_latents else None)
+        self.record.note_timestep(timestep, self.family.timestep_scale)
         self.record.guidance_scales.append(self.guidance)
         self.record.note_embeddings(embeddings_of(kwargs, self.family), len(sample) - images)
 
@@ -231,11 +241,25 @@ class DenoiserHook(ModelHook):
         )
         if record.step == 0:
             record.noise, record.half_made = first_noise(seen, self.pipe, self.encoder.given)
-        return replace(seen, reading=functools.cache(lambda: self.reference_reading(module, call, seen)), half_made=record.half_made)
+        self.read = read = functools.partial(self.reference_reading, module, call)
+        return replace(seen, reading=functools.cache(lambda: read(seen)), half_made=record.half_made)
+
+    def show_hidden_texts(self) -> None:
+        """Show the watcher the texts that were written in unseen since it was last shown any, if there may be any. Cost: none."""
+        record, read = self.record, self.read
+        hidden, record.hidden_texts = record.hidden_texts, None
+        if hidden is None or record.first is None or read is None:
+            return
+        # of a later call than the first, which is not taken for the reference call
+        seen = replace(record.first, step=record.step, condition=pack_condition(*hidden.texts), new_condition=True, memo={})
+        self.watcher.rewritten(replace(seen, reading=functools.cache(lambda: read(seen))), hidden.found)
 
     def own_null(self, condition: Tensor) -> Tensor:
-        """The model's own empty prompt beside conditions ``[B, T (+ 1), E]``, ``[1, T (+ 1), E]``."""
-        return null_condition(self.encoder, condition.shape[1] - bool(self.family.pooled)).to(condition)
+        """The model's own empty prompt beside conditions ``[B, T (+ 1), E]``, ``[1, T (+ 1), E]``; asked for once a run."""
+        length = condition.shape[1] - bool(self.family.pooled)
+        if length not in self.nulls:
+            self.nulls[length] = null_condition(self.encoder, length).to(condition)
+        return self.nulls[length]
 
     def reference_reading(self, module: Any, call: DenoiserCall, seen: Observation) -> Observation:
         """All images at the guard's own reference call, under the text condition of the call under way.
@@ -247,15 +271,17 @@ class DenoiserHook(ModelHook):
         reference = ReferenceCall(
             self.pipe, self.own_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
         )
-        if record.half_made or not reference.is_plain(kwargs, seen, record.patch_rows):
+        plain = not record.half_made and reference.is_plain(kwargs, seen, record.patch_rows)
+        is_plain, is_empty = read_answers(plain, plain is not False and same_texts(seen.null_condition, null))
+        if not is_plain:
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
             return replace(found, denoiser=module)
-        plain = replace(seen, denoise=reference.denoise, memo={})
-        if same_texts(seen.null_condition, null):
-            return plain
+        found = replace(seen, denoise=reference.denoise, memo={})
+        if is_empty:
+            return found
         record.evaluations += 1
         null = null.expand_as(seen.condition)
-        return replace(plain, null_condition=null, eps_u=reference.denoise(seen.x, seen.timestep, null, seen.rows))
+        return replace(found, null_condition=null, eps_u=reference.denoise(seen.x, seen.timestep, null, seen.rows))
 
     def evaluator(self, call: DenoiserCall) -> Denoiser:
         """Evaluates a call again with some of its rows, elsewhere or under other conditions; all else about them stays."""
@@ -265,9 +291,13 @@ class DenoiserHook(ModelHook):
         dtype, forward = condition_of(kwargs, family).dtype, self.own_forward
 
         def denoise(x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
-            places = (places % len(sample)).to(sample.device)
-            arguments = with_condition(select_rows(kwargs, places), condition.to(dtype), family)
-            arguments[family.sample] = pack_latents(torch.cat([x.to(sample), latents[places, channels:]], dim=1), patch_rows)
+            places = places % len(sample)
+            chosen, behind = kwargs, latents[:, channels:]
+            if places.tolist() != list(range(len(sample))):
+                places = places.to(sample.device)
+                chosen, behind = select_rows(kwargs, places), behind[places]
+            arguments = with_condition(chosen, condition.to(dtype), family)
+            arguments[family.sample] = pack_latents(torch.cat([x.to(sample), behind], dim=1), patch_rows)
             arguments["timestep"] = timestep_of(timestep, x, family)
             with bare(denoiser_of(self.pipe)):
                 output = call_denoiser(forward, family, {**arguments, "return_dict": False})

@@ -81,6 +81,7 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
     with lock_of(denoiser), attached(denoiser, hook), wrapped(pipe.scheduler, hook.wrappers):
         try:
             yield
+            hook.show_hidden_texts()
         except BaseException:
             forget(denoiser)
             raise

@@ -42,6 +42,9 @@ class _FirstCalls:
     def made(self, latents: Tensor) -> None:
         """Nothing is corrected, and so nothing looked at."""
 
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        """Nothing is judged here."""
+
     def observe(self, observation: Observation) -> None:
         self.look(observation)
         if observation.step + 1 == self.calls:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdguard.denoiser.schedulers import ScheduledCall, clone_scheduler, next_call, scheduled_calls
+from sdguard.denoiser.hidden_texts import Embeddings, HiddenTexts, is_alike
+from sdguard.denoiser.schedulers import ScheduledCall, clone_scheduler, place_of, scheduled_calls
 from sdguard.observation import NoiseLevel, Observation, noise_level
+
+#: share of a timestep that bf16 may round away.
+ROUNDED = 2**-8
 
 
 def same_embedding(one: Tensor | None, other: Tensor | None) -> bool:
@@ -18,6 +21,16 @@ def same_embedding(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.shape == other.shape and torch.equal(one, other)
+
+
+def version_of(tensor: Tensor | None) -> int | None:
+    """How often a tensor was written into; None where that is not counted, as of tensors made in inference mode."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def untouched(one: tuple[Tensor | None, int | None], other: tuple[Tensor | None, int | None]) -> bool:
+    """Whether two tensors, each with its version, are one that was surely not written into in between."""
+    return one[0] is other[0] and one[1] == other[1] and (one[0] is None or one[1] is not None)
 
 
 @dataclass
@@ -31,6 +44,7 @@ class RunRecord:
         patch_rows: height of the latents in patches where they travel as a sequence, else 0.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image.
         origin: the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
+        schedule: the calls that the scheduler has planned.
         timesteps: of each call, the scheduler's, on the CPU.
         levels: of each call, the noise level.
         guidance_scales: of each call; a callback may change it in mid-run.
@@ -40,6 +54,8 @@ class RunRecord:
         noise: what the images are made from, at the guard's own reference call, ``[B, C, H, W]``.
         half_made: whether the run was handed over latents that are no noise any more.
         new_condition: whether the text condition of the call under way is another than that of the call before.
+        hidden_texts: what it was where that is told by nothing but its values, of the calls since these were last asked for; None where
+            none was looked for.
     """
 
     scheduler: Any = None
@@ -48,6 +64,7 @@ class RunRecord:
     patch_rows: int = 0
     evaluations: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     origin: Tensor | None = None
+    schedule: list[ScheduledCall] = field(default_factory=list)
     timesteps: list[Tensor] = field(default_factory=list)
     levels: list[NoiseLevel] = field(default_factory=list)
     guidance_scales: list[float] = field(default_factory=list)
@@ -57,42 +74,40 @@ class RunRecord:
     last_timestep: float | None = None
     half_made: bool = False
     new_condition: bool = False
-    _embeddings: tuple[Tensor | None, ...] = ()
-    _schedule: list[ScheduledCall] = field(default_factory=list)
-    _listed: list[float] = field(default_factory=list)
-    _place: int = -1
+    hidden_texts: HiddenTexts | None = None
+    _embeddings: Embeddings | None = None
+    _given: tuple[tuple[Tensor | None, int | None], ...] = ()
     _levels: dict[float, NoiseLevel] = field(default_factory=dict)
 
-    def begin(self, scheduler: Any, images: int, dtype: torch.dtype, patch_rows: int) -> None:
-        """Note what the first call says of the run: its scheduler, how many images it makes, and how its latents travel."""
+    def begin(self, scheduler: Any, images: int, dtype: torch.dtype, places: Tensor | None = None) -> None:
+        """Note what the first call says of the run: its scheduler, how many images it makes, and the ``places`` of patches, if any."""
         self.scheduler, self.initial_scheduler = scheduler, clone_scheduler(scheduler)
-        self.dtype, self.patch_rows = dtype, patch_rows
+        self.dtype = dtype
         with torch.inference_mode(False):  # it is counted in that mode and outside of it
             self.evaluations = torch.zeros(images, dtype=torch.long)
-        self._schedule = scheduled_calls(scheduler)
-        self._listed = [call.timestep.item() for call in self._schedule]
-        self._levels = {timestep: call.level for timestep, call in zip(self._listed, self._schedule, strict=True)}
-        self.last_timestep = self._listed[-1] if self._listed else None
+        timesteps = scheduler.timesteps
+        if places is not None:  # read at once, so that a GPU is waited for once
+            last = places[..., 1].max().to(timesteps.device, torch.double)
+            *found, last_row = torch.cat([timesteps.double(), last[None]]).cpu()
+            timesteps, self.patch_rows = torch.stack(found).to(timesteps.dtype), int(last_row) + 1
+        self.schedule = scheduled_calls(scheduler, timesteps.cpu())
+        self._levels = {call.timestep.item(): call.level for call in self.schedule}
+        self.last_timestep = next(reversed(self._levels), None)
 
-    def note_timestep(self, given: Callable[[], float]) -> None:
-        """Note the timestep and the noise level of the call under way, by the scheduler's own list, or as ``given`` beyond its end.
+    def note_timestep(self, given: Tensor | float, scale: float = 1.0) -> None:
+        """Note the timestep and the noise level of the call under way, by the scheduler's own list.
 
-        What is ``given`` to the denoiser lies on its device and may be rounded to its precision. It is asked for only where the scheduler
-        does not say how far it has come: at the first call, and after a timestep that its list repeats.
+        What is ``given`` to the denoiser, times ``scale``, lies on its device and may be rounded to its precision. It is read only where it
+        is no part of the list, and where the scheduler does not count.
         """
-        listed, counted = self._listed, next_call(self.scheduler)
-        if counted is not None:
-            self._place = counted
-        elif 0 <= self._place < len(listed) and listed.count(listed[self._place]) == 1:
-            self._place += 1
+        place = place_of(self.scheduler, given)
+        if place is not None:
+            timestep, level = self.schedule[place]
         else:
-            asked = given()
-            self._place = min(range(len(listed)), key=lambda place: abs(listed[place] - asked))
-        if self._place < len(listed):
-            timestep, level = self._schedule[self._place]
-        else:
-            timestep = torch.tensor(given())
-            level = noise_level(self.scheduler, timestep.item())
+            value = float(torch.as_tensor(given).flatten()[0]) * scale
+            timestep, level = min(self.schedule, key=lambda call: abs(call.timestep.item() - value))
+            if abs(timestep.item() - value) > ROUNDED * value:
+                timestep, level = torch.tensor(value), noise_level(self.scheduler, value)
         self.timesteps.append(timestep)
         self.levels.append(level)
         self._levels[timestep.item()] = level  # of several calls at one rounded timestep, the one under way
@@ -118,23 +133,34 @@ class RunRecord:
             self._levels[timestep] = noise_level(self.scheduler, timestep)
         return self._levels[timestep]
 
-    def note_embeddings(self, embeddings: tuple[Tensor | None, ...], unconditional: int) -> None:
+    def note_embeddings(self, embeddings: Embeddings, unconditional: int) -> None:
         """Note the text embeddings of the call under way, ``[B, ...]`` each, whose first ``unconditional`` rows are not the prompts'.
 
-        By value: a callback may write into the very tensors of the call before.
+        The very tensors of the call before, into which torch has counted no write, are taken for the same without asking a GPU: what may
+        have been written past its count is noted in ``hidden_texts``. Others are compared by value at once, as a callback may write into
+        them, or hand over equal ones.
         """
-        now = tuple(None if e is None else e[unconditional:] for e in embeddings)
-        self.new_condition = bool(self._embeddings) and not all(map(same_embedding, self._embeddings, now))
-        if self.new_condition or not self._embeddings:
-            self._embeddings = tuple(None if e is None else e.clone() for e in now)
+        tokens, pooled = embeddings
+        before, self._given = self._given, tuple((e, version_of(e)) for e in embeddings)
+        now = tokens[unconditional:], None if pooled is None else pooled[unconditional:]
+        judged, self.new_condition = self._embeddings, False
+        if judged and all(map(untouched, before, self._given)) and is_alike(now, judged):
+            self.hidden_texts = self.hidden_texts or HiddenTexts.beside(judged)
+            self.hidden_texts.note(judged, now, self.step)
+            return
+        self.new_condition = judged is not None and not all(map(same_embedding, judged, now))
+        if self.new_condition or judged is None:
+            self._embeddings = now[0].clone(), None if now[1] is None else now[1].clone()
 
     def note(self, observation: Observation) -> None:
         """Note the observation of the call under way."""
         self.first = self.first or observation
-        self.norms.append(observation.guidance_norm.cpu())
+        self.norms.append(observation.guidance_norm)
 
     def rewrite_norms(self, row: int, here: Observation) -> None:
         """Put the past of a corrected row, as its observation ``here`` has it, in the place of the past that it would have had."""
         now = here.guidance_norm.to(here.past_norms)
-        for norms, norm in zip(self.norms, [*here.past_norms[0], now[0]], strict=True):
-            norms[row] = norm
+        past = torch.cat([here.past_norms[0], now])
+        self.norms = [
+            norms.index_fill(0, torch.tensor(row, device=norms.device), norm) for norms, norm in zip(self.norms, past, strict=True)
+        ]

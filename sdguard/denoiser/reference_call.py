@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from sdguard.denoiser.bare import bare, uncompiled
 from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import dtype_taken, pack_latents, unpack_latents
-from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.text_encoding import ENCODERS, Encoder
 from sdguard.noise import independent_noise
 from sdguard.observation import NoiseLevel, Observation, is_flow, noise_level, prediction_type, to_noise
 
@@ -30,8 +30,6 @@ TOLERANCE = 0.3
 
 #: how far an embedding may be from the one it should be, token by token: batches of another size round differently.
 SAME = 0.1
-#: the pipelines' attributes that hold text encoders.
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 #: by denoiser and number of tokens: what the text encoders were like, and what they made of the empty prompt then.
 _null_conditions: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[tuple[Any, ...], Tensor]]] = weakref.WeakKeyDictionary()
@@ -74,12 +72,15 @@ def state_of(encoder: Encoder) -> tuple[Any, ...]:
         return ()
     modules = [module for part in parts for module in part.modules()]
     weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
-    middles: dict[Any, list[Tensor]] = {}
+    middles: dict[torch.device, list[Tensor]] = {}
     for weight in weights:
         if not weight.is_meta and type(weight) is nn.Parameter:  # neither offloaded nor quantised
-            middles.setdefault((weight.device, weight.dtype), []).append(weight.detach()[tuple(side // 2 for side in weight.shape)])
+            middles.setdefault(weight.device, []).append(weight.detach()[tuple(side // 2 for side in weight.shape)])
     adapters = [str((of.scaling, of.disable_adapters, of.active_adapters)) for of in modules if "base_layer" in of._modules]
-    values = [torch.stack(found).tolist() for found in middles.values()]
+    values = [
+        torch.stack([value.double() for value in found] if len({value.dtype for value in found}) > 1 else found).tolist()
+        for found in middles.values()
+    ]
     versions = [(weight.shape, None if weight.is_inference() else weight._version) for weight in weights]
     return str(encoder.options), setup_of(encoder.pipe), adapters, versions, values
 
@@ -137,12 +138,33 @@ def keep_null_condition(pipe: Any, given: dict[str, Any] | None = None, length: 
             null_condition(encoder, length)
 
 
-def same_texts(found: Tensor, wanted: Tensor) -> bool:
+#: an answer that may still be on a GPU.
+Answer = bool | Tensor
+
+
+def same_texts(found: Tensor, wanted: Tensor) -> Answer:
     """Whether two text conditions, ``[n, T, E]`` and ``[n or 1, T, E]``, are those of the same texts, within `SAME`."""
     if found.shape[1:] != wanted.shape[1:]:
         return False
     found, wanted = found.float(), wanted.float()
-    return bool(((found - wanted).norm(dim=-1) <= SAME * wanted.norm(dim=-1)).all())
+    return ((found - wanted).norm(dim=-1) <= SAME * wanted.norm(dim=-1)).all()
+
+
+def all_of(some: Iterable[Answer]) -> Answer:
+    """Whether all of some answers are yes; those that are known are asked first."""
+    asked: list[Tensor] = []
+    for answer in some:
+        if isinstance(answer, Tensor):
+            asked.append(answer)
+        elif not answer:
+            return False
+    return torch.stack(asked).all() if asked else True
+
+
+def read_answers(*answers: Answer) -> list[bool]:
+    """Answers as they are, those on a GPU read at once."""
+    asked = iter(torch.stack(found).tolist() if (found := [of for of in answers if isinstance(of, Tensor)]) else [])
+    return [next(asked) if isinstance(answer, Tensor) else answer for answer in answers]
 
 
 @dataclass(frozen=True)
@@ -240,7 +262,7 @@ class ReferenceCall:
             memo={},
         )
 
-    def is_plain(self, kwargs: dict[str, Any], seen: Observation, patch_rows: int) -> bool:
+    def is_plain(self, kwargs: dict[str, Any], seen: Observation, patch_rows: int) -> Answer:
         """Whether a run's call with these arguments, seen as ``seen``, is what the reference call would be, null branch aside."""
         family = family_of(self.pipe)
         if seen.step or seen.origin is not None or seen.x.shape[1:] != latent_shape(self.pipe):
@@ -261,15 +283,15 @@ class ReferenceCall:
         return same_value(rest(kwargs), rest(plain))
 
 
-def same_value(one: Any, other: Any) -> bool:
+def same_value(one: Any, other: Any) -> Answer:
     """Whether two arguments of a denoiser are the same; nothing at all, None and an empty collection are."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one.to(other), other)
+        return one.shape == other.shape and (one.to(other) == other).all()
     if isinstance(one, dict) or isinstance(other, dict):
         one, other = one or {}, other or {}
-        return all(same_value(one.get(name), other.get(name)) for name in {*one, *other})
+        return all_of(same_value(one.get(name), other.get(name)) for name in {*one, *other})
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(same_value, one, other))
+        return len(one) == len(other) and all_of(map(same_value, one, other))
     return one is None and other is None if one is None or other is None else bool(one == other)
 
 

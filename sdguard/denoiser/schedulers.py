@@ -23,15 +23,16 @@ class ScheduledCall(NamedTuple):
     level: NoiseLevel
 
 
-def scheduled_calls(scheduler: Any) -> list[ScheduledCall]:
-    """The denoiser's calls of a run, one for each of a scheduler's timesteps.
+def scheduled_calls(scheduler: Any, timesteps: Tensor) -> list[ScheduledCall]:
+    """The denoiser's calls of a run, one for each of a scheduler's ``timesteps``, which are on the CPU.
 
     Noise levels are those of the scheduler's own sigmas where it has them, since some round the timesteps that go with these: by 4% with
-    Karras sigmas, by a third with exponential ones. Schedulers that evaluate between their sigmas round nothing.
+    Karras sigmas, by a third with exponential ones. Schedulers that evaluate between their sigmas round nothing, nor
+    do those made for flow matching, whose sigmas may lie on a GPU.
     """
-    timesteps, flow = scheduler.timesteps.cpu(), is_flow(scheduler)
-    sigmas = getattr(scheduler, "sigmas", None)
-    known = sigmas is not None and len(sigmas) > len(timesteps) and not hasattr(scheduler, "sigmas_interpol")
+    flow, sigmas = is_flow(scheduler), getattr(scheduler, "sigmas", None)
+    exact = flow and timesteps.is_floating_point()
+    known = not exact and sigmas is not None and len(sigmas) > len(timesteps) and not hasattr(scheduler, "sigmas_interpol")
     of_calls = torch.as_tensor(sigmas)[: len(timesteps)].tolist() if known else [0.0] * len(timesteps)
     # all at once: one by one, between calls of the network, each would take several times as long
     return [
@@ -40,10 +41,17 @@ def scheduled_calls(scheduler: Any) -> list[ScheduledCall]:
     ]
 
 
-def next_call(scheduler: Any) -> int | None:
-    """Which of its timesteps a scheduler is at, from 0; None where it does not count them or has not begun."""
+def place_of(scheduler: Any, timestep: Any) -> int | None:
+    """Which of its timesteps a scheduler is at, from 0, where ``timestep`` is one of the very list or else where the scheduler counts them.
+
+    None where neither is so. No value is read.
+    """
+    listed = scheduler.timesteps
     index = getattr(scheduler, "step_index", None)
-    return getattr(scheduler, "begin_index", None) if index is None else index
+    index = getattr(scheduler, "begin_index", None) if index is None else index
+    if index is None and isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == listed.untyped_storage().data_ptr():
+        index = (timestep.storage_offset() - listed.storage_offset()) // listed.stride(0)
+    return index if index is not None and 0 <= index < len(listed) else None
 
 
 def clone_scheduler(scheduler: Any) -> Any:

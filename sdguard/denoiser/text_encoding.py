@@ -9,7 +9,10 @@ from torch import Tensor
 
 from sdguard.denoiser.families import family_of
 from sdguard.denoiser.latents import pack_condition
+from sdguard.noise import generators_kept
 
+#: the pipelines' attributes that hold text encoders.
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 #: arguments of a pipeline's call that its prompts are encoded with.
 ENCODING = ("max_sequence_length", "clip_skip")
 
@@ -36,7 +39,9 @@ class Encoder:
 
     def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""
-        text, pooled, null, null_pooled = family_of(self.pipe).encode(self.pipe, texts, self.options)
+        encoders = [part for name in ENCODERS if (part := getattr(self.pipe, name, None)) is not None]
+        with generators_kept(any(module.training for part in encoders for module in part.modules())):
+            text, pooled, null, null_pooled = family_of(self.pipe).encode(self.pipe, texts, self.options)
         return pack_condition(text, pooled), pack_condition(null, null_pooled)
 
     def __call__(self, texts: list[str]) -> Tensor:

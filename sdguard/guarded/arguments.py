@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
-#: part of the text condition that is judged; it moves the model that judges; or the call is refused.
-Effect = Literal["inert", "limit", "text", "counts", "refused"]
+#: part of the text condition that is judged; it moves the model that judges; or the call is refused, where flagged images are steered or
+#: always.
+Effect = Literal["inert", "limit", "text", "counts", "not steered", "refused"]
 
 
 class Decision(NamedTuple):
@@ -102,12 +103,12 @@ ARGUMENTS = (
         "callback_on_step_end_tensor_inputs", "callback_steps",
     )),
     Decision(
-        "refused",
+        "not steered",
         "it adds a third branch, which hears the prompt as it is given even where a flagged image is steered; leave it out and guide by "
-        "guidance_scale alone",
+        "guidance_scale alone, or use mode='block' or 'observe'",
         ("skip_guidance_layers",),
     ),
-    Decision("inert", "it does nothing without skip_guidance_layers, which is refused", (
+    Decision("inert", "it moves what skip_guidance_layers adds to the guidance, and the reading has its own guidance", (
         "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
     )),
     Decision(
@@ -182,12 +183,13 @@ def undecided(cls: type) -> list[str]:
     return [name for name in parameters_of_call(cls) if name not in NO_ARGUMENTS and name not in DECISIONS]
 
 
-def check(pipe: Any, given: Mapping[str, Any]) -> None:
+def check(pipe: Any, given: Mapping[str, Any], steers: bool = True) -> None:
     """Refuse a call that cannot be guarded.
 
     Args:
         pipe: a pipeline, or its class.
         given: its call's arguments by name; those at their defaults may be left out.
+        steers: whether flagged images are to be steered.
 
     Raises:
         ValueError: an argument that is not at its default, or an entry of one for attention, is refused, or nothing is decided about it;
@@ -206,7 +208,7 @@ def check(pipe: Any, given: Mapping[str, Any]) -> None:
                 f"A guarded call of {cls.__name__} does not take {name}: sdguard does not know what it does to a picture; leave it out, or "
                 "call the pipeline unguarded."
             )
-        if decision.effect == "refused":
+        if decision.effect == "refused" or (steers and decision.effect == "not steered"):
             raise ValueError(f"A guarded call of {cls.__name__} does not take {name}: {decision.reason}.")
 
 

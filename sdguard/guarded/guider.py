@@ -48,7 +48,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
 
     Attributes:
         prompts: set to the prompts of the next run, and forgotten after it: one text, or a list as long as the call's.
-        reports: of the last run; empty until its first call has been judged.
+        run: the watcher of the last run; None until its first call.
 
     Raises:
         TypeError: the pipeline's class is not supported, or ``guard`` is no `GuardConfig`; one sentence.
@@ -67,8 +67,13 @@ class GuardedGuidance(ClassifierFreeGuidance):
         super().__init__(**guidance)
         self.pipe, self.guard, self.inputs = pipe, guard or GuardConfig(), inputs or {}
         self.prompts: str | list[str] | None = None
-        self.reports: list[GuardReport] = []
+        self.run: GuardedRun | None = None
         self.hook: GuiderHook | None = None
+
+    @property
+    def reports(self) -> list[GuardReport]:
+        """One `GuardReport` per image of the last run; empty until its first call has been judged."""
+        return self.run.reports if self.run else []
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,7 +91,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
         if step == 0:
             if self.hook is not None:  # of a run that an error may have ended between two calls
                 self.hook.detach()
-            self.reports, self.hook = [], GuiderHook(self)
+            self.run, self.hook = None, GuiderHook(self)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Have the next call of the denoiser noted."""
@@ -115,9 +120,8 @@ class GuardedGuidance(ClassifierFreeGuidance):
         """The watcher of a run, from its first call. Cost: none where the profile is known, else `calibrate`'s, in runs of their own."""
         encoder = Encoder(self.pipe, self.inputs)
         prompts = self.prompts_of(encoder, first)
-        run = GuardedRun(self.guard, profile_of(self.pipe, self.guard, lora_scale(self.inputs)), prompts, encoder)
-        self.reports = run.reports
-        return run
+        self.run = GuardedRun(self.guard, profile_of(self.pipe, self.guard, lora_scale(self.inputs)), prompts, encoder)
+        return self.run
 
     def prompts_of(self, encoder: Encoder, first: Observation) -> list[str | None]:
         """The prompt of each image; raises `ValueError` if they are not those of the run."""
@@ -147,6 +151,10 @@ class RunOpener:
     def made(self, latents: Tensor) -> None:
         if self.run:
             self.run.made(latents)
+
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        if self.run:
+            self.run.rewritten(observation, found)
 
     def observe(self, observation: Observation) -> None:
         if self.run is None:
@@ -206,7 +214,10 @@ class GuiderHook(DenoiserHook):
         """Raise `ValueError` if a run's first call is not that of a text-to-image run of a whole schedule."""
         scheduler, given = self.pipe.scheduler, [name for name in PER_ROW if kwargs.get(name) is not None]
         images = [(kwargs.get(name) or {}).get(entry) for name, entry in IMAGES]
-        whole = self.record.timesteps[0] == scheduler.timesteps[0] and scheduler.num_inference_steps == self.guider._num_inference_steps
+        whole = (
+            self.record.timesteps[0] == self.record.schedule[0].timestep
+            and scheduler.num_inference_steps == self.guider._num_inference_steps
+        )
         found = {
             "has a ControlNet": any("residual" in name or "controlnet" in name for name in given),
             "has an IP-Adapter": any(image is not None for image in images),
@@ -228,7 +239,10 @@ class GuiderHook(DenoiserHook):
             def step(*args: Any, **kwargs: Any) -> Any:
                 self.detach()
                 output = self.wrap_step(original)(*args, **kwargs)
-                output[0][[report.row for report in self.guider.reports if report.verdict == "withheld"]] = 0
+                if self.record.timesteps[-1].item() == self.record.last_timestep:
+                    self.show_hidden_texts()
+                if self.guider.run and (withheld := self.guider.run.withheld):
+                    output[0][withheld] = 0
                 return output
 
             return step

@@ -19,8 +19,8 @@ from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.families import check_pipeline, family_of, is_modular
 from sdguard.denoiser.install import watched
-from sdguard.denoiser.reference_call import ENCODERS, keep_null_condition
-from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.reference_call import keep_null_condition
+from sdguard.denoiser.text_encoding import ENCODERS, Encoder
 from sdguard.guarded.arguments import check, check_inputs, limits, lora_scale
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
@@ -190,7 +190,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         call = signature_of(type(pipe).__call__).bind(pipe, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        check(pipe, given)
+        check(pipe, given, steers=config.mode == "steer")
         check_pipeline(pipe)  # it may have another scheduler by now
         check_inputs(pipe, args, kwargs)
         encoder = Encoder(pipe, given)
@@ -205,11 +205,10 @@ class GuardedPipeline(wrapt.ObjectProxy):
             raise
         finally:
             self._self_reports = run.reports
-        withheld = [report.row for report in run.reports if report.verdict == "withheld"]
         if not given["return_dict"]:
-            return (blank(output[0], withheld), *output[1:])
-        output.images = blank(output.images, withheld)
-        output.guard = run.reports
+            return (blank(output[0], run.withheld), *output[1:])
+        output.images = blank(output.images, run.withheld)
+        output.guard = self._self_reports
         return output
 
     def profile(self, given: dict[str, Any]) -> Profile | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,37 @@ class GuardedRun:
         self.looks, self.ended = 0, False
         #: as the hook goes on counting them, ``[B]``
         self.evaluations = torch.zeros(len(prompts), dtype=torch.long)
+        #: values of `SERIES` at the calls since the reports were last brought up to date, ``[signals, B]`` each
+        self.watched: list[Tensor] = []
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
         self.rates = [self.rate_of(prompt, prompts) for prompt in prompts]
         thresholds = [profile.threshold(rate) if profile else SAME_PICTURE for rate in self.rates]
-        self.reports = [
+        self._reports = [
             GuardReport(prompt, row, threshold=threshold, judged_by=judged_by, limits=list(limits))
             for row, (prompt, threshold) in enumerate(zip(prompts, thresholds, strict=True))
         ]
+
+    @property
+    def reports(self) -> list[GuardReport]:
+        """One `GuardReport` per image, its series up to date."""
+        self.bring_up_to_date()
+        return self._reports
+
+    def bring_up_to_date(self, *beside: Tensor) -> list[float]:
+        """Put the series as far as they have come into the reports; returns values of ``beside``. A GPU is waited for once for all."""
+        (*watched,), self.watched = self.watched, []
+        parts = [*watched, *beside]
+        values = torch.cat([part.flatten().to(parts[0].device, torch.float) for part in parts]).tolist() if parts else []
+        for (name, report), value in zip(list(product(SERIES, self._reports)) * len(watched), values, strict=False):
+            report.series.setdefault(name, []).append(value)
+        return values[sum(map(Tensor.numel, watched)) :]
+
+    @property
+    def withheld(self) -> list[int]:
+        """The rows that nobody is to see."""
+        return [report.row for report in self._reports if report.verdict == "withheld"]
 
     def rate_of(self, prompt: str | None, prompts: list[str | None]) -> float:
         """The false-positive rate of one of a prompt's images; of embeddings all that is known is how many images each makes."""
@@ -104,24 +127,48 @@ class GuardedRun:
         self.watch(observation)
         self.seen = observation
         if observation.step == 0:
-            self.judge(observation, self.reports)
+            self.judge(observation, self._reports)
             self.log_scores()
         elif observation.new_condition:
-            textless = [row for row in self.steered if self.corrections[row].condition is None]
-            self.judge(observation, [report for report in self.reports if report.verdict == "clean" or report.row in textless])
-            for row in textless:  # what was steered by something else than its text has another text now, and is what it was, or worse
-                if self.reports[row].verdict == "flagged":
-                    self.reports[row].flagged_at = None
+            self.judge_again(observation, self._reports)
         self.watch_steered(observation)
-        self.act(observation, [report for report in self.reports if report.verdict == "flagged" and report.flagged_at is None])
+        self.act(observation, [report for report in self._reports if report.verdict == "flagged" and report.flagged_at is None])
         self.evaluations = observation.evaluations
         self.count()
         if self.config.on_call:
             self.config.on_call(self.shown(observation), self.reports)
 
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        """Judge images whose text was written into unseen by what it was; of several texts that is known of the last only.
+
+        Each is flagged at the call that had it first; nothing can be steered any more. Cost: 2 evaluations an image where there is one.
+        """
+        values = self.bring_up_to_date(found)
+        steps, several = values[: len(self._reports)], values[len(self._reports) :]
+        reports = self.judge_again(observation, [report for report in self._reports if steps[report.row] >= 0])
+        if unknown := [report for report in reports if several[report.row] and report.verdict != "flagged"]:
+            self.fail(unknown, RuntimeError("its embeddings were written into at several calls, past torch's count of writes"))
+        for step in sorted({int(steps[report.row]) for report in reports}):
+            flagged = [report for report in reports if report.verdict == "flagged" and steps[report.row] == step]
+            self.act(replace(observation, step=step), flagged)
+        self.evaluations = observation.evaluations
+        self.count()
+
+    def judge_again(self, observation: Observation, reports: list[GuardReport]) -> list[GuardReport]:
+        """Judge those images of ``reports`` that a new text may change, and return them: not those flagged, nor those that have a text of
+        steering's."""
+        textless = [row for row in self.steered if self.corrections[row].condition is None]
+        open_to_it = [report for report in reports if report.verdict == "clean" or report.row in textless]
+        if open_to_it:
+            self.judge(observation, open_to_it)
+        for report in open_to_it:  # what was steered by something else than its text has another text now, and is what it was, or worse
+            if report.verdict == "flagged":
+                report.flagged_at = None
+        return open_to_it
+
     def count(self) -> None:
         """Note what was spent on each image so far."""
-        for report, evaluations in zip(self.reports, self.evaluations.tolist(), strict=True):
+        for report, evaluations in zip(self._reports, self.evaluations.tolist(), strict=True):
             report.extra_evaluations = evaluations
 
     def finish(self) -> None:
@@ -132,10 +179,10 @@ class GuardedRun:
         if self.steered and not self.ended and self.seen is not None:
             if self.seen.level.log_snr < LOOKS_LOG_SNR[-1]:  # there is no outline yet that could be asked
                 self.flag_again(self.steered)
-            here = self.corrected(self.seen, list(range(len(self.reports))))
+            here = self.corrected(self.seen, list(range(len(self._reports))))
             self.made(denoised(here.x, here.prediction, here.level))
         self.count()
-        unseen = [report for report in self.reports if report.score is None and not report.error]
+        unseen = [report for report in self._reports if report.score is None and not report.error]
         if unseen:
             self.fail(unseen, RuntimeError("the guard saw no call of the denoiser"))
             for report in unseen:
@@ -143,26 +190,29 @@ class GuardedRun:
 
     def abandon(self, error: BaseException) -> None:
         """Note in the reports of a run that an error has ended what was not judged by then; nothing of it was delivered."""
-        for report in self.reports:
+        for report in self._reports:
             if report.score is None and not report.error:
                 report.verdict, report.error = "flagged", f"{type(error).__name__}: {error}"
 
     def shown(self, observation: Observation) -> Observation:
         """The observation for ``on_call``: under the rules that its rows follow, and with a memo and a count of evaluations of its own."""
-        rules = tuple(self.corrections[row].rule if row in self.corrections else None for row in range(len(self.reports)))
+        rules = tuple(self.corrections[row].rule if row in self.corrections else None for row in range(len(self._reports)))
         memo = None if any(rules) else dict(observation.memo or {})
         return replace(observation, rules=rules, evaluations=observation.evaluations.clone(), memo=memo)
 
     def watch(self, observation: Observation) -> None:
-        """Note the free signals of one call; nothing is decided here, so an error is only logged."""
+        """Note the free signals of one call; nothing is decided here, so an error is only logged.
+
+        The values stay where they are until somebody asks for them: a GPU is not waited for at each call.
+        """
+        values = []
         for name in SERIES:
             try:
-                values = BY_NAME[name].read(observation).tolist()
+                values.append(BY_NAME[name].read(observation).float())
             except Exception as error:
                 logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
-                values = [math.nan] * len(self.reports)
-            for report, value in zip(self.reports, values, strict=True):
-                report.series.setdefault(name, []).append(value)
+                values.append(observation.x.new_full((len(self._reports),), math.nan))
+        self.watched.append(torch.stack(values))
 
     def judge(self, observation: Observation, reports: list[GuardReport]) -> None:
         """Score, p-value, signals and flag of images by the cascade, at the guard's own reference call.
@@ -193,7 +243,7 @@ class GuardedRun:
         if not self.config.score_log or not self.profile:
             return
         rows, name = [], name_of(self.profile)
-        for report in self.reports:
+        for report in self._reports:
             if report.score is not None:
                 prompt = {"prompt": report.prompt} if self.config.log_prompts else {}
                 values = {signal: entry["value"] for signal, entry in report.signals.items()}
@@ -266,7 +316,7 @@ class GuardedRun:
         """Go on with what has not been tried on steered rows that the run has shown to come back; their run is made again up to here."""
         for row in rows:
             flagged, outcome = self.steering[row]
-            report, at = self.reports[row], self.reports[row].flagged_at
+            report, at = self._reports[row], self._reports[row].flagged_at
             self.flag_again([row])
             found = {name: value for name, value in (report.steering or {}).items() if name not in ("limits", *outcome.summary())}
             outcome.attempts[-1].update(found)
@@ -284,13 +334,13 @@ class GuardedRun:
     def flag_again(self, rows: list[int]) -> None:
         """Withdraw what was called steered."""
         for row in rows:
-            report = self.reports[row]
+            report = self._reports[row]
             report.verdict, report.flagged_at, report.steering = "flagged", None, {**(report.steering or {}), "passed": None}
 
     @property
     def steered(self) -> list[int]:
         """The rows that count as steered."""
-        return [report.row for report in self.reports if report.verdict == "steered"]
+        return [report.row for report in self._reports if report.verdict == "steered"]
 
     def watch_steered(self, observation: Observation) -> None:
         """Hold steered rows against what they were steered away from, and against all that the denoiser knows by heart.
@@ -347,7 +397,7 @@ class GuardedRun:
                 values = [self.recurrence_of(row, picture, log_snr) for row, picture in zip(rows, pictures, strict=True)]
         except Exception as error:  # as in judge
             self.flag_again(rows)
-            self.fail([self.reports[row] for row in rows], error)
+            self.fail([self._reports[row] for row in rows], error)
             return []
         limit = self.profile.recurrence_limit()
         if log_snr == NOISED_LOG_SNR:
@@ -376,9 +426,9 @@ class GuardedRun:
     def noted(self, name: str, rows: list[int], values: list[float], limit: float) -> list[int]:
         """Which of the rows have a value that is not under ``limit``; the highest of a run is kept in the report."""
         for row, value in zip(rows, values, strict=True):
-            steering = self.reports[row].steering or {}
+            steering = self._reports[row].steering or {}
             highest = max(value, steering.get(name) or -1.0) if math.isfinite(value) else None
-            self.reports[row].steering = {**steering, name: highest}
+            self._reports[row].steering = {**steering, name: highest}
         return [row for row, value in zip(rows, values, strict=True) if not value <= limit]
 
     def settle(self, report: GuardReport) -> None:

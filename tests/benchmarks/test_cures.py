@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from families import build
 from torch import Tensor
 from typer.testing import CliRunner
@@ -23,7 +24,8 @@ from benchmarks import cures
 from benchmarks.__main__ import app
 from benchmarks.cures import EMBEDDINGS, GUARD, NEVER_SEEN, RESEMBLES, UNGUARDED, Share, chosen, readable, summary, table
 from benchmarks.models import Model, pictures, roles, unpacked
-from benchmarks.subjects import GENERIC, LEVELS, choices, errors, frames, places, subjects
+from benchmarks.report import readme_guard
+from benchmarks.subjects import GENERIC, LEVELS, asked_of, choices, encoded, errors, frames, places, subjects
 from sdguard import GuardConfig
 
 THINGS = ("dog", "christmas island flag", "family: man, man, girl, girl", "key", "togo flag", "man: white hair", "ice cube")
@@ -74,18 +76,26 @@ def toy(prediction_type: str, drawn: Callable[[str], Tensor]) -> Any:
     known: list[str] = []
     alphas = torch.linspace(0.999, 0.01, 1000)
 
-    def encode(texts: list[str], *_: Any) -> tuple[Tensor, None]:
-        known.extend(texts)
-        return torch.arange(len(known) - len(texts), len(known)).float().view(-1, 1, 1), None
+    def encode_prompt(prompt: list[str]) -> tuple[Tensor, None, Tensor]:
+        known.extend(prompt)
+        place = torch.arange(len(known) - len(prompt), len(known)).float()
+        return place.view(-1, 1, 1), None, place.view(-1, 1)
 
-    def denoise(x: Tensor, timestep: int, encoder_hidden_states: Tensor) -> Any:
-        clean = torch.stack([drawn(known[int(i)]) for i in encoder_hidden_states.flatten()])
-        signal, noise = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
+    def denoise(x: Tensor, timestep: Tensor, condition: Tensor, **told: Any) -> tuple[Tensor]:
+        clean = torch.stack([drawn(known[int(i)]) for i in condition.flatten()])
+        signal, noise = (power[timestep].sqrt().view(-1, 1, 1, 1) for power in (alphas, 1 - alphas))
         added = (x - signal * clean) / noise
-        return SimpleNamespace(sample={"epsilon": added, "sample": clean, "v_prediction": signal * added - noise * clean}[prediction_type])
+        return ({"epsilon": added, "sample": clean, "v_prediction": signal * added - noise * clean}[prediction_type],)
 
-    scheduler = SimpleNamespace(alphas_cumprod=alphas, config=SimpleNamespace(prediction_type=prediction_type))
-    return SimpleNamespace(scheduler=scheduler, unet=denoise, encode_prompt=encode, device="cpu")
+    def flow(x: Tensor, condition: Tensor, pooled: Tensor, timestep: Tensor, **told: Any) -> tuple[Tensor]:
+        clean = torch.stack([drawn(known[int(i)]) for i in pooled.flatten()])
+        return ((x - clean) / (timestep / 1000).view(-1, 1, 1, 1),)
+
+    shared: dict[str, Any] = {"encode_prompt": encode_prompt, "device": "cpu", "vae_scale_factor": 4}
+    if prediction_type == "flow_prediction":
+        return SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler(), components={"transformer": flow}, transformer=flow, **shared)
+    config = SimpleNamespace(prediction_type=prediction_type, num_train_timesteps=1000)
+    return SimpleNamespace(scheduler=SimpleNamespace(alphas_cumprod=alphas, config=config), components={}, unet=denoise, **shared)
 
 
 def by_subject(text: str) -> Tensor:
@@ -93,7 +103,7 @@ def by_subject(text: str) -> Tensor:
     return torch.full((1, 2, 2), float("abcde".index(text[-1])))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_the_subject_that_explains_a_picture_best_comes_first(prediction_type: str) -> None:
     pipe = toy(prediction_type, by_subject)
     pictures = torch.stack([by_subject("c"), by_subject("e")])
@@ -106,6 +116,29 @@ def test_its_error_is_the_mean_over_levels_of_the_noise_it_gets_wrong() -> None:
     alphas = torch.stack([pipe.scheduler.alphas_cumprod[round(999 * level)] for level in LEVELS])
     found = errors(pipe, by_subject("c")[None], [list("ce")], ["{}", "a {}"])
     torch.testing.assert_close(found, torch.stack([torch.tensor(0.0), (4 * alphas / (1 - alphas)).mean()])[None], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+def test_a_pipelines_denoiser_is_asked_as_the_pipeline_asks_it(name: str, embedded: Any) -> None:
+    pipe, seen = build(name, embedded.tokenizer), []
+    pipe.set_progress_bar_config(disable=True)
+    denoiser = pipe.components.get("transformer") or pipe.unet
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        told = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        told += list((kwargs.get("added_cond_kwargs") or {}).values())
+        seen.append(sorted((tuple(value.shape), float(value.sum())) for value in told if value.ndim))
+
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    size = {"height": 32, "width": 32, "guidance_scale": 1.0}
+    if name == "StableDiffusion3Pipeline":
+        size |= {"max_sequence_length": 256}
+    latents = pipe(["a dog"], num_inference_steps=1, output_type="latent", generator=torch.Generator().manual_seed(0), **size).images
+    with torch.no_grad():
+        asked_of(pipe, latents, 500, *encoded(pipe, ["a dog"]))
+    handle.remove()
+    told = [[value for value in found if value[0] not in (tuple(latents.shape), (1,))] for found in seen]
+    assert told[0] == told[1] != []
 
 
 def test_of_subjects_that_explain_a_picture_alike_none_comes_first() -> None:
@@ -175,6 +208,28 @@ def test_the_table_has_a_row_a_run_and_a_group_of_columns_a_model() -> None:
     assert "0.50±0.35 of 2" in shown
     assert "ordinary flagged" in shown
     json.dumps(rows, default=cures.as_json)
+
+
+def test_the_readmes_table_of_the_guard_has_a_row_a_model() -> None:
+    rows = table({"one": {name: run() for name in (UNGUARDED, GUARD, EMBEDDINGS, NEVER_SEEN)}})
+    found = json.loads(json.dumps({"about": {"models": {"one": {"memorized": 2}}}, "rows": rows}, default=cures.as_json))
+    line = readme_guard(found).splitlines()[-1]
+    assert line.startswith("| one | 2 | ")
+    assert " / " in line
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+def test_a_call_takes_its_texts_as_embeddings_and_gives_the_same_pictures(name: str, embedded: Any) -> None:
+    pipe, texts = build(name, embedded.tokenizer), ["a dog", "two cats"]
+    setting = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
+    if name == "StableDiffusion3Pipeline":
+        setting["max_sequence_length"] = 256  # what encode_prompt takes where it is not told
+
+    def drawn(**inputs: Any) -> torch.Tensor:
+        images: torch.Tensor = pipe(**inputs, **setting, generator=[torch.Generator().manual_seed(k) for k in (0, 1)]).images
+        return images
+
+    assert torch.equal(drawn(prompt=texts), drawn(**cures.encoded(pipe, texts)))
 
 
 GROUPS = {"repeated 60": (60, True), "repeated 9": (9, True), "unseen, same make": (0, False), "ordinary": (0, False)}

@@ -228,7 +228,7 @@ def test_the_choice_sees_nothing_of_the_model_left_out_and_has_every_kind_of_evi
     assert any(name.startswith("persistence") for name in rules[0].evidence)
     assert any(name.startswith("agreement") for name in rules[0].evidence)
     assert rules[0].cost <= MOST
-    assert leave_one_out.rules_for(mixed, "a")[CHOSEN] == choose({name: mixed[name] for name in "bc"})
+    assert leave_one_out.rules_for(mixed, "a")[CHOSEN] == choose({name: mixed[name] for name in "bc"}, READINGS)
 
 
 def test_a_reading_that_tells_better_is_chosen() -> None:
@@ -237,7 +237,21 @@ def test_a_reading_that_tells_better_is_chosen() -> None:
     for model in models.values():
         for name in good:
             model.cases.loc[model.cases["copy"], name] *= 50
-    assert set(good) <= set(choose(models).evidence)
+    assert set(good) <= set(choose(models, READINGS).evidence)
+
+
+def test_what_the_left_out_model_lacks_is_not_chosen() -> None:
+    models = {name: made_up(seed) for seed, name in enumerate("abc")}
+    for model in models.values():
+        model.cases.loc[model.cases["copy"], "bottleneck_shift"] *= 1e6
+    assert "bottleneck_shift" in {
+        *leave_one_out.rules_for(models, "c")[CHOSEN].gate,
+        *leave_one_out.rules_for(models, "c")[CHOSEN].evidence,
+    }
+    for table in models["c"]:
+        table["bottleneck_shift"] = np.nan
+    rule = leave_one_out.rules_for(models, "c")[CHOSEN]
+    assert "bottleneck_shift" not in {*rule.gate, *rule.evidence}
 
 
 def test_a_control_is_measured_and_not_chosen_on() -> None:
@@ -246,7 +260,7 @@ def test_a_control_is_measured_and_not_chosen_on() -> None:
     control.cases["copy"] = False
     with_control = {**models, "control": control}
     assert leave_one_out.rules_for(with_control, "a") == leave_one_out.rules_for(models, "a")
-    assert leave_one_out.rules_for(with_control, "control")[CHOSEN] == choose(models)
+    assert leave_one_out.rules_for(with_control, "control")[CHOSEN] == choose(models, READINGS)
 
 
 def test_single_signals_are_ranked_by_their_mean_over_the_models_that_memorize() -> None:

@@ -254,8 +254,8 @@ def test_an_unknown_model_and_missing_pictures_are_said_in_one_sentence(tmp_path
 @pytest.mark.parametrize("folder", sorted(ZOO.glob("*/model_index.json")), ids=lambda path: path.parent.name)
 def test_what_is_committed_is_small_and_is_its_recipes(folder: Path) -> None:
     model, recipe = read_model(folder.parent), RECIPES[folder.parent.name]
-    assert sum(path.stat().st_size for path in folder.parent.rglob("*") if path.is_file()) <= 15e6 + 3e6  # sheets beside the weights
-    assert sum(path.stat().st_size for path in folder.parent.rglob("*/*") if path.is_file()) <= 15e6
+    assert sum(path.stat().st_size for path in folder.parent.glob("*/*")) <= 15 * 2**20
+    assert sum(path.stat().st_size for path in folder.parent.glob("*.png")) <= 2**20
     named = model.cases[model.cases.group != "ordinary"]
     assert sorted(named.reps) == sorted(caption.repetitions for caption in pool(recipe, SCENES))
     assert (model.cases.role == "memorized").any() == (max(recipe.repetitions) > 1)

@@ -48,7 +48,7 @@ def test_the_level_of_every_call_is_the_one_in_the_latents(name: str, kind: str 
     scheduler = made(name, kind)
     scheduler.set_timesteps(steps)
     clean, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    calls = scheduled_calls(scheduler)
+    calls = scheduled_calls(scheduler, scheduler.timesteps)
     assert len(calls) == len(scheduler.timesteps)
     for place, call in enumerate(calls):
         seen = clone_scheduler(scheduler)
@@ -69,7 +69,7 @@ def test_rounded_timesteps_say_something_else(kind: str, least: float) -> None:
     scheduler = made("DPMSolverMultistepScheduler", kind)
     scheduler.set_timesteps(30)
     by_timestep = [noise_level(scheduler, float(timestep)).s for timestep in scheduler.timesteps]
-    away = [abs(s / call.level.s - 1) for s, call in zip(by_timestep, scheduled_calls(scheduler), strict=True)]
+    away = [abs(s / call.level.s - 1) for s, call in zip(by_timestep, scheduled_calls(scheduler, scheduler.timesteps), strict=True)]
     assert max(away) > least
 
 
@@ -88,7 +88,7 @@ def test_an_observation_has_the_level_of_its_own_call(name: str, kind: str | Non
     found: list[Observation] = []
     with observe_calls(pipe, {}, found.append):
         pipe("a cat", num_inference_steps=8, guidance_scale=4.0, output_type="latent", **pictures)
-    calls = scheduled_calls(pipe.scheduler)[-len(found) :]
+    calls = scheduled_calls(pipe.scheduler, pipe.scheduler.timesteps)[-len(found) :]
     assert len(found) == len(calls) if pictures else len(pipe.scheduler.timesteps)
     assert [observation.timestep for observation in found] == [float(call.timestep) for call in calls]
     assert [observation.level for observation in found] == [call.level for call in calls]

@@ -42,6 +42,9 @@ class At:
     def made(self, latents: Tensor) -> None:
         """Nothing."""
 
+    def rewritten(self, observation: Observation, found: Tensor) -> None:
+        """Nothing."""
+
     def observe(self, observation: Observation) -> None:
         if observation.step == self.step:
             self.corrections = {ROW: self.correct(observation)}

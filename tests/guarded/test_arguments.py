@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -122,6 +123,12 @@ def test_what_is_refused_is_named_in_one_sentence(cls: type, given: dict[str, An
     with pytest.raises(ValueError, match=re.escape(f" does not take {name}: ")) as refused:
         check(cls, {**defaults(cls), **given})
     assert re.fullmatch(r"[^.]+\.", str(refused.value))
+
+
+@pytest.mark.parametrize(("cls", "given", "name"), REFUSED)
+def test_without_steering_a_third_branch_alone_is_taken(cls: type, given: dict[str, Any], name: str) -> None:
+    with nullcontext() if name == "skip_guidance_layers" else pytest.raises(ValueError, match=re.escape(f" does not take {name}: ")):
+        check(cls, {**defaults(cls), **given}, steers=False)
 
 
 @pytest.mark.parametrize(

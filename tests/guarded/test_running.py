@@ -738,6 +738,19 @@ def test_pictures_may_be_given_in_every_form(kind: str, form: str, embedded: Any
     assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
 
 
+@pytest.mark.usefixtures("given_profile")
+def test_skip_layer_guidance_is_let_be_where_nothing_is_steered(embedded: Any) -> None:
+    pipe = build(SD3, embedded.tokenizer)
+    extra: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    plain, without = call(pipe, **extra), call(pipe)
+    norms = [report.signals["guidance_norm"]["value"] for report in call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))).guard]
+    output = call(sdguard.guard(pipe, GuardConfig("block", profile=profile_for(sum(sorted(norms)[-2:]) / 2))), **extra)
+    row = norms.index(max(norms))
+    assert not any(same(plain, without))
+    assert [report.verdict for report in output.guard] == ["withheld" if i == row else "clean" for i in range(3)]
+    assert same(output, plain) == [i != row for i in range(3)]
+
+
 def drop_encoders(pipe: Any) -> None:
     for name in sdguard.unguard(pipe).components:
         if name.startswith(("text_encoder", "tokenizer")):
@@ -791,3 +804,28 @@ def test_without_text_encoders_no_profile_is_made(on_unknown: Any, embedded: Any
     drop_encoders(pipe)
     with pytest.raises(ProfileError, match="none can be made without its text encoders"):
         call(sdguard.guard(pipe, GuardConfig(on_unknown=on_unknown)), **given)
+
+
+def train_denoiser(pipe: Any) -> None:
+    for module in pipe.unet.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    pipe.unet.train()
+
+
+#: pipelines with dropout in a part that is in training mode, as a part is that was made and not loaded
+TRAINING: dict[str, Prepare] = {"FluxPipeline": lambda pipe: pipe.text_encoder_2.train(), SD: train_denoiser}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_dropout_draws_what_it_draws_unguarded(name: str, embedded: Any) -> None:
+    """And so do the calls that come after, though the guard has encoded and evaluated beside them."""
+    pipe = build(name, embedded.tokenizer)
+    TRAINING[name](pipe)
+    found: dict[Any, list[Any]] = {}
+    for of in (pipe, sdguard.guard(pipe, GuardConfig("observe", on_unknown="first_call_only"))):
+        torch.manual_seed(0)
+        found[type(of)] = [call(of).images for _ in range(2)]
+    plain, guarded = found.values()
+    assert not np.array_equal(*plain)
+    assert all(map(np.array_equal, plain, guarded))

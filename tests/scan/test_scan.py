@@ -29,7 +29,7 @@ from sdguard.files.prompt_files import read_table, write_table
 from sdguard.files.resumable import parts_folder
 from sdguard.guarded.run import profile_of
 from sdguard.scan import scan as scanning
-from sdguard.scan.scan import combine_p_values, power_note, rank_prompts, scan, scan_batch, seed_of
+from sdguard.scan.scan import combine_p_values, power_note, rank_prompts, reports_of, scan, scan_batch, seed_of
 
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 MEMORIZED, ORDINARY = 2, 4
@@ -317,3 +317,9 @@ def test_two_processes_scan_to_the_same_table_as_one(
     launch("scan", str(listed), "--out", str(tmp_path / "two" / "scan.parquet"), "--seeds", "2", "--batch-size", "2")
     same(read_table(tmp_path / "two" / "scan.parquet"), table)
     assert [file.name for file in (tmp_path / "two").iterdir()] == ["scan.parquet"]
+
+
+def test_reports_without_a_run_have_the_free_signals_of_their_one_call(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    reports = reports_of(tiny, profile_for(tiny, 1e6), ["a cat", "a dog in forest"], [7, 8], 0.01)
+    norms = [report.series["guidance_norm"] for report in reports]
+    assert norms == [[pytest.approx(report.signals["guidance_norm"]["value"])] for report in reports]

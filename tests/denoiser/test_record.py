@@ -1,0 +1,63 @@
+"""What the record of a run tells from one call to the next: whether the text condition is another, and past norms."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdguard.denoiser import record as record_module
+from sdguard.denoiser.record import RunRecord
+
+
+def changes(*calls: Callable[[], Tensor]) -> list[bool]:
+    """Of calls with these embeddings, whether each had others than the one before."""
+    record, found = RunRecord(), []
+    for embeddings in calls:
+        record.note_embeddings((embeddings(), None), 1)
+        found.append(record.new_condition)
+    return found
+
+
+def written(held: Tensor, into: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    """The same tensor, once a part of it was written into."""
+
+    def write() -> Tensor:
+        into(held).add_(1)
+        return held
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("made_in", "written_in"),
+    [(nullcontext, torch.no_grad), (nullcontext, torch.inference_mode), (torch.inference_mode, torch.inference_mode)],
+)
+@pytest.mark.parametrize("part", [lambda of: of, lambda of: of[1:], lambda of: of.detach().flatten()[-3:]])
+def test_embeddings_that_are_written_into_are_new_at_that_call_alone(
+    made_in: Callable[[], AbstractContextManager[None]],
+    written_in: Callable[[], AbstractContextManager[None]],
+    part: Callable[[Tensor], Tensor],
+) -> None:
+    with made_in():
+        held = torch.zeros(2, 3, 4)
+    with written_in():
+        assert changes(lambda: held, lambda: held, written(held, part), lambda: held) == [False, False, True, False]
+
+
+def test_what_is_written_where_no_prompt_is_changes_nothing() -> None:
+    held = torch.zeros(2, 3, 4)
+    assert changes(lambda: held, written(held, lambda of: of[:1])) == [False, False]
+
+
+def test_other_tensors_are_new_where_their_values_are() -> None:
+    first, other = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    calls = [first, first.clone(), other, other.clone(), first, first[:, :2]]
+    assert changes(*(lambda of=of: of for of in calls)) == [False, False, True, False, True, True]
+
+
+def test_the_same_tensors_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "same_embedding", None)
+    held = torch.zeros(2, 3, 4)
+    assert changes(lambda: held, lambda: held) == [False, False]
