@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    ChromaTransformer2DModel,
     ControlNetModel,
     DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
     LCMScheduler,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 import sdguard
 from sdguard import Profile
@@ -108,6 +127,19 @@ def sd(name: str, tokenizer: Any, in_channels: int = 4, embeds_guidance: int | N
     )
 
 
+def upscale(name: str, tokenizer: Any) -> Any:
+    low_res = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    classes: dict[str, Any] = {"num_class_embeds": 400}
+    return getattr(diffusers, name)(
+        vae=vae(scaling_factor=0.08333),
+        text_encoder=CLIPTextModel(text_config(tokenizer)),
+        tokenizer=tokenizer,
+        unet=unet(4 + 3, **classes),
+        low_res_scheduler=low_res,
+        scheduler=scheduler(),
+    )
+
+
 #: SDXL's added conditions
 ADDED: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
 
@@ -169,21 +201,113 @@ def sd3(name: str, tokenizer: Any, channels: int = 4, **extra: Any) -> Any:
     )
 
 
-def flux(name: str, tokenizer: Any, **extra: Any) -> Any:
-    transformer = FluxTransformer2DModel(**FLUX)
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+def t5(tokenizer: Any) -> T5EncoderModel:
+    sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), pad_token_id=0, **sizes)).eval()
+
+
+def flux(name: str, tokenizer: Any, in_channels: int = 16, **extra: Any) -> Any:
+    transformer = FluxTransformer2DModel(**{**FLUX, "in_channels": in_channels, "out_channels": 16})
     pipe = getattr(diffusers, name)(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae(shift_factor=0.06),
         text_encoder=CLIPTextModel(text_config(tokenizer)),
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5).eval(),
+        text_encoder_2=t5(tokenizer),
         tokenizer_2=tokenizer,
         **extra,
     )
     pipe.default_sample_size = SIZE // pipe.vae_scale_factor
     return pipe
+
+
+def chroma(name: str, tokenizer: Any) -> Any:
+    sizes = {name: FLUX[name] for name in FLUX if name not in ("pooled_projection_dim", "guidance_embeds")}
+    approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    transformer = ChromaTransformer2DModel(**sizes, **approximator)
+    transformer.register_to_config(guidance_embeds=False)  # which its inpainting pipeline asks for
+    pipe = getattr(diffusers, name)(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(shift_factor=0.06),
+        text_encoder=t5(tokenizer),
+        tokenizer=tokenizer,
+    )
+    pipe.default_sample_size = SIZE // pipe.vae_scale_factor
+    return pipe
+
+
+def flux2(name: str, tokenizer: Any) -> Any:
+    """Its text is read off layers 9, 18 and 27 of a language model."""
+    qwen: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 27, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    reader = copy.deepcopy(tokenizer)
+    reader.chat_template = "{{ messages[0]['content'] }} ."
+    pipe = getattr(diffusers, name)(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=(4, 4, 4, 4),
+            timestep_guidance_channels=16,
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=4,
+            layers_per_block=1,
+        ),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **qwen, **heads)).eval(),
+        tokenizer=reader,
+    )
+    pipe.default_sample_size = SIZE // pipe.vae_scale_factor
+    return pipe
+
+
+def pixart(name: str, tokenizer: Any) -> Any:
+    """One that learns variances, as the published ones do."""
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 32}
+    transformer = PixArtTransformer2DModel(
+        sample_size=8, num_layers=1, in_channels=4, out_channels=8, use_additional_conditions=False, **sizes
+    )
+    return getattr(diffusers, name)(
+        transformer=transformer, scheduler=scheduler(), vae=vae(), text_encoder=t5(tokenizer), tokenizer=tokenizer
+    )
+
+
+def sana(name: str, tokenizer: Any) -> Any:
+    blocks: dict[str, Any] = {
+        f"{part}_{what}": value
+        for part in ("encoder", "decoder")
+        for what, value in {"block_out_channels": (8, 16), "layers_per_block": (1, 1), "qkv_multiscales": ((), ())}.items()
+    }
+    sizes: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 32}
+    crossing: dict[str, Any] = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
+    gemma = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+    )
+    return getattr(diffusers, name)(
+        transformer=SanaTransformer2DModel(in_channels=4, out_channels=4, num_layers=1, sample_size=16, **sizes, **crossing),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=AutoencoderDC(latent_channels=4, attention_head_dim=4, **blocks),
+        text_encoder=Gemma2Model(gemma).eval(),
+        tokenizer=tokenizer,
+    )
 
 
 def unzeroed(model: Any) -> Any:
@@ -245,6 +369,7 @@ PIPELINES: dict[str, tuple[Callable[[str, Any], Any], Callable[[], dict[str, Any
         lambda name, t: sd(name, t, embeds_guidance=8),
         lambda: {"image": picture(), "strength": 0.8, "original_inference_steps": 40},
     ),
+    "StableDiffusionUpscalePipeline": (upscale, lambda: {"image": picture()[..., :8, :8].repeat(3, 1, 1, 1)}),
     "StableDiffusionXLPipeline": (sdxl, dict),
     "StableDiffusionXLImg2ImgPipeline": (sdxl, lambda: {"image": picture(), "strength": 0.8}),
     "StableDiffusionXLInpaintPipeline": (sdxl, lambda: {**masked(), "strength": 0.9}),
@@ -277,10 +402,29 @@ PIPELINES: dict[str, tuple[Callable[[str, Any], Any], Callable[[], dict[str, Any
         lambda name, t: flux(name, t, controlnet=unzeroed(FluxControlNetModel(**FLUX))),
         lambda: {"control_image": picture(), **SHORT},
     ),
+    "FluxKontextPipeline": (flux, lambda: {"image": picture(), "max_area": SIZE**2, "_auto_resize": False, **SHORT}),
+    "FluxKontextInpaintPipeline": (
+        flux,
+        lambda: {**masked(), "strength": 0.9, "max_area": SIZE**2, "_auto_resize": False, **SHORT},
+    ),
+    "FluxFillPipeline": (
+        # latents, a picture's latents, and the mask of two pixels by two, in patches of two by two
+        lambda name, t: flux(name, t, in_channels=(4 + 4 + 2 * 2) * 4),
+        lambda: {**masked(), "strength": 0.9, **SHORT},
+    ),
+    "ChromaPipeline": (chroma, lambda: SHORT),
+    "ChromaImg2ImgPipeline": (chroma, lambda: {"image": picture(), "strength": 0.8, **SHORT}),
+    "ChromaInpaintPipeline": (chroma, lambda: {**masked(), "strength": 0.9, **SHORT}),
+    "Flux2KleinPipeline": (flux2, lambda: SHORT),
+    "PixArtSigmaPipeline": (pixart, lambda: {"use_resolution_binning": False, **SHORT}),
+    "SanaPipeline": (
+        sana,
+        lambda: {"use_resolution_binning": False, "complex_human_instruction": ["a poster"], **SHORT, "height": 32, "width": 32},
+    ),
 }
 
 #: pipelines that have no unconditional branch
-DISTILLED = {name for name in PIPELINES if name.startswith(("Flux", "LatentConsistency"))}
+DISTILLED = {name for name in PIPELINES if name.startswith(("Flux", "LatentConsistency")) and not name.startswith("Flux2")}
 
 
 def build(name: str, tokenizer: Any) -> Any:

@@ -15,7 +15,7 @@ from sdguard.denoiser.families import TEXT, Family
 PER_ROW = (
     "added_cond_kwargs", "timestep_cond", "class_labels", "encoder_attention_mask", "down_block_additional_residuals",
     "mid_block_additional_residual", "down_intrablock_additional_residuals", "pooled_projections", "block_controlnet_hidden_states",
-    "guidance", "controlnet_block_samples", "controlnet_single_block_samples", "joint_attention_kwargs",
+    "guidance", "attention_mask", "controlnet_block_samples", "controlnet_single_block_samples", "joint_attention_kwargs",
 )  # fmt: skip
 
 

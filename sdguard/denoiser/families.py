@@ -58,6 +58,26 @@ def encode_clip_and_t5(pipe: Any, texts: list[str], options: dict[str, Any]) -> 
     return text[:count], pooled[:count], text[count:].expand(count, -1, -1), pooled[count:].expand(count, -1)
 
 
+def encode_with_mask(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """One text encoder, and which tokens count: PixArt-Sigma and Sana."""
+    text, mask, null, null_mask = pipe.encode_prompt(texts, True, device=pipe._execution_device, **options)
+    return text, mask, null, null_mask
+
+
+def encode_t5(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """A T5, and which tokens count: Chroma."""
+    text, _, mask, null, _, null_mask = pipe.encode_prompt(texts, device=pipe._execution_device, **options)
+    return text, mask, null, null_mask
+
+
+def encode_by_template(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """A language model that reads a prompt as a message: Flux 2 Klein, whose unconditional prompt is the empty message."""
+    given = {name: value for name, value in options.items() if name != "lora_scale"}
+    text, _ = pipe.encode_prompt([*texts, ""], device=pipe._execution_device, **given)
+    count = len(texts)
+    return text[:count], None, text[count:].expand(count, -1, -1), None
+
+
 def encode_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """SDXL as a modular pipeline, whose encoding is its text block's. The texts go to both encoders."""
     from diffusers.modular_pipelines.stable_diffusion_xl.encoders import StableDiffusionXLTextEncoderStep
@@ -77,6 +97,11 @@ def encode_three_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any])
 def classifier_free(pipe: Any, given: dict[str, Any]) -> float:
     """Guidance in one call of the denoiser, unconditional rows first."""
     return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
+
+
+def told_guidance(pipe: Any, given: dict[str, Any]) -> float:
+    """The same where the pipeline itself does not keep the scale."""
+    return max(1.0, float(given.get("guidance_scale", default_of(pipe, "guidance_scale"))))
 
 
 def true_guidance(pipe: Any, given: dict[str, Any]) -> float:
@@ -139,16 +164,65 @@ def plain_sdxl(pipe: Any, x: Tensor) -> dict[str, Any]:
     return {**found, "added_cond_kwargs": {**found.get("added_cond_kwargs", {}), "time_ids": ids}}
 
 
+def plain_upscale(pipe: Any, x: Tensor) -> dict[str, Any]:
+    """The noise level of the picture that is made larger: the highest that there is, at which it says least."""
+    return {**plain_unet(pipe, x), "class_labels": torch.full((len(x),), int(pipe.config.max_noise_level), device=x.device)}
+
+
 def plain_flux(pipe: Any, x: Tensor) -> dict[str, Any]:
-    """The places of the patches, no picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
-    rows, columns = (side // 2 for side in x.shape[2:])
-    places = torch.zeros(rows, columns, 3, device=x.device)
-    places[..., 1], places[..., 2] = torch.arange(rows, device=x.device)[:, None], torch.arange(columns, device=x.device)[None]
-    found: dict[str, Any] = {"img_ids": places.flatten(0, 1).to(x)}
+    """No picture for IP-Adapters, and for distilled models the guidance scale that they are told."""
+    found: dict[str, Any] = {}
     if getattr(pipe.transformer, "encoder_hid_proj", None) is not None:
         found["joint_attention_kwargs"] = {"ip_hidden_states": []}
-    if pipe.transformer.config.guidance_embeds:
+    if getattr(pipe.transformer.config, "guidance_embeds", False):
         found["guidance"] = torch.full((len(x),), TOLD_FLUX, device=x.device)
+    return found
+
+
+#: (latents [B, C, H, W], number of tokens) -> what the denoiser is told of the places of patches and tokens.
+Places = Callable[[Tensor, int], dict[str, Tensor]]
+
+
+def grid(x: Tensor, entries: int) -> Tensor:
+    """Row and column of each patch of latents, ``[patches, entries]``, behind an entry that says whose patch it is."""
+    rows, columns = (side // 2 for side in x.shape[2:])
+    places = torch.zeros(rows, columns, entries, device=x.device)
+    places[..., 1], places[..., 2] = torch.arange(rows, device=x.device)[:, None], torch.arange(columns, device=x.device)[None]
+    return places.flatten(0, 1)
+
+
+def places_flux(x: Tensor, length: int) -> dict[str, Tensor]:
+    """Patches by row and column, and all tokens at one place: Flux and Chroma."""
+    return {"img_ids": grid(x, 3).to(x), "txt_ids": x.new_zeros(length, 3)}
+
+
+def places_flux2(x: Tensor, length: int) -> dict[str, Tensor]:
+    """Patches by row and column, tokens one after the other, in a batch of one for all images: Flux 2."""
+    tokens = torch.zeros(length, 4, device=x.device)
+    tokens[:, 3] = torch.arange(length, device=x.device)
+    return {"img_ids": grid(x, 4)[None], "txt_ids": tokens[None]}
+
+
+#: (latents [B, C, H, W], number of channels) -> so many more channels, as an inpainting model has them where everything is masked.
+Behind = Callable[[Tensor, int], Tensor]
+
+
+def nothing(x: Tensor, channels: int) -> Tensor:
+    """A picture of nothing."""
+    return x.new_zeros(len(x), channels, *x.shape[2:])
+
+
+def mask_first(x: Tensor, channels: int) -> Tensor:
+    """Everything masked, in one channel, and then a picture of nothing."""
+    found = nothing(x, channels)
+    found[:, :1] = 1
+    return found
+
+
+def mask_last(x: Tensor, channels: int) -> Tensor:
+    """A picture of nothing, and then, in as many channels as a latent has pixels, everything masked."""
+    found = nothing(x, channels)
+    found[:, x.shape[1] :] = 1
     return found
 
 
@@ -169,12 +243,16 @@ class Family:
         sample: name of the denoiser's first argument.
         by_place: names of the arguments that its pipelines give the denoiser by their places, as wrapped denoisers may name them otherwise.
         plain: the denoiser's other arguments in plain text-to-image.
+        behind: what stands behind the latents' own channels in plain text-to-image.
         widths: (pipeline) -> widths of token embeddings and of the pooled one, 0 where there is none.
-        pooled: where among the denoiser's arguments the pooled text embedding is, if there is one.
+        beside: where among the denoiser's arguments that is what of a text stands beside its token embeddings, if anything does.
+        masks: whether that says which tokens count, and is no pooled embedding.
         scale: the pipeline's attribute that holds what scales LoRA in the text encoder, in its ``scale`` entry.
         guidance: (pipeline, its call's arguments) -> scale of the guidance that joins two branches; 1 where there is one branch.
         sequential_cfg: whether the branches are two calls of the denoiser, the conditional one first, and not one.
         packed_latents: whether latents travel as a sequence of patches.
+        drawn_in_patches: whether noise is drawn as patches already.
+        places: what the denoiser is told of the places of patches and tokens.
         empty_negative_is_none: whether an empty negative prompt is the same as none.
         timestep_scale: what the denoiser's timestep is multiplied with to be the scheduler's.
     """
@@ -184,12 +262,16 @@ class Family:
     sample: str = "sample"
     by_place: tuple[str, ...] = ("sample", "timestep")
     plain: PlainArguments = plain_unet
+    behind: Behind = mask_first
     widths: Callable[[Any], tuple[int, int]] = lambda pipe: (int(pipe.unet.config.cross_attention_dim), 0)
-    pooled: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    masks: bool = False
     scale: str = "cross_attention_kwargs"
     guidance: Callable[[Any, dict[str, Any]], float] = classifier_free
     sequential_cfg: bool = False
     packed_latents: bool = False
+    drawn_in_patches: bool = False
+    places: Places = lambda x, length: {}
     empty_negative_is_none: bool = True
     timestep_scale: int = 1
     classes: tuple[str, ...] = field(default=(), repr=False)
@@ -203,11 +285,12 @@ SD = Family(
         "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline",
     ),
 )  # fmt: skip
+UPSCALE = replace(SD, plain=plain_upscale, behind=nothing, guidance=told_guidance, classes=("StableDiffusionUpscalePipeline",))
 SDXL = Family(
     encode_two_clips,
     plain=plain_sdxl,
     widths=lambda pipe: (int(pipe.unet.config.cross_attention_dim), two_pooled(pipe)),
-    pooled=("added_cond_kwargs", "text_embeds"),
+    beside=("added_cond_kwargs", "text_embeds"),
     empty_negative_is_none=False,
     classes=(
         "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
@@ -221,7 +304,7 @@ SD3 = Family(
     denoiser="transformer",
     sample="hidden_states",
     by_place=(),
-    pooled=("pooled_projections",),
+    beside=("pooled_projections",),
     scale="joint_attention_kwargs",
     classes=(
         "StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline",
@@ -235,15 +318,52 @@ FLUX = Family(
     denoiser="transformer",
     sample="hidden_states",
     by_place=(),
-    pooled=("pooled_projections",),
+    beside=("pooled_projections",),
     scale="joint_attention_kwargs",
     guidance=true_guidance,
     sequential_cfg=True,
     packed_latents=True,
+    places=places_flux,
+    behind=mask_last,
     empty_negative_is_none=False,
     timestep_scale=1000,
-    classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
+    classes=(
+        "FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline", "FluxKontextPipeline",
+        "FluxKontextInpaintPipeline", "FluxFillPipeline",
+    ),
+)  # fmt: skip
+CHROMA = replace(
+    FLUX,
+    encode=encode_t5,
+    widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), 0),
+    beside=("attention_mask",),
+    masks=True,
+    guidance=classifier_free,
+    classes=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
 )
+FLUX2 = replace(
+    FLUX,
+    encode=encode_by_template,
+    widths=lambda pipe: (int(pipe.transformer.config.joint_attention_dim), 0),
+    beside=(),
+    guidance=classifier_free,
+    drawn_in_patches=True,
+    places=places_flux2,
+    classes=("Flux2KleinPipeline",),
+)
+PIXART = Family(
+    encode_with_mask,
+    plain=lambda pipe, x: {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+    widths=lambda pipe: (int(pipe.transformer.config.caption_channels), 0),
+    denoiser="transformer",
+    sample="hidden_states",
+    by_place=("hidden_states",),
+    beside=("encoder_attention_mask",),
+    masks=True,
+    guidance=told_guidance,
+    classes=("PixArtSigmaPipeline",),
+)
+SANA = replace(PIXART, plain=lambda pipe, x: {}, scale="attention_kwargs", guidance=classifier_free, classes=("SanaPipeline",))
 MODULAR_SDXL = replace(
     SDXL, encode=encode_in_blocks, guidance=by_guider, sequential_cfg=True, classes=("StableDiffusionXLModularPipeline",)
 )
@@ -251,19 +371,43 @@ MODULAR_SD3 = replace(
     SD3, encode=encode_three_in_blocks, guidance=by_guider, sequential_cfg=True, classes=("StableDiffusion3ModularPipeline",)
 )
 
+TABLE = (SD, UPSCALE, SDXL, SD3, FLUX, CHROMA, FLUX2, PIXART, SANA, MODULAR_SDXL, MODULAR_SD3)
+
 #: pipeline class name -> family.
-FAMILIES: dict[str, Family] = {name: family for family in (SD, SDXL, SD3, FLUX, MODULAR_SDXL, MODULAR_SD3) for name in family.classes}
+FAMILIES: dict[str, Family] = {name: family for family in TABLE for name in family.classes}
 
 #: what a modular pipeline is told through its guider, and other pipelines, where they can be told, through their call.
 GUIDANCE = ("guidance_scale", "guidance_rescale", "use_original_formulation", "start", "stop", "enabled")
 
 
+#: why pipelines of diffusers are refused for good, or until they are tried, by what is in the names of their classes.
+REFUSED: dict[str, str] = {
+    "PAG": "it has a branch with perturbed attention, which would hear the prompt as it is given where a flagged image is steered",
+    "InstructPix2Pix": "it joins three branches, one of them without the picture, and the guard steers where there are two",
+    "Qwen": "it draws guided outputs to the length of the conditional ones, which the guard cannot undo where branches are two calls",
+    "ZImage": "its denoiser takes lists of pictures and of texts, and the guard reads batches",
+    "Flux2": "of Flux 2 only Klein's own pipeline was tried with the guard yet",
+    "Kolors": "its tokenizer needs a package that the guard was not tried with yet",
+}
+
+
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline; raises `TypeError` for a class sdguard does not know."""
-    name = type(pipe).__name__
-    if name not in FAMILIES:
-        raise TypeError(f"sdguard does not support {name} yet; supported: {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[name]
+    """The family of a pipeline, that of the nearest class that it is made from; raises `TypeError` for one sdguard does not support."""
+    return family_of_class(type(pipe))
+
+
+def family_of_class(cls: type) -> Family:
+    """The family of a pipeline class, or of the nearest class that it is made from.
+
+    Raises:
+        TypeError: sdguard does not support it, for a reason that is said where it is known.
+    """
+    for name, is_own in ((base.__name__, base.__module__.startswith("diffusers.")) for base in cls.__mro__):
+        if name in FAMILIES:
+            return FAMILIES[name]
+        if why := next((why for part, why in REFUSED.items() if is_own and part in name), None):
+            raise TypeError(f"sdguard does not support {cls.__name__}: {why}.")
+    raise TypeError(f"sdguard does not support {cls.__name__} yet; supported: {', '.join(sorted(FAMILIES))}.")
 
 
 def is_modular(pipe: Any) -> bool:

@@ -27,7 +27,7 @@ from sdguard.denoiser.calls import (
 )
 from sdguard.denoiser.families import denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
-from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_condition, pack_latents, unpack_latents, with_condition
+from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_embeddings, unpack_latents, with_condition, with_latents
 from sdguard.denoiser.record import RunRecord
 from sdguard.denoiser.reference_call import (
     ReferenceCall,
@@ -168,7 +168,8 @@ class DenoiserHook(ModelHook):
         """Note that a step of ``images`` images begins."""
         sample, timestep = kwargs[self.family.sample], kwargs["timestep"]
         if not self.record.timesteps:
-            self.record.begin(self.pipe.scheduler, images, sample.dtype, kwargs["img_ids"] if self.family.packed_latents else None)
+            places = kwargs["img_ids"] if self.family.packed_latents else None
+            self.record.begin(self.pipe.scheduler, images, sample.dtype, timestep, places)
         self.record.note_timestep(timestep, self.family.timestep_scale)
         self.record.guidance_scales.append(self.guidance)
         self.record.note_embeddings(embeddings_of(kwargs, self.family), len(sample) - images)
@@ -195,15 +196,18 @@ class DenoiserHook(ModelHook):
         for row, correction in self.watcher.corrections.items():
             if (branches := self.corrected_branches(row, correction, observation)) is not None:
                 prediction = prediction.clone()
-                prediction[row :: self.record.images] = pack_latents(branches, self.record.patch_rows).to(prediction)
+                rows = slice(row, None, self.record.images)
+                prediction[rows] = with_latents(prediction[rows], branches, self.record.patches)
         return prediction
 
     def observation(self, module: Any, call: DenoiserCall) -> Observation:
         """One step as an observation. Cost: none where the call has both branches, else 1 evaluation an image."""
         record, images, timestep = self.record, self.record.images, float(self.record.timesteps[-1])
-        latents = unpack_latents(call.kwargs[self.family.sample], record.patch_rows)
-        prediction = unpack_latents(call.prediction, record.patch_rows)
-        x, rows = latents[:, : prediction.shape[1]].float(), torch.arange(images)
+        latents = unpack_latents(call.kwargs[self.family.sample], record.patches)
+        prediction = unpack_latents(call.prediction, record.patches)
+        # masks and pictures stand behind latents, and behind outputs the variances that some networks learn
+        channels = min(latents.shape[1], prediction.shape[1])
+        x, prediction, rows = latents[:, :channels].float(), prediction[:, :channels], torch.arange(images)
         condition, denoise = condition_of(call.kwargs, self.family), self.evaluator(call)
         if len(latents) > images:
             null, condition = condition.chunk(2)
@@ -251,12 +255,12 @@ class DenoiserHook(ModelHook):
         if hidden is None or record.first is None or read is None:
             return
         # of a later call than the first, which is not taken for the reference call
-        seen = replace(record.first, step=record.step, condition=pack_condition(*hidden.texts), new_condition=True, memo={})
+        seen = replace(record.first, step=record.step, condition=pack_embeddings(*hidden.texts, self.family), new_condition=True, memo={})
         self.watcher.rewritten(replace(seen, reading=functools.cache(lambda: read(seen))), hidden.found)
 
     def own_null(self, condition: Tensor) -> Tensor:
         """The model's own empty prompt beside conditions ``[B, T (+ 1), E]``, ``[1, T (+ 1), E]``; asked for once a run."""
-        length = condition.shape[1] - bool(self.family.pooled)
+        length = condition.shape[1] - bool(self.family.beside)
         if length not in self.nulls:
             self.nulls[length] = null_condition(self.encoder, length).to(condition)
         return self.nulls[length]
@@ -271,7 +275,7 @@ class DenoiserHook(ModelHook):
         reference = ReferenceCall(
             self.pipe, self.own_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
         )
-        plain = not record.half_made and reference.is_plain(kwargs, seen, record.patch_rows)
+        plain = not record.half_made and reference.is_plain(kwargs, seen, record.patches)
         is_plain, is_empty = read_answers(plain, plain is not False and same_texts(seen.null_condition, null))
         if not is_plain:
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
@@ -285,23 +289,21 @@ class DenoiserHook(ModelHook):
 
     def evaluator(self, call: DenoiserCall) -> Denoiser:
         """Evaluates a call again with some of its rows, elsewhere or under other conditions; all else about them stays."""
-        family, kwargs, patch_rows = self.family, call.kwargs, self.record.patch_rows
-        sample = kwargs[family.sample]
-        latents, channels = unpack_latents(sample, patch_rows), unpack_latents(call.prediction, patch_rows).shape[1]
-        dtype, forward = condition_of(kwargs, family).dtype, self.own_forward
+        family, kwargs, patches = self.family, call.kwargs, self.record.patches
+        sample, dtype, forward = kwargs[family.sample], condition_of(kwargs, family).dtype, self.own_forward
 
         def denoise(x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
             places = places % len(sample)
-            chosen, behind = kwargs, latents[:, channels:]
+            chosen, whole = kwargs, sample
             if places.tolist() != list(range(len(sample))):
                 places = places.to(sample.device)
-                chosen, behind = select_rows(kwargs, places), behind[places]
+                chosen, whole = select_rows(kwargs, places), sample[places]
             arguments = with_condition(chosen, condition.to(dtype), family)
-            arguments[family.sample] = pack_latents(torch.cat([x.to(sample), behind], dim=1), patch_rows)
+            arguments[family.sample] = with_latents(whole, x, patches)
             arguments["timestep"] = timestep_of(timestep, x, family)
             with bare(denoiser_of(self.pipe)):
                 output = call_denoiser(forward, family, {**arguments, "return_dict": False})
-            return self.to_noise(unpack_latents(output[0], patch_rows), x, timestep)
+            return self.to_noise(unpack_latents(output[0], patches)[:, : x.shape[1]], x, timestep)
 
         return denoise
 
@@ -339,7 +341,7 @@ class DenoiserHook(ModelHook):
             output = original(model_output, timestep, sample, *args, **kwargs)
             # asked in this order: a run in which nothing is corrected does not wait for a GPU here
             if self.watcher.corrections and float(timestep) == self.record.last_timestep:
-                self.watcher.made(unpack_latents(output[0], self.record.patch_rows).float())
+                self.watcher.made(unpack_latents(output[0], self.record.patches).float())
             return output
 
         return step

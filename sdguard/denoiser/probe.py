@@ -16,7 +16,7 @@ from torch import Tensor
 from sdguard.correction import Correction
 from sdguard.denoiser.families import GUIDANCE, default_of, denoiser_of, family_of, is_modular
 from sdguard.denoiser.install import lock_of, watched
-from sdguard.denoiser.reference_call import ReferenceCall, latent_shape
+from sdguard.denoiser.reference_call import ReferenceCall, drawn_noise
 from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation
@@ -144,7 +144,7 @@ def read_prompts(
     encoder = Encoder(pipe, {family_of(pipe).scale: adapters})
     with lock_of(denoiser_of(pipe)):
         condition, null = encoder.both(list(prompts))
-        noise = [torch.randn(latent_shape(pipe), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = [drawn_noise(pipe, seed) for seed in seeds]
         evaluations, scale = torch.zeros(len(prompts), dtype=torch.long), float(default_of(pipe, "guidance_scale") or 1.0)
         return ReferenceCall.of(pipe, condition, adapters).observation(
             torch.stack(noise).to(condition.device), condition, null, evaluations, scale, timestep

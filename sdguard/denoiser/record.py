@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdguard.denoiser.hidden_texts import Embeddings, HiddenTexts, is_alike
+from sdguard.denoiser.latents import Patches
 from sdguard.denoiser.schedulers import ScheduledCall, clone_scheduler, place_of, scheduled_calls
 from sdguard.observation import NoiseLevel, Observation, noise_level
 
@@ -41,7 +42,7 @@ class RunRecord:
         scheduler: the run's own.
         initial_scheduler: a copy of it from before its first step.
         dtype: of the pipeline's latents.
-        patch_rows: height of the latents in patches where they travel as a sequence, else 0.
+        patches: rows and columns of the latents' patches where they travel as a sequence, else None.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image.
         origin: the clean latents that were noised to start from, as in image-to-image; None where it is noise alone.
         schedule: the calls that the scheduler has planned.
@@ -61,7 +62,7 @@ class RunRecord:
     scheduler: Any = None
     initial_scheduler: Any = None
     dtype: torch.dtype = torch.float32
-    patch_rows: int = 0
+    patches: Patches = None
     evaluations: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     origin: Tensor | None = None
     schedule: list[ScheduledCall] = field(default_factory=list)
@@ -76,21 +77,33 @@ class RunRecord:
     new_condition: bool = False
     hidden_texts: HiddenTexts | None = None
     _embeddings: Embeddings | None = None
+    _first_given: float | None = None
     _given: tuple[tuple[Tensor | None, int | None], ...] = ()
     _levels: dict[float, NoiseLevel] = field(default_factory=dict)
 
-    def begin(self, scheduler: Any, images: int, dtype: torch.dtype, places: Tensor | None = None) -> None:
-        """Note what the first call says of the run: its scheduler, how many images it makes, and the ``places`` of patches, if any."""
+    def begin(self, scheduler: Any, images: int, dtype: torch.dtype, given: Tensor | float, places: Tensor | None = None) -> None:
+        """Note what the first call says of the run: its scheduler, how many images it makes, and the ``places`` of patches, if any.
+
+        ``given`` is its timestep, which is read here where `note_timestep` would have to; all at once, so that a GPU is waited for once.
+        """
         self.scheduler, self.initial_scheduler = scheduler, clone_scheduler(scheduler)
         self.dtype = dtype
         with torch.inference_mode(False):  # it is counted in that mode and outside of it
             self.evaluations = torch.zeros(images, dtype=torch.long)
-        timesteps = scheduler.timesteps
-        if places is not None:  # read at once, so that a GPU is waited for once
-            last = places[..., 1].max().to(timesteps.device, torch.double)
-            *found, last_row = torch.cat([timesteps.double(), last[None]]).cpu()
-            timesteps, self.patch_rows = torch.stack(found).to(timesteps.dtype), int(last_row) + 1
-        self.schedule = scheduled_calls(scheduler, timesteps.cpu())
+        timesteps, beside = scheduler.timesteps, []
+        if places is not None:
+            places = places[0] if places.ndim == 3 else places
+            own = places[:, 0] == 0  # another picture's patches stand behind them
+            beside += [(places[:, 1] * own).max(), own.sum()]
+        if place_of(scheduler, given) is None:
+            beside.append(torch.as_tensor(given).flatten()[0])
+        told = torch.cat([timesteps.double(), *(value.to(timesteps.device, torch.double)[None] for value in beside)]).cpu()
+        timesteps, values = told[: len(timesteps)].to(timesteps.dtype), told[len(timesteps) :].tolist()
+        if places is not None:
+            last_row, count, *values = values
+            self.patches = int(last_row) + 1, int(count) // (int(last_row) + 1)
+        self._first_given = next(iter(values), None)
+        self.schedule = scheduled_calls(scheduler, timesteps)
         self._levels = {call.timestep.item(): call.level for call in self.schedule}
         self.last_timestep = next(reversed(self._levels), None)
 
@@ -104,7 +117,8 @@ class RunRecord:
         if place is not None:
             timestep, level = self.schedule[place]
         else:
-            value = float(torch.as_tensor(given).flatten()[0]) * scale
+            first, self._first_given = self._first_given, None
+            value = (float(torch.as_tensor(given).flatten()[0]) if first is None else first) * scale
             timestep, level = min(self.schedule, key=lambda call: abs(call.timestep.item() - value))
             if abs(timestep.item() - value) > ROUNDED * value:
                 timestep, level = torch.tensor(value), noise_level(self.scheduler, value)

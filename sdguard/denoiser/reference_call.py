@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdguard.denoiser.bare import bare, uncompiled
 from sdguard.denoiser.calls import call_denoiser, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
-from sdguard.denoiser.latents import dtype_taken, pack_latents, unpack_latents
+from sdguard.denoiser.latents import Patches, dtype_taken, pack_latents, patches_of, unpack_latents, with_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
 from sdguard.noise import independent_noise
 from sdguard.observation import NoiseLevel, Observation, is_flow, noise_level, prediction_type, to_noise
@@ -47,6 +47,15 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
     patch = 2 if family_of(pipe).packed_latents else 1
     # masks, masked pictures and depth maps stand behind the latents' own channels
     return int(pipe.vae.config.latent_channels), height - height % patch, width - width % patch
+
+
+def drawn_noise(pipe: Any, seed: int) -> Tensor:
+    """The noise ``[C, H, W]`` that a run of the model's own size starts with from a seed."""
+    shape, generator = latent_shape(pipe), torch.Generator().manual_seed(seed)
+    if not family_of(pipe).drawn_in_patches:
+        return torch.randn(shape, generator=generator)
+    rows, columns = shape[1] // 2, shape[2] // 2
+    return unpack_latents(torch.randn(4 * shape[0], rows * columns, generator=generator).T[None], (rows, columns))[0]
 
 
 def has_text_encoders(pipe: Any) -> bool:
@@ -108,8 +117,7 @@ def null_condition(encoder: Encoder, length: int) -> Tensor:
     if length not in known or (state and known[length][0] != state):
         known[length] = state, encoder.both([""])[1]
     found = known[length][1]
-    pooled = int(bool(family_of(pipe).pooled))
-    has = found.shape[1] - pooled
+    has = found.shape[1] - bool(family_of(pipe).beside)
     if has == length:
         return found
     if family_of(pipe).denoiser != "unet":
@@ -133,7 +141,7 @@ def keep_null_condition(pipe: Any, given: dict[str, Any] | None = None, length: 
         return
     with contextlib.suppress(Exception):
         if length is None and not _null_conditions.get(denoiser_of(pipe)):
-            length = encoder.both([""])[1].shape[1] - bool(family_of(pipe).pooled)
+            length = encoder.both([""])[1].shape[1] - bool(family_of(pipe).beside)
         if length is not None:
             null_condition(encoder, length)
 
@@ -196,28 +204,24 @@ class ReferenceCall:
         """All arguments of the denoiser but its timestep, for latents ``[B, C, H, W]`` and a packed text condition ``[B, T (+ 1), E]``."""
         family = family_of(self.pipe)
         x, condition = x.to(self.dtype), condition.to(self.dtype)
+        patches, length = patches_of(x, family), condition.shape[1] - bool(family.beside)
         width, pooled_width = family.widths(self.pipe)
-        tokens, pooled = (
-            (condition[:, :-1, :width].contiguous(), condition[:, -1, :pooled_width].contiguous()) if family.pooled else (condition, None)
-        )
-        found = {
+        in_channels = getattr(denoiser_of(self.pipe).config, "in_channels", 0) // (4 if patches else 1)
+        behind = family.behind(x, max(in_channels - x.shape[1], 0))
+        found: dict[str, Any] = {
             **family.plain(self.pipe, x),
-            family.sample: pack_latents(x, x.shape[2] // 2 if family.packed_latents else 0),
-            TEXT: tokens,
+            **family.places(x, length),
+            family.sample: pack_latents(torch.cat([x, behind], dim=1), patches),
+            TEXT: x.new_zeros(1, 1, 1).expand(len(x), length, width),
         }
-        match family.pooled:
+        # to be filled in with the condition; of a mask, what goes on over the picture stays
+        beside = x.new_ones(1, 1).expand(len(x), length + (patches[0] * patches[1] if patches else 0) if family.masks else pooled_width)
+        match family.beside:
             case (name,):
-                found[name] = pooled
+                found[name] = beside
             case (name, entry):
-                found[name] = {**found[name], entry: pooled}
-        if family.packed_latents:
-            found["txt_ids"] = tokens.new_zeros(tokens.shape[1], 3)
-        unet_channels = getattr(denoiser_of(self.pipe).config, "in_channels", x.shape[1])
-        if not family.packed_latents and unet_channels > x.shape[1]:  # an inpainting model: everything is masked, behind it is nothing
-            rest = x.new_zeros(len(x), unet_channels - x.shape[1], *x.shape[2:])
-            rest[:, :1] = 1
-            found[family.sample] = torch.cat([x, rest], dim=1)
-        return {**found, family.scale: {**found.get(family.scale, {}), **self.adapters}}
+                found[name] = {**found[name], entry: beside}
+        return with_condition({**found, family.scale: {**found.get(family.scale, {}), **self.adapters}}, condition, family)
 
     def denoise(self, x: Tensor, timestep: float, condition: Tensor, places: Tensor) -> Tensor:
         """The noise prediction, ``[B, C, H, W]``, fp32; rows do not hang on their ``places`` here."""
@@ -226,8 +230,7 @@ class ReferenceCall:
         arguments |= {"timestep": timestep_of(timestep, x, family), "return_dict": False}
         with bare(denoiser_of(self.pipe)):
             output = call_denoiser(self.forward, family, arguments)[0]
-        if family.packed_latents:
-            output = unpack_latents(output, x.shape[2] // 2)
+        output = unpack_latents(output, patches_of(x, family))
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))
 
     def observation(
@@ -262,31 +265,32 @@ class ReferenceCall:
             memo={},
         )
 
-    def is_plain(self, kwargs: dict[str, Any], seen: Observation, patch_rows: int) -> Answer:
+    def is_plain(self, kwargs: dict[str, Any], seen: Observation, patches: Patches) -> Answer:
         """Whether a run's call with these arguments, seen as ``seen``, is what the reference call would be, null branch aside."""
         family = family_of(self.pipe)
         if seen.step or seen.origin is not None or seen.x.shape[1:] != latent_shape(self.pipe):
             return False
         if not is_level(seen.level, seen.level_at(reference_timestep(self.pipe.scheduler))):
             return False
-        if unpack_latents(kwargs[family.sample], patch_rows).shape[1] != seen.x.shape[1]:  # a mask behind the latents
+        if unpack_latents(kwargs[family.sample], patches).shape[1] != seen.x.shape[1]:  # a mask behind the latents
             return False
         count = len(kwargs[family.sample])
         plain = self.arguments(seen.x[:1].expand(count, -1, -1, -1), seen.condition[:1].expand(count, -1, -1))
-        pooled, *entry = family.pooled or ("",)
-        apart = {family.sample, TEXT, "timestep", "return_dict", pooled}
+        container, *entry = family.beside or ("",)
+        apart = {family.sample, TEXT, "timestep", "return_dict", container}
 
         def rest(arguments: dict[str, Any]) -> dict[str, Any]:
-            beside = {k: v for k, v in (arguments.get(pooled) or {}).items() if k not in entry} if entry else None
-            return {**{k: v for k, v in arguments.items() if k not in apart}, pooled: beside}
+            beside = {k: v for k, v in (arguments.get(container) or {}).items() if k not in entry} if entry else None
+            return {**{k: v for k, v in arguments.items() if k not in apart}, container: beside}
 
         return same_value(rest(kwargs), rest(plain))
 
 
 def same_value(one: Any, other: Any) -> Answer:
-    """Whether two arguments of a denoiser are the same; nothing at all, None and an empty collection are."""
+    """Whether two arguments of a denoiser are the same; nothing at all, None and an empty collection are, and one row is as many alike."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and (one.to(other) == other).all()
+        alike = one.shape[1:] == other.shape[1:] and (one.shape == other.shape or (one.ndim == other.ndim and 1 in (len(one), len(other))))
+        return alike and (one.to(other) == other).all()
     if isinstance(one, dict) or isinstance(other, dict):
         one, other = one or {}, other or {}
         return all_of(same_value(one.get(name), other.get(name)) for name in {*one, *other})

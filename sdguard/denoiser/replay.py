@@ -61,21 +61,21 @@ def activate_correction(
     if not here.step and correction.x is None:
         return corrected(here, [correction]), None
     assert record.first is not None
-    kind, patch_rows = prediction_type(record.scheduler), record.patch_rows
+    kind, patches = prediction_type(record.scheduler), record.patches
     there = corrected(record.first.select(here.rows), [correction])
 
     def moved(x: Tensor, timestep: float, call: int) -> Observation:
-        return replace(there.at(unpack_latents(x.float(), patch_rows), timestep), guidance_scale=record.guidance_scales[call])
+        return replace(there.at(unpack_latents(x.float(), patches), timestep), guidance_scale=record.guidance_scales[call])
 
     def predict(call: int, x: Tensor, timestep: Tensor) -> Tensor:
         nonlocal there
         if call:
             there = moved(x, float(timestep), call)
         guided = apply_guidance(*to_model_output(there, kind), there.guidance_scale, rescale)
-        return pack_latents(guided, patch_rows).to(x.dtype)
+        return pack_latents(guided, patches).to(x.dtype)
 
     start = there.x / input_scale(record.initial_scheduler, record.timesteps[0])
-    latents = pack_latents(start, patch_rows).to(record.dtype)
+    latents = pack_latents(start, patches).to(record.dtype)
     replayed = replay_trajectory(record.initial_scheduler, latents, record.timesteps, predict, step_arguments)
     if here.step:
         there = moved(scale_input(replayed.scheduler, replayed.latents, record.timesteps[-1]), here.timestep, -1)

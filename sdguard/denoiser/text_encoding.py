@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sdguard.denoiser.families import family_of
+from sdguard.denoiser.families import default_of, family_of
 from sdguard.denoiser.latents import pack_condition
 from sdguard.noise import generators_kept
 
 #: the pipelines' attributes that hold text encoders.
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 #: arguments of a pipeline's call that its prompts are encoded with.
-ENCODING = ("max_sequence_length", "clip_skip")
+ENCODING = ("max_sequence_length", "clip_skip", "clean_caption", "complex_human_instruction", "text_encoder_out_layers")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Encoder:
         """How the call has its prompts encoded."""
         scale = (self.given.get(family_of(self.pipe).scale) or {}).get("scale")
         ready = self.given.get("prompt_embeds") is not None  # which no layer of the encoder was skipped for here
-        names = [name for name in ENCODING if name in self.given and not (ready and name == "clip_skip")]
-        return {"lora_scale": scale, **{name: self.given[name] for name in names}}
+        told = {name: default for name in ENCODING if (default := default_of(self.pipe, name)) is not None} | self.given
+        names = [name for name in ENCODING if name in told and not (ready and name == "clip_skip")]
+        return {"lora_scale": scale, **{name: told[name] for name in names}}
 
     def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""
@@ -58,5 +59,6 @@ class Encoder:
     @property
     def pads_with_end(self) -> bool:
         """Whether what lies behind a prompt is filled with copies of the end token, by the only text encoder there is."""
-        alone = not family_of(self.pipe).pooled
-        return alone and bool(self.pipe.tokenizer.pad_token_id == self.pipe.tokenizer.eos_token_id)
+        tokenizer = self.pipe.tokenizer
+        alone = not family_of(self.pipe).beside and not getattr(tokenizer, "chat_template", None)  # behind which a message goes on
+        return alone and bool(tokenizer.pad_token_id == tokenizer.eos_token_id)

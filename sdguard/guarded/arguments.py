@@ -41,12 +41,15 @@ ARGUMENTS = (
     Decision(
         "text",
         "it is in the text condition, which is taken from the run's first call of the denoiser, whatever encoded it",
-        ("prompt", "prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "clip_skip", "max_sequence_length"),
+        (
+            "prompt", "prompt_2", "prompt_3", "prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask", "clip_skip",
+            "max_sequence_length", "clean_caption", "complex_human_instruction", "text_encoder_out_layers",
+        ),
     ),
     Decision(
         "counts",
         "its scale is that of LoRA, and LoRA is part of the model; see ENTRIES for all that may be in it",
-        ("cross_attention_kwargs", "joint_attention_kwargs"),
+        ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"),
     ),
     Decision(
         "inert",
@@ -54,6 +57,7 @@ ARGUMENTS = (
         (
             "guidance_scale", "guidance_rescale", "true_cfg_scale",
             "negative_prompt", "negative_prompt_2", "negative_prompt_3", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+            "negative_prompt_attention_mask",
         ),
     ),
     Decision(
@@ -69,6 +73,7 @@ ARGUMENTS = (
         (
             "height", "width", "original_size", "target_size", "crops_coords_top_left", "aesthetic_score",
             "negative_original_size", "negative_target_size", "negative_crops_coords_top_left", "negative_aesthetic_score",
+            "use_resolution_binning", "max_area", "_auto_resize",
         ),
     ),
     Decision("inert", "it says how many pictures are made of a condition, or how they are handed back", (
@@ -79,7 +84,7 @@ ARGUMENTS = (
         "the reading is of the text alone: what a picture, a mask or a ControlNet adds is not judged; a ControlNet hears the prompt as it "
         "is given, for steered images too",
         (
-            "image", "mask_image", "masked_image_latents", "control_image", "controlnet_pooled_projections",
+            "image", "image_reference", "mask_image", "masked_image_latents", "control_image", "controlnet_pooled_projections",
             "ip_adapter_image", "ip_adapter_image_embeds", "negative_ip_adapter_image", "negative_ip_adapter_image_embeds",
         ),
     ),
@@ -96,7 +101,7 @@ ARGUMENTS = (
         "alone does so for steered images too",
         (
             "strength", "padding_mask_crop", "controlnet_conditioning_scale", "control_mode", "control_guidance_start",
-            "control_guidance_end", "guess_mode",
+            "control_guidance_end", "guess_mode", "noise_level",
         ),
     ),
     Decision("inert", "it says what a callback is shown, or how often, and a report names the callback", (

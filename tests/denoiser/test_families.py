@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler
 from families import ADDED, DISTILLED, LENIENT, PIPELINES, PROMPTS, build, call, one_block, profile_for, reworded, unet
 from peft import LoraConfig
+from PIL import Image
 
 import sdguard
 from sdguard import GuardConfig, Profile
@@ -24,7 +25,7 @@ from sdguard.denoiser.install import HOOK_NAME
 from sdguard.denoiser.probe import probe_run, read_prompts
 from sdguard.denoiser.reference_call import TOLERANCE, ReferenceCall
 from sdguard.denoiser.schedulers import clone_scheduler, scale_input
-from sdguard.denoiser.text_encoding import Encoder
+from sdguard.denoiser.text_encoding import ENCODING, Encoder
 from sdguard.guarded import run as run_module
 from sdguard.observation import LEAST_SIGNAL, NoiseLevel, Observation, denoised, from_noise, noise_level, to_noise
 
@@ -36,6 +37,11 @@ CASES = [
     *((name, scheduler) for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline") for scheduler in UNET_SCHEDULERS),
     *((name, None) for name in PIPELINES),
 ]
+#: whose runs begin with the reference call
+PLAIN = (
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "ChromaPipeline", "Flux2KleinPipeline",
+    "PixArtSigmaPipeline", "SanaPipeline",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def reading_cost(name: str) -> int:
 
     None where the run begins with the reference call, else its two; and one for the unconditional branch that a run has not.
     """
-    plain = name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline")
+    plain = name in PLAIN
     return 0 if plain else 2 + (name in DISTILLED)
 
 
@@ -98,6 +104,76 @@ def test_an_unknown_model_of_every_family_is_calibrated(pipe: Any) -> None:
     assert all(len(report.series["guidance_norm"]) >= 1 for report in output.guard)
 
 
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("pipe", [(name, None) for name in PIPELINES if "ControlNet" not in name], indirect=True, ids=str)
+def test_a_steered_row_is_what_its_new_prompt_makes(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of a text stands beside its token embeddings goes with them."""
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+    steered = call(sdguard.guard(pipe, GuardConfig(profile=flagged_all())))
+    assert [report.verdict for report in steered.guard] == ["steered"] * 3
+    made = call(pipe, [prompt.split()[-1] for prompt in PROMPTS]).images
+    np.testing.assert_allclose(steered.images, made, atol=1e-4)
+    assert not np.allclose(steered.images, call(pipe).images, atol=1e-4)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("FluxKontextPipeline", torch.rand(1, 3, 16, 32, generator=torch.Generator().manual_seed(3))),
+        ("Flux2KleinPipeline", [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 96), "blue")]),
+    ],
+)
+def test_pictures_of_other_sizes_behind_the_latents_stay_there(
+    name: str, image: Any, embedded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+    pipe = build(name, embedded.tokenizer)
+    given: dict[str, Any] = {"image": image}
+    plain = call(pipe, **given).images
+    assert not np.array_equal(plain, call(pipe, image=None).images)
+    clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **given)
+    assert np.array_equal(clean.images, plain)
+    assert [report.verdict for report in clean.guard] == ["clean"] * 3
+    norms = [report.signals["guidance_norm"]["value"] for report in clean.guard]
+    row, bound = norms.index(max(norms)), sum(sorted(norms)[-2:]) / 2
+    steered = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(bound))), **given).images
+    assert [np.array_equal(steered[i], plain[i]) for i in range(3)] == [i != row for i in range(3)]
+    prompts = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
+    np.testing.assert_allclose(steered, call(pipe, prompts, **given).images, atol=1e-4)
+
+    def look(seen: Observation) -> None:
+        torch.testing.assert_close(seen.both_branches(seen.x, seen.timestep)[0], seen.eps_c, rtol=1e-3, atol=1e-5)
+
+    # to the end, where the network's output has a weight
+    probe_run(pipe, PROMPTS, [0, 1, 2], look, None, **{**PIPELINES[name][1](), **given}, num_inference_steps=4, guidance_scale=4.0)
+
+
+def embeddings(pipe: Any) -> dict[str, Any]:
+    """What a call takes in place of `PROMPTS`, as far as the pipeline's class takes it."""
+    family, encoder = family_of(pipe), Encoder(pipe, PIPELINES[type(pipe).__name__][1]())
+    beside = "prompt_attention_mask" if family.masks else "pooled_prompt_embeds"
+    names = ("prompt_embeds", beside, "negative_prompt_embeds", f"negative_{beside}")
+    found = dict(zip(names, family.encode(pipe, PROMPTS, encoder.options), strict=True))
+    taken = inspect.signature(type(pipe).__call__).parameters
+    distilled = type(pipe).__name__ in DISTILLED
+    texts = {name: None for name in ("prompt", "negative_prompt") if name in taken}
+    return texts | {name: v for name, v in found.items() if name in taken and not (distilled and name.startswith("negative"))}
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("pipe", [(name, None) for name in PIPELINES], indirect=True, ids=str)
+def test_embeddings_in_place_of_prompts_are_judged_and_steered_alike(pipe: Any) -> None:
+    given, plain = embeddings(pipe), call(pipe).images
+    clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **given)
+    np.testing.assert_allclose(clean.images, plain, atol=1e-5)
+    assert [(report.verdict, report.extra_evaluations) for report in clean.guard] == [("clean", reading_cost(type(pipe).__name__))] * 3
+    config = GuardConfig(profile=flagged_all(), steering=["embedding descent"], on_failure="pass")
+    steered = call(sdguard.guard(pipe, config), **given)
+    assert [report.error for report in steered.guard] == [None] * 3
+    assert not np.allclose(steered.images, plain, atol=1e-5)
+
+
 def flagged_all() -> Profile:
     return replace(
         profile_for(1e-9),
@@ -106,8 +182,8 @@ def flagged_all() -> Profile:
 
 
 @pytest.mark.parametrize("method", ["embedding descent", "rewording", "SAIL", "attractive-repulsive guidance", "guidance delay"])
-@pytest.mark.parametrize("pipe", [("StableDiffusionXLPipeline", None), ("StableDiffusion3Pipeline", None)], indirect=True, ids=str)
-def test_methods_steer_families_with_a_pooled_embedding(pipe: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pipe", [(name, None) for name in PLAIN if name != "StableDiffusionPipeline"], indirect=True, ids=str)
+def test_methods_steer_families_with_a_pooled_embedding_or_a_mask(pipe: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     profile = flagged_all() if method in ("embedding descent", "guidance delay", "SAIL") else profile_for(1e-9)
     profile = replace(profile, values={**profile.values, "guidance_norm": [1e-9] * 99 + [1e9], "reference_agreement": [2.0] * 100})
@@ -140,7 +216,7 @@ def test_a_captured_call_is_evaluated_again_as_it_was(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 0.0])
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     name: str, guidance_scale: float, embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +226,7 @@ def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     arguments = {"num_inference_steps": 4, "output_type": "np", **PIPELINES[name][1](), "guidance_scale": guidance_scale}
 
     def free(target: Any) -> Any:
-        return target(PROMPTS, generator=[torch.Generator().manual_seed(7 + i) for i in range(3)], **arguments)
+        return target(prompt=PROMPTS, generator=[torch.Generator().manual_seed(7 + i) for i in range(3)], **arguments)
 
     plain = free(pipe).images
     clean = free(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
@@ -191,12 +267,11 @@ def test_a_run_reads_what_calibration_reads_of_the_same_noise(pipe: Any, monkeyp
 
 
 @pytest.mark.usefixtures("given_profile")
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+@pytest.mark.parametrize("name", [*PLAIN, "FluxPipeline"])
 def test_a_run_from_noise_reads_what_calibration_reads_of_its_seeds(name: str, embedded: Any) -> None:
     pipe = build(name, embedded.tokenizer)
-    longest = default_of(pipe, "max_sequence_length")
-    unlimited = {} if longest is None else {"max_sequence_length": longest}
-    (seen,) = readings_of(pipe, **unlimited)
+    defaults = {name: default for name in ENCODING if (default := default_of(pipe, name)) is not None}
+    (seen,) = readings_of(pipe, **defaults)
     read = read_prompts(pipe, PROMPTS, [7, 8, 9])
     torch.testing.assert_close(seen.x, read.x)
     same_reading(seen, read)
@@ -228,11 +303,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+#: of pipelines that do not take every size
+SIZES = {"SanaPipeline": {"height": 64, "width": 32}}
+
+
 def setting_cases() -> list[Any]:
-    names = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "LatentConsistencyModelPipeline"]
     return [
-        pytest.param(name, extra, id=f"{name}, {what}")
-        for name in [*names, "FluxPipeline"]
+        pytest.param(name, SIZES.get(name, extra) if what == "size" else extra, id=f"{name}, {what}")
+        for name in [*PLAIN, "LatentConsistencyModelPipeline", "FluxPipeline"]
         for what, extra in SETTINGS.items()
         if extra.keys() <= {*inspect.signature(getattr(diffusers, name).__call__).parameters}
     ]
@@ -280,6 +358,10 @@ def test_no_guidance_of_the_caller_reaches_a_signal_of_the_cascade(embedded: Any
         ("FluxPipeline", {"guidance_scale": 3.5}, 1),
         ("FluxPipeline", {"guidance_scale": 3.5, "negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0}, 1),
         ("FluxPipeline", {"guidance_scale": 3.5, "negative_prompt": [""] * 3, "true_cfg_scale": 3.0}, 0),
+        ("FluxKontextPipeline", {"image": None, "guidance_scale": 3.5}, 1),
+        ("PixArtSigmaPipeline", {"negative_prompt": ["a cow"] * 3}, 1),
+        ("SanaPipeline", {"guidance_scale": 1.0}, 1),
+        ("ChromaPipeline", {"negative_prompt": ["a cow"] * 3}, 1),
         ("LatentConsistencyModelPipeline", {"guidance_scale": 8.5}, 1),
     ],
     ids=str,
@@ -292,7 +374,9 @@ def test_the_reading_costs_what_of_it_the_run_has_not(name: str, extra: dict[str
     assert [report.extra_evaluations for report in output.guard] == [cost] * 3
 
 
-@pytest.mark.parametrize("names", [[name for name in PIPELINES if name.startswith(prefix)] for prefix in ("Flux", "LatentConsistency")])
+@pytest.mark.parametrize(
+    "names", [[name for name in sorted(DISTILLED) if name.startswith(prefix)] for prefix in ("Flux", "LatentConsistency")]
+)
 def test_pipelines_of_one_model_tell_it_one_guidance(names: list[str], embedded: Any) -> None:
     """Their calls' own defaults differ, and the model's profile is the same."""
     x, found = torch.zeros(1, 4, 8, 8), []
@@ -388,6 +472,19 @@ def test_without_text_encoders_from_the_start_no_image_passes(embedded: Any) -> 
     output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), prompt=None, **embeds)
     assert [report.verdict for report in output.guard] == ["withheld"] * 3
     assert all("no text encoder left" in str(report.error) for report in output.guard)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("name", ["ChromaPipeline", "Flux2KleinPipeline", "PixArtSigmaPipeline", "SanaPipeline"])
+def test_text_encoders_may_be_dropped_once_the_guarded_pipeline_has_encoded(name: str, embedded: Any) -> None:
+    whole, pipe = build(name, embedded.tokenizer), build(name, embedded.tokenizer)
+    (seen,), given = readings_of(whole), embeddings(whole)
+    guarded: Any = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))
+    guarded.encode_prompt(PROMPTS, max_sequence_length=PIPELINES[name][1]()["max_sequence_length"])
+    guarded.text_encoder = None
+    (gone,) = readings_of(pipe, **given)
+    same_reading(seen, gone)
+    torch.testing.assert_close(seen.null_condition, gone.null_condition, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "FluxImg2ImgPipeline"])
@@ -502,7 +599,7 @@ def test_a_compiled_denoiser_is_guarded(embedded: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("name", [*PLAIN, "StableDiffusionUpscalePipeline", *(name for name in PIPELINES if name.startswith("Flux"))])
 def test_half_precision(name: str, dtype: torch.dtype, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipe = build(name, embedded.tokenizer).to(dtype)

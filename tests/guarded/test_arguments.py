@@ -17,7 +17,7 @@ from diffusers.models import attention_processor
 from diffusers.models.transformers import transformer_sd3
 from diffusers.models.unets import unet_2d_condition
 from diffusers.utils import peft_utils
-from families import PIPELINES, build
+from families import PIPELINES, PROMPTS, build
 from PIL import Image
 
 import sdguard
@@ -25,7 +25,7 @@ from sdguard.denoiser.families import FAMILIES
 from sdguard.guarded.arguments import ARGUMENTS, ENTRIES, by_name, check, check_inputs, limits, lora_scale, undecided
 
 CLASSES = [cls for name in FAMILIES if not issubclass(cls := getattr(diffusers, name), ModularPipeline)]
-ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs")
+ATTENTION = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
@@ -198,7 +198,7 @@ def test_a_call_is_checked_by_the_pipeline_itself_before_anything_is_done(
     ran: list[Any] = []
     for part in modules:
         part.register_forward_pre_hook(lambda module, given: ran.append(module))
-    before, state, given = dict(vars(pipe)), torch.get_rng_state(), {"prompt": "a cat", **PIPELINES[name][1]()}
+    before, state, given = dict(vars(pipe)), torch.get_rng_state(), {"prompt": PROMPTS, **PIPELINES[name][1]()}
     check_inputs(pipe, (), given)
     with pytest.raises(ValueError, match="has to be of type") as plain:
         pipe(**{**given, "prompt": 3})

@@ -17,7 +17,7 @@ from sdguard.denoiser.reference_call import _null_conditions
 
 #: waits a run, those of telling which model it is among them.
 LIMIT = 6
-#: one that begins with the reference call of each kind, one told its guidance, and one that begins elsewhere.
+#: those that begin with the reference call, one told its guidance, and some that begin elsewhere.
 FAMILIES = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
@@ -25,6 +25,12 @@ FAMILIES = (
     "FluxPipeline",
     "LatentConsistencyModelPipeline",
     "StableDiffusionImg2ImgPipeline",
+    "FluxKontextPipeline",
+    "FluxFillPipeline",
+    "ChromaPipeline",
+    "Flux2KleinPipeline",
+    "PixArtSigmaPipeline",
+    "SanaPipeline",
 )
 
 
