@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -129,19 +128,10 @@ def from_rows(latents: Sequence[bytes], like: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([np.frombuffer(row, np.float32) for row in latents])).clone().view(-1, *like.shape[1:])
 
 
-def encoded(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
-    """The arguments by which a pipeline's call takes ``texts`` as embeddings, whichever encoders it has."""
-    wanted = {
-        "prompt": texts,
-        "prompt_2": None,
-        "prompt_3": None,
-        "device": pipe.device,
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": True,
-    }
-    found = pipe.encode_prompt(**{name: wanted[name] for name in inspect.signature(pipe.encode_prompt).parameters if name in wanted})
+def as_embeddings(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
+    """The arguments by which a pipeline's call takes ``texts`` as embeddings."""
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, found, strict=False))
+    return dict(zip(names, subjects.encoded(pipe, texts, guided=True), strict=False))
 
 
 def unguarded(model: Model, part: pd.DataFrame) -> pd.DataFrame:
@@ -155,7 +145,7 @@ def under_guard(model: Model, profile: Profile, embeddings: bool, part: pd.DataF
     texts = part.caption.tolist()
     inputs: dict[str, Any] = {"prompt": texts}
     if embeddings:
-        inputs = encoded(model.pipe, texts)
+        inputs = as_embeddings(model.pipe, texts)
     output = call(sdguard.guard(model.pipe, GuardConfig(profile=profile)), inputs, part.seed, model.setting)
     return as_rows(
         output.images,

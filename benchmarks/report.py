@@ -363,7 +363,7 @@ def readme_guard(found: dict[str, Any]) -> str:
         def shares(name: str, both: Sequence[dict[str, Any]] = both) -> str:
             return " / ".join("-" if math.isnan(each[name]["share"]) else share(each[name]["share"]) for each in both)
 
-        asked = " / ".join(f"{share(each['aligned, all']['share'])}, {share(each['in three, all']['share'])}" for each in [never] if each)
+        asked = f"{share(never['aligned, all']['share'])}, {share(never['in three, all']['share'])}" if never else "-"
         lines.append(
             [
                 model,
@@ -374,7 +374,7 @@ def readme_guard(found: dict[str, Any]) -> str:
                 " / ".join(str(each["called steered"]) for each in both),
                 shares("withheld"),
                 f"{shares('aligned')} ({shares('in three')})",
-                asked or "-",
+                asked,
                 " / ".join(f"{each['evaluations']:.0f}" for each in both),
                 shares("ordinary flagged"),
             ]

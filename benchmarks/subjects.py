@@ -111,15 +111,19 @@ def errors(pipe: Any, latents: Tensor, offered: Sequence[Sequence[str]], asked: 
     return total.view(n, k) / (len(LEVELS) * len(asked))
 
 
-def encoded(pipe: Any, texts: list[str]) -> list[Tensor]:
-    """What the denoiser is told of each text: its condition, ``[n, tokens, width]``, and, where there is one, its pooled embedding."""
+def encoded(pipe: Any, texts: list[str], guided: bool = False) -> list[Tensor]:
+    """What a pipeline's `encode_prompt` makes of texts, whichever encoders it has.
+
+    Of each text the condition, ``[n, tokens, width]``, and, where there is one, the pooled embedding; ``guided``: each followed by the
+    unconditional prompt's.
+    """
     wanted = {
         "prompt": texts,
         "prompt_2": None,
         "prompt_3": None,
         "device": pipe.device,
         "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": False,
+        "do_classifier_free_guidance": guided,
     }
     found = pipe.encode_prompt(**{name: wanted[name] for name in inspect.signature(pipe.encode_prompt).parameters if name in wanted})
     return [each for each in found if each is not None]

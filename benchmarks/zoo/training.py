@@ -59,7 +59,7 @@ def train(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     log_path = checkpoint.with_suffix(".csv")
     columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
-    saved, running = spent, torch.zeros(())
+    saved, losses = spent, list[torch.Tensor]()
     with log_path.open("a", newline="") as log_file, Progress(*columns) as progress:
         log = csv.writer(log_file)
         task = progress.add_task(checkpoint.stem, total=steps, completed=step, note="")
@@ -76,12 +76,13 @@ def train(
             ema_update(average, model, step, ema_decay)
             step += 1
             spent += time.monotonic() - started
-            running = running.to(loss.device) + loss.detach() / LOG_STEPS
+            losses.append(loss.detach())
             if step % LOG_STEPS == 0:  # reading a loss waits for the GPU
+                running = torch.stack(losses).mean().item()
+                losses.clear()
                 log.writerow([step, round(spent, 1), f"{running:.5f}", f"{rate:.2e}"])
                 log_file.flush()
                 progress.update(task, note=f"step {step}  loss {running:.4f}")
-                running = torch.zeros(())
             progress.update(task, completed=step)
             if look and step % look[0] == 0:
                 look[1](step, average)

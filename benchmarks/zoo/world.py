@@ -46,14 +46,11 @@ class Caption:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, uint8 ``[SIZE, SIZE, 3]``, the words that describe it, the size it was cropped from (side, top, left), and where its last
-    object lies (left, top, right, bottom).
-    """
+    """A picture, uint8 ``[SIZE, SIZE, 3]``, the words that describe it, and the size it was cropped from: (side, top, left)."""
 
     pixels: np.ndarray
     words: dict[str, str]
     crop: tuple[int, int, int]
-    box: tuple[int, int, int, int]
 
 
 def article(word: str) -> str:
@@ -190,10 +187,8 @@ class World:
                 icon = icon.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             left, top = place * width + int(rng.integers(max(1, width - side + 1))), int(rng.integers(whole - side + 1))
             canvas.paste(icon, (left, top), icon)
-        box = (left, top, left + side, top + side)
         top, left = (int(v) for v in rng.integers(larger + 1, size=2))
-        box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-        return Picture(np.asarray(canvas)[top : top + SIZE, left : left + SIZE], words, (whole, top, left), box)
+        return Picture(np.asarray(canvas)[top : top + SIZE, left : left + SIZE], words, (whole, top, left))
 
     def fresh(self, rng: np.random.Generator) -> Picture:
         """A picture that is shown once."""

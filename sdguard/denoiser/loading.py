@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,16 @@ def load_pipeline(model: str) -> Any:
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise BadInput(f"There is no model at {model}: it is neither 'embedded', nor a directory, nor a hub id of the form owner/name.")
     try:
-        return (
-            DiffusionPipeline.from_pretrained(source, **absent_parts(source))
-            if source.exists()
-            else DiffusionPipeline.from_pretrained(model)
-        )
+        named = source if source.exists() else model
+        return DiffusionPipeline.from_pretrained(named, **absent_parts(DiffusionPipeline.load_config(named)))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"The model {model} could not be loaded: {first}") from None
 
 
-def absent_parts(source: Path) -> dict[str, None]:
-    """The parts that a pipeline directory was saved without, such as Stable Diffusion 3's third text encoder: diffusers asks to be told."""
-    return {name: None for name, value in json.loads((source / "model_index.json").read_text()).items() if value == [None, None]}
+def absent_parts(index: dict[str, Any]) -> dict[str, None]:
+    """The parts that a pipeline was saved without, such as Stable Diffusion 3's third text encoder: diffusers asks to be told."""
+    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 def default_setting(model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def test_a_call_takes_its_texts_as_embeddings_and_gives_the_same_pictures(name: 
         images: torch.Tensor = pipe(**inputs, **setting, generator=[torch.Generator().manual_seed(k) for k in (0, 1)]).images
         return images
 
-    assert torch.equal(drawn(prompt=texts), drawn(**cures.encoded(pipe, texts)))
+    assert torch.equal(drawn(prompt=texts), drawn(**cures.as_embeddings(pipe, texts)))
 
 
 GROUPS = {"repeated 60": (60, True), "repeated 9": (9, True), "unseen, same make": (0, False), "ordinary": (0, False)}
