@@ -9,12 +9,14 @@ from benchmarks import (
     development,
     first_use,
     fuzz,
+    kills,
     leave_one_out,
     load,
     matrix,
     overhead,
     prompt_sets,
     report,
+    scan,
     settings,
     steering,
     upstream,
@@ -30,7 +32,9 @@ app.command("leave-one-out")(leave_one_out.main)
 app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
 app.command("fuzz")(fuzz.main)
+app.command("kills")(kills.main)
 app.command("load")(load.main)
+app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("upstream")(upstream.main)

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -97,10 +98,11 @@ def profile_file(model: Model, prompts: Sequence[str], work: Path) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         state = processes()
-        profile = calibrate(model.pipe, list(prompts), work=parts_folder(path), state=state)
+        profile = calibrate(model.pipe, list(prompts), work=parts_folder(path), state=state, keep_work=True)
         if state.is_main_process:
             profile.save(path)
         state.wait_for_everyone()
+        shutil.rmtree(parts_folder(path), ignore_errors=True)
     return path
 
 

@@ -1,9 +1,10 @@
 """Hostile files and arguments, made from seeds: what is read is read rightly, and all else is refused in one sentence.
 
 ``python -m benchmarks fuzz --count N`` makes N cases in turn of each kind (`KINDS`): prompt files as many programs write them, misshapen or
-damaged; profiles, parts of long work and logs of scores that were damaged or changed; full disks; arguments of `GuardConfig`. No denoiser
-evaluation. A case is known by its number: ``--first 41 --count 1`` makes case 41 again. Writes ``results/fuzz.json`` and ends with exit
-code 1 if any outcome is one of `BAD`.
+damaged; profiles, parts of long work and logs of scores that were damaged or changed; full disks; arguments of whatever takes some
+(`hostile_arguments`), on the embedded model. A case is known by its number: ``--first 41 --count 1`` makes case 41 again; ``--add`` puts a
+run of cases behind those that were run before. Writes ``results/fuzz.json`` and the README's sentence, and ends with exit code 1 if any
+outcome is one of `BAD`.
 """
 
 from __future__ import annotations
@@ -26,26 +27,40 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from benchmarks import hostile_arguments
+from benchmarks.hostile_arguments import shipped
+from benchmarks.outcomes import (
+    BAD,
+    CRASHED,
+    LEFT,
+    READ,
+    REFUSED,
+    STRANGE,
+    UNKNOWN,
+    WRONG,
+    Misread,
+    Needless,
+    NoSentence,
+    checked_sentence,
+    expect,
+    refused_or,
+)
+from benchmarks.readme import put
 from benchmarks.running import versions
-from sdguard import GuardConfig, Profile, testbed
+from sdguard import Profile
 from sdguard.decision.cache import name_of
 from sdguard.decision.known_profiles import read_profile
-from sdguard.decision.model_folder import PROFILE_FILE
 from sdguard.decision.profile import FORMAT, ProfileError
 from sdguard.decision.traffic import append_scores, logged_scores
 from sdguard.files.atomic import CannotWrite, write_text
 from sdguard.files.prompt_files import read_prompts, write_table
 from sdguard.files.resumable import Parts, run_pieces
-from sdguard.steering import METHODS
 
 NAME = "fuzz"
-READ, REFUSED, UNKNOWN = "read rightly", "refused in a sentence", "read, truth unknown"
-MISREAD, NEEDLESS, NO_SENTENCE, CRASHED, LEFT = "misread", "refused though sound", "no sentence", "another error", "a file left behind"
-BAD = (MISREAD, NEEDLESS, NO_SENTENCE, CRASHED, LEFT)
-#: characters that a sentence has at most.
-LONGEST_SENTENCE = 1000
+RESULTS = Path(__file__).parent / "results"
 
 #: what texts are made of.
 SNIPPETS = (
@@ -53,36 +68,6 @@ SNIPPETS = (
     "-1", "NA", "null", "nan", "None", "true", "#", "\x00", "\x1f", "\x85", "\u2028", "é", "日本語", "قطة", "🐱", "e\u0301", "\u200f",
     "\ufffd", "x" * 300,
 )  # fmt: skip
-#: values that a field of JSON does not expect.
-STRANGE: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    5,
-    0.5,
-    10**400,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "a",
-    "\ud83d",
-    [],
-    [[]],
-    {},
-    {"a": 1},
-    [None],
-    ["a"],
-)
-
-
-class Misread(Exception):
-    """What was read is not what was written."""
-
-
-class Needless(Exception):
-    """What is sound was refused."""
 
 
 def text_of(rng: Random) -> str:
@@ -108,13 +93,6 @@ def damaged(content: bytes, rng: Random) -> bytes:
         content[:at] + b"9" * 5000 + content[at:],
         content + b"\n" + content[:at],
     ])  # fmt: skip
-
-
-def expect(found: Any, written: Any) -> str:
-    """The outcome `READ`; raises `Misread` if what was found is not what was written."""
-    if found != written:
-        raise Misread(f"{str(found)[:200]} in place of {str(written)[:200]}")
-    return READ
 
 
 # prompt files
@@ -144,6 +122,8 @@ def prompt_file(folder: Path, rng: Random) -> tuple[Path, list[str]]:
         path.write_bytes(rng.choice(["", "\ufeff"]).encode() + rng.choice(["\n", "\r\n"]).join(prompts).encode())
     elif kind in ("csv", "tsv"):
         separator = "\t" if kind == "tsv" else rng.choice(",;\t")
+        if len(columns) == 1 and kind == "csv":
+            separator = ","  # a header of one column names no other
         path.write_bytes(csv_bytes([list(columns), *zip(*columns.values(), strict=True)], separator, rng))
     elif kind in ("jsonl", "ndjson"):
         rows, plain = table.to_dict("records"), rng.random() < 0.5
@@ -213,11 +193,6 @@ def damaged_prompts(folder: Path, rng: Random) -> str:
 
 
 # what sdguard writes itself
-
-
-def shipped() -> Profile:
-    """The embedded model's profile."""
-    return Profile.load(testbed.path() / PROFILE_FILE)
 
 
 def use(profile: Profile) -> str:
@@ -338,55 +313,7 @@ def on_a_full_disk(folder: Path, rng: Random) -> str:
     return expect(path.read_bytes() != b"before", True)
 
 
-# arguments
-
-
-#: for each field of `GuardConfig` values that it takes, and some that it refuses.
-ARGUMENTS: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
-    "mode": (("steer", "observe", "block"), ("Steer", "", None, 5, ["steer"])),
-    "false_positive_rate": ((0.01, 0.5, 1e-9, 5e-324), (0, 1, -1, 2.5, float("nan"), float("inf"), "0.01", None, 10**400, 1j, True, [0.1])),
-    "on_failure": (("withhold", "pass", "raise"), ("", None, 0, {"pass"})),
-    "on_unknown": (("calibrate", "background", "first_call_only", "raise"), ("ask", None, ())),
-    "rate_per": (("image", "prompt"), ("batch", None, 1)),
-    "profile": ((None, "name", Path("a.json")), (5, ["name"], b"name")),
-    "steering": ((None, [], [*METHODS][:2], tuple(METHODS)), ("rewording", ["nothing"], 5, [5], [["rewording"]], [None])),
-    "rewriter": ((None, str), ("a", 5)),
-    "calibration_prompts": ((None, ["a", "b", "c", "d"]), ("a cat", [], 5, [1, 2, 3, 4], [None] * 4)),
-    "score_log": ((None, "log", Path("log")), (5, ["log"])),
-    "log_prompts": ((True, False), ("no", None, 2)),
-    "on_call": ((None, print), ("print", 5)),
-}
-
-
-def arguments(folder: Path, rng: Random) -> str:
-    """Arguments of `GuardConfig`: taken where all of them can be, and refused with the name of one that cannot."""
-    chosen = {name: rng.random() < 0.15 for name in rng.sample(list(ARGUMENTS), rng.randint(1, len(ARGUMENTS)))}
-    given = {name: rng.choice(ARGUMENTS[name][strange]) for name, strange in chosen.items()}
-    try:
-        config = GuardConfig(**given)
-    except (ValueError, TypeError) as error:
-        expect(any(strange and name in str(error) for name, strange in chosen.items()), True)
-        return checked_sentence(error)
-    expect(any(chosen.values()), False)
-    return expect({name: getattr(config, name) for name in given}, given)
-
-
 # running
-
-
-def checked_sentence(error: BaseException) -> str:
-    """The outcome of an error: `REFUSED` if its text is one sentence, else `NO_SENTENCE`."""
-    text = str(error)
-    return REFUSED if text.endswith(".") and "\n" not in text and len(text) <= LONGEST_SENTENCE else NO_SENTENCE
-
-
-def refused_or(read: Callable[[], Any], documented: type[Exception], judge: Callable[[Any], str]) -> str:
-    """The outcome of reading: that of the documented error, or what ``judge`` says of what was read."""
-    try:
-        found = read()
-    except documented as error:
-        return checked_sentence(error)
-    return judge(found)
 
 
 KINDS: dict[str, Callable[[Path, Random], str]] = {
@@ -399,7 +326,7 @@ KINDS: dict[str, Callable[[Path, Random], str]] = {
     "part of long work, damaged": damaged_part,
     "log of scores, damaged": damaged_log,
     "a full disk": on_a_full_disk,
-    "GuardConfig": arguments,
+    **hostile_arguments.KINDS,
 }
 
 
@@ -411,8 +338,8 @@ def run_case(number: int) -> dict[str, Any]:
         folder = Path(name)
         try:
             outcome = KINDS[kind](folder, Random(number))
-        except (Misread, Needless) as error:
-            outcome, what = MISREAD if isinstance(error, Misread) else NEEDLESS, str(error)
+        except (Misread, Needless, NoSentence) as error:
+            outcome, what = WRONG[type(error)], str(error)
         except Exception as error:  # what is looked for
             outcome, what = CRASHED, f"{type(error).__name__}: {error}"
         if left := [path.name for path in folder.rglob("*.partial")]:
@@ -432,26 +359,56 @@ def quiet() -> Iterator[None]:
     """Within the block nothing is logged of what is passed over."""
     logger = logging.getLogger("sdguard")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logger.setLevel(before)
 
 
+def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Results of cases that come right after those of other results, together; raises `typer.BadParameter` where they do not."""
+    if (before["first"] + before["count"], before["versions"]) != (now["first"], now["versions"]):
+        raise typer.BadParameter("the cases in the file do not end where these begin, or are of other versions", param_hint="--add")
+    counts = [{name: value for name, value in row.items() if name != "kind"} for row in (*before["rows"], *now["rows"])]
+    half, columns = len(now["rows"]), list(dict.fromkeys(name for row in counts for name in row))
+    rows = [
+        {"kind": row["kind"], **{name: one.get(name, 0) + other.get(name, 0) for name in columns}}
+        for row, one, other in zip(now["rows"], counts[:half], counts[half:], strict=True)
+    ]
+    return {**now, "first": before["first"], "count": before["count"] + now["count"], "rows": rows, "bad": before["bad"] + now["bad"]}
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """What the README says of the results."""
+    totals = {name: sum(row.get(name, 0) for row in found["rows"]) for name in (READ, REFUSED, UNKNOWN)}
+    wrong = len(found["bad"])
+    return (
+        f"Of {found['count']:,} hostile files, profiles, arguments and requests from seeds, in {len(found['rows'])} kinds, "
+        f"{totals[READ]:,} were read rightly, {totals[REFUSED]:,} refused in one sentence, and {totals[UNKNOWN]:,} damaged ones read as "
+        f"something whose truth nobody can tell; {wrong or 'none'} came out otherwise."
+    )
+
+
 def main(
     count: Annotated[int, typer.Option(min=1, help="How many cases.")] = 10_000,
     first: Annotated[int, typer.Option(min=0, help="The number of the first one.")] = 0,
-    out: Annotated[Path, typer.Option(help="Where fuzz.json goes.")] = Path(__file__).parent / "results",
+    add: Annotated[bool, typer.Option("--add", help="Add to the results that are there, of the cases before these.")] = False,
+    out: Annotated[Path, typer.Option(help="Where fuzz.json goes.")] = RESULTS,
 ) -> None:
     """Try hostile files and arguments."""
+    path = out / f"{NAME}.json"
+    before = json.loads(path.read_text()) if add else None
     with quiet():
-        cases = [run_case(number) for number in range(first, first + count)]
+        cases = [run_case(number) for number in track(range(first, first + count), NAME)]
     rows, bad = summary(cases), [case for case in cases if case["outcome"] in BAD]
-    written = {"first": first, "count": count, "rows": rows, "bad": bad, "versions": versions()}
-    write_text(out / f"{NAME}.json", json.dumps(written, indent=1) + "\n")
-    table = Table(*rows[0], title=f"{count} cases from number {first}")
-    for row in rows:
+    written: dict[str, Any] = {"first": first, "count": count, "rows": rows, "bad": bad, "versions": versions()}
+    written = added(before, written) if before else written
+    write_text(path, json.dumps(written, indent=1) + "\n")
+    if out == RESULTS:
+        put(NAME, sentence(written))
+    table = Table(*written["rows"][0], title=f"{written['count']} cases from number {written['first']}")
+    for row in written["rows"]:
         table.add_row(*map(str, row.values()))
     Console().print(table)
     for case in bad:

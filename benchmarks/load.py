@@ -16,9 +16,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ from sdguard.files.atomic import write_text
 NAME = "load"
 #: different requests; each client asks for some of them in turn.
 REQUESTS = 12
-STEPS = 4
+STEPS = 2
 #: seconds that the app has to begin to answer.
 PATIENCE = 600.0
 
@@ -91,13 +92,16 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def one_client(address: str, number: int, count: int, asked: list[Request], alone: dict[Request, str]) -> tuple[list[float], int]:
+def one_client(
+    client: Client, number: int, count: int, asked: list[Request], alone: dict[Request, str], answered: Callable[[], None]
+) -> tuple[list[float], int]:
     """Seconds that each of ``count`` requests of a client took, one after the other, and how many answers were not those given alone."""
-    client, seconds, wrong = Client(address, verbose=False), [], 0
+    seconds, wrong = [], 0
     for turn in range(count):
         request, began = asked[(number + turn) % len(asked)], time.monotonic()
         wrong += request.answer(client) != alone[request]
         seconds.append(time.monotonic() - began)
+        answered()
     return seconds, wrong
 
 
@@ -111,21 +115,25 @@ def measure(clients: int, count: int, bar: Progress) -> dict[str, Any]:
         for request in asked:
             request.answer(first)
         single = (time.monotonic() - began) / len(asked)
-        memory, seconds, wrong, rounds = [resident(pid)], [], 0, 10
+        many = [Client(address, verbose=False) for _ in range(clients)]
+        shares = [count * (k + 1) // clients - count * k // clients for k in range(clients)]
+        memory, done, counting = [resident(pid)], itertools.count(1), threading.Lock()
         task, began = bar.add_task("requests", total=count), time.monotonic()
+
+        def answered() -> None:
+            with counting:
+                number = next(done)
+                if 10 * number // count > 10 * (number - 1) // count:
+                    memory.append(resident(pid))
+                bar.update(task, completed=number)
+
         with ThreadPoolExecutor(clients) as pool:
-            for part in range(rounds):
-                each = count * (part + 1) // rounds - count * part // rounds
-                shares = [each * (k + 1) // clients - each * k // clients for k in range(clients)]
-                waiting = [pool.submit(one_client, address, k, share, asked, alone) for k, share in enumerate(shares)]
-                for taken, bad in (client.result() for client in waiting):
-                    seconds.append(taken)
-                    wrong += bad
-                memory.append(resident(pid))
-                bar.update(task, completed=sum(map(len, seconds)))
+            waiting = [pool.submit(one_client, client, k, shares[k], asked, alone, answered) for k, client in enumerate(many)]
+            found = [client.result() for client in waiting]
         took = time.monotonic() - began
+    seconds, wrong = [taken for taken, _ in found], sum(bad for _, bad in found)
     every = sorted(itertools.chain.from_iterable(seconds))
-    by_client = [statistics.fmean(itertools.chain.from_iterable(seconds[k::clients])) for k in range(clients) if any(seconds[k::clients])]
+    by_client = [statistics.fmean(taken) for taken in seconds if taken]
     return {
         "clients": clients,
         "requests": len(every),

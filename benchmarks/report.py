@@ -408,6 +408,24 @@ def readme_development(figures: dict[str, float]) -> str:
     return markdown(["", "measured"], lines)
 
 
+def readme_load(found: dict[str, Any]) -> str:
+    """The README's table of the demo's server under load."""
+    median, most = found["seconds a request, median and 95%"]
+    lines = [
+        [f"requests of {found['clients']} clients at once, {found['steps']} steps each", f"{found['requests']:,}"],
+        ["answers that were another request's", f"{found['answers of another request']}"],
+        ["seconds a request, alone", f"{found['seconds a request, alone']:.2f}"],
+        ["seconds a request under load, median and 95%", f"{median:.1f}, {most:.1f}"],
+        ["requests a second under load", f"{found['requests a second']:.2f}"],
+        ["mean seconds of the slowest client over the fastest's", f"{found['slowest client over fastest, mean seconds']:.2f}"],
+        [
+            "resident MB before, and after each tenth",
+            ", ".join(f"{value:,}" for value in found["resident MB, before and after each tenth"]),
+        ],
+    ]
+    return markdown(["", "measured"], lines)
+
+
 def load(results: Path, name: str) -> dict[str, Any] | None:
     """A result file, if it is there."""
     path = results / f"{name}.json"
@@ -466,6 +484,8 @@ def main(
         paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])
         tables["overhead"] = [opened("By shape and path", paths[["shape", *paths.columns[:-1]]])]
         put("overhead", readme_overhead(overhead), readme)
+    if loaded := load(results, "load"):
+        put("load", readme_load(loaded), readme)
     for name, table_of in audit.TABLES.items():
         if found := load(results / "audit", name):
             put(f"audit-{name}", table_of(found), readme)

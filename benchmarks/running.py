@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import typer
 from PIL import Image
 
 from sdguard import testbed
@@ -37,3 +39,16 @@ def as_png(images: np.ndarray) -> list[bytes]:
 def from_png(files: Sequence[bytes]) -> np.ndarray:
     """The inverse of `as_png`."""
     return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+
+
+def commands_of(app: typer.Typer) -> dict[str, Any]:
+    """Every command of an application by its words."""
+
+    def under(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        if not hasattr(command, "commands"):
+            yield " ".join(words), command
+            return
+        for name, inner in command.commands.items():
+            yield from under(inner, (*words, name))
+
+    return dict(under(typer.main.get_command(app), ()))

@@ -38,7 +38,7 @@ from sdguard.files.atomic import write_text
 from sdguard.files.processes import processes
 from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
-from sdguard.observation import Observation
+from sdguard.observation import Observation, Prediction
 from sdguard.steering import BASELINES, METHODS, Method, SteeringInput
 from sdguard.steering.fallback import methods_of, try_in_order
 from sdguard.testbed.copies import SSCD, Targets, find_copies, load_targets, shipped_cut
@@ -72,6 +72,12 @@ class Always:
 
     def reads(self, step: int) -> bool:
         return step == 0
+
+    def follows(self, step: int) -> bool:
+        return True
+
+    def glance(self, prediction: Prediction) -> None:
+        """Each call is observed."""
 
     def made(self, latents: torch.Tensor) -> None:
         """Nothing is asked of the picture here."""

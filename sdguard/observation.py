@@ -130,18 +130,46 @@ Denoiser = Callable[[Tensor, float, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What one denoiser call shows, for ``B`` images.
+class Prediction:
+    """What one denoiser call predicts for ``B`` images.
+
+    Attributes:
+        x: ``x_t`` in the variance-preserving convention, ``[B, C, H, W]``, fp32.
+        eps_c, eps_u: conditional and unconditional noise predictions, ``[B, C, H, W]``, fp32.
+        level: the noise level ``(a, s)``.
+        guidance_scale: the run's guidance scale.
+    """
+
+    x: Tensor
+    eps_c: Tensor
+    eps_u: Tensor
+    level: NoiseLevel
+    guidance_scale: float
+
+    @functools.cached_property
+    def difference(self) -> Tensor:
+        """``D = eps_c - eps_u``, ``[B, C, H, W]``."""
+        return self.eps_c - self.eps_u
+
+    @functools.cached_property
+    def guidance_norm(self) -> Tensor:
+        """``||D||_2`` of each image, ``[B]``."""
+        return torch.linalg.vector_norm(self.difference.flatten(1), dim=1)
+
+    def guided(self, eps_c: Tensor, eps_u: Tensor) -> Tensor:
+        """The prediction under guidance, ``eps_u + w (eps_c - eps_u)`` (Ho & Salimans 2022)."""
+        return eps_u + self.guidance_scale * (eps_c - eps_u)
+
+
+@dataclass(frozen=True)
+class Observation(Prediction):
+    """What one denoiser call shows, for ``B`` images: what it predicts, and all that is needed to evaluate it again.
 
     Attributes:
         step: index of the call in the run.
         timestep: the scheduler's timestep.
-        level: its noise level ``(a, s)``.
-        x: ``x_t`` in the variance-preserving convention, ``[B, C, H, W]``, fp32.
-        eps_c, eps_u: conditional and unconditional noise predictions, ``[B, C, H, W]``, fp32.
         condition, null_condition: text embeddings of the two branches, ``[B, T, E]``; where a model has a pooled embedding, it is the last
             row, filled up with zeros.
-        guidance_scale: the run's guidance scale.
         level_at: the noise level of any timestep of this scheduler.
         denoise: evaluates the captured call again.
         evaluations: ``[B]``, the extra denoiser evaluations spent on each image so far; shared by derived observations' rows.
@@ -159,13 +187,8 @@ class Observation:
 
     step: int
     timestep: float
-    level: NoiseLevel
-    x: Tensor
-    eps_c: Tensor
-    eps_u: Tensor
     condition: Tensor
     null_condition: Tensor
-    guidance_scale: float
     level_at: Callable[[float], NoiseLevel]
     denoise: Denoiser
     evaluations: Tensor
@@ -189,16 +212,6 @@ class Observation:
         """The guard's own reference call of these rows (`sdguard.denoiser.reference_call`). Cost: up to 2 evaluations, once a run."""
         return self if self.reading is None else self.reading().select(self.rows)
 
-    @functools.cached_property
-    def difference(self) -> Tensor:
-        """``D = eps_c - eps_u``, ``[B, C, H, W]``."""
-        return self.eps_c - self.eps_u
-
-    @functools.cached_property
-    def guidance_norm(self) -> Tensor:
-        """``||D||_2`` of each image, ``[B]``."""
-        return torch.linalg.vector_norm(self.difference.flatten(1), dim=1)
-
     @property
     def prediction(self) -> Tensor:
         """The noise prediction that is followed, ``[B, C, H, W]``: each row's under its rule, or under guidance. Cost: the rules'."""
@@ -206,10 +219,6 @@ class Observation:
             return self.guided(self.eps_c, self.eps_u)
         rows = [self.select(torch.tensor([i])) for i in range(len(self.x))]
         return torch.cat([rule(row) if rule else row.prediction for rule, row in zip(self.rules, rows, strict=True)])
-
-    def guided(self, eps_c: Tensor, eps_u: Tensor) -> Tensor:
-        """The prediction under guidance, ``eps_u + w (eps_c - eps_u)`` (Ho & Salimans 2022)."""
-        return eps_u + self.guidance_scale * (eps_c - eps_u)
 
     def score(self, branch: Branch, timestep: float | None = None) -> Callable[[Tensor], Tensor]:
         """``x -> grad log p_t(x) = -eps / s`` of a branch, ``[B, C, H, W]`` both, at this or another timestep.

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from sdguard.denoiser import record
 
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.equal.default)
@@ -123,7 +126,7 @@ def counted(pipe: Any, denoiser: nn.Module) -> Iterator[Counter[str]]:
     kind: Any = type(denoiser)
     kind.__call__ = call  # a hook on the denoiser would be part of the model that is judged
     try:
-        with Transfers(device), Operations(device):
+        with patch.object(record, "at_hand", lambda tensor: not device.has(tensor)), Transfers(device), Operations(device):
             yield device.waits
     finally:
         del kind.__call__

@@ -117,32 +117,32 @@ def scan_command(
             engine=engine,
             profile=profile,
             progress=partial(show, "scanning"),
+            shown=SHOWN,
             skip_empty=skip_empty,
         )
     if found is None:
         return
-    table = found.table
-    failed = table[table.error != ""]
-    Console().print(ranking(table))
+    about = found.summary
+    Console().print(ranking(about))
     notes = [
-        f"{int(table.discovered.sum())} of {len(table)} prompts discovered at a false discovery rate of {fdr:g}; "
-        f"{table.evaluations.mean():.1f} denoiser evaluations a prompt; {out}",
-        power_note(found.profile, seeds, int(table.p_value.notna().sum()), fdr),
-        f"{found.truncated} prompts are longer than the {found.window} tokens that the text encoder reads; the rest of them was not read."
-        if found.truncated
+        f"{about.discovered} of {about.prompts} prompts discovered at a false discovery rate of {fdr:g}; "
+        f"{about.evaluations:.1f} denoiser evaluations a prompt; {out}",
+        power_note(found.profile, seeds, about.judged, fdr),
+        f"{about.truncated} prompts are longer than the {found.window} tokens that the text encoder reads; the rest of them was not read."
+        if about.truncated
         else None,
-        f"{len(failed)} prompts could not be judged; the first of them, row {failed.row.iloc[0]}: {failed.error.iloc[0]}"
-        if len(failed)
+        f"{about.failed} prompts could not be judged; the first of them, row {about.failed_row}: {about.failed_error}"
+        if about.failed
         else None,
     ]
     for note in filter(None, notes):
         Console().print(escape(note), highlight=False)
 
 
-def ranking(table: Any) -> Table:
-    """The first rows of a scan's table, for people."""
-    shown = Table("rank", "row", "prompt", "score", "p", "q", title=f"the first {min(SHOWN, len(table))} of {len(table)} prompts")
-    for rank, row in enumerate(table.head(SHOWN).itertuples(), start=1):
+def ranking(found: Any) -> Table:
+    """The first rows of a scan's `Summary`, for people."""
+    shown = Table("rank", "row", "prompt", "score", "p", "q", title=f"the first {len(found.first)} of {found.prompts} prompts")
+    for rank, row in enumerate(found.first.itertuples(), start=1):
         style = "red" if row.discovered else None
         shown.add_row(
             str(rank), str(row.row), escape(row.prompt), f"{row.score:+.2f}", f"{row.p_value:.3g}", f"{row.q_value:.3g}", style=style

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,7 +75,7 @@ def folder_of(model: str) -> Path:
     from sdguard.decision.model_folder import is_hub_id
 
     folder = testbed.path() if model == "embedded" else Path(model)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # a name may be too long for a path, which pathlib raises
         return folder
     index = try_to_load_from_cache(model, "model_index.json") if is_hub_id(model) else None
     if not isinstance(index, str):
@@ -100,7 +101,7 @@ def show_command(
     from sdguard.decision.known_profiles import read_profile
 
     with one_sentence():
-        path = Path(name) if Path(name).is_file() else cached(name)
+        path = Path(name) if os.path.isfile(name) else cached(name)
         found = read_profile(path)
     table = Table(show_header=False, title=escape(path.stem))
     for what, value in facts(path, found).items():
@@ -182,7 +183,7 @@ def export_command(name: Name, file: Annotated[Path, typer.Argument(help="Where 
     with one_sentence():
         profile = read_profile(cached(name))
         ensure_writable(file.parent)
-        if file.is_dir():
+        if os.path.isdir(file):
             raise BadInput(f"{file} is a directory.")
         profile.save(file)
     Console().print(f"{file}", highlight=False, soft_wrap=True)

@@ -87,7 +87,7 @@ def profile_path(name: Path | str) -> Path:
     """The file that a name stands for: a path, or the name of a cached profile."""
     path = Path(name)
     cached = cache_folder() / f"{path.name}.json"
-    return cached if not path.exists() and path.name == str(name) and cached.exists() else path
+    return cached if not os.path.exists(path) and path.name == str(name) and os.path.exists(cached) else path
 
 
 # the bound

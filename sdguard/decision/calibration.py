@@ -21,6 +21,7 @@ from sdguard.decision.identity import identity
 from sdguard.decision.profile import FORMAT, SAME_PICTURE, SERIES, Profile, digest_of
 from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
 from sdguard.denoiser.reference_call import reference_timestep
+from sdguard.files.inputs import are_texts, shown
 from sdguard.files.resumable import Parts, run_pieces
 from sdguard.geometry.alignment import alignment
 from sdguard.geometry.reference import NOISED_LOG_SNR, recurrence, reference_end, timestep_at
@@ -69,6 +70,7 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
     work: Path | None = None,
     state: PartialState | None = None,
+    keep_work: bool = False,
 ) -> Profile:
     """Read ordinary prompts on a pipeline, one seed each, at the guard's own reference call, and return the `Profile`.
 
@@ -81,21 +83,27 @@ def calibrate(
         adapter_scale: what the calls scale LoRA by, where they do.
         progress: called with prompts done and prompts in all.
         work: a folder that keeps what has been measured, so that a killed calibration goes on; removed at the end.
+        keep_work: leave it, for who has to keep the profile before it goes: whenever the process is killed, the one or the other is there.
         state: accelerate's, where several processes share the work, each on its own pipeline; every one of them returns the profile.
 
     Raises:
+        TypeError: ``prompts`` is no list of texts; one sentence.
         ValueError: fewer than 4 prompts, or most of them are memorized.
     """
+    if not are_texts(prompts):
+        raise TypeError(f"Calibration needs a list of prompts, and was given {shown(prompts)}.")
+    prompts = list(prompts)
     if len(prompts) < 4:
         raise ValueError(f"Calibration needs at least 4 ordinary prompts; {len(prompts)} given.")
     model = identity(pipe, adapter_scale)
-    parts = Parts(work, "calibration", [FORMAT, model, list(prompts), seed, PLAN, BATCH_SIZE, SAME_PICTURE, REPORTED_PROMPTS, TILT_PROMPTS])
+    parts = Parts(work, "calibration", [FORMAT, model, prompts, seed, PLAN, BATCH_SIZE, SAME_PICTURE, REPORTED_PROMPTS, TILT_PROMPTS])
     measurement = Measurement(pipe, prompts, seed, adapter_scale, parts, state, progress)
     fitting, scoring = split(len(prompts))
     cascade, values, unfit = fit(measurement, fitting)
     scores, aside = score(measurement, scoring, cascade)
     series, timesteps = measure_series(measurement, [position for position in scoring if position not in aside][:SERIES_PROMPTS])
-    parts.remove()
+    if not keep_work:
+        parts.remove()
     gone = sorted([*unfit, *aside])
     words = document_frequency(prompt for position, prompt in enumerate(prompts) if position not in gone)
     return Profile(
@@ -294,7 +302,7 @@ def measure_series(measurement: Measurement, positions: Sequence[int]) -> tuple[
 def values_along(observation: Observation) -> Values:
     """Each signal of `SERIES` at every call of a short run, named ``signal@timestep``. Cost: ``2 (SERIES_STEPS - 1)`` evaluations."""
     calls = observations(observation, steps=SERIES_STEPS)
-    return {f"{name}@{call.timestep:g}": BY_NAME[name].read(call).tolist() for call in calls for name in SERIES}
+    return {f"{name}@{call.timestep:g}": read(call).tolist() for call in calls for name, read in SERIES.items()}
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -160,8 +160,8 @@ def judge(observation: Observation, cascade: Cascade) -> tuple[Tensor, dict[str,
     fused score f of the next stage. Cost: that of the stages a row reaches.
     """
     count = len(observation.x)
-    values = {name: torch.full((count,), math.nan) for name in cascade.signals}
-    score, rows = torch.zeros(count), torch.arange(count)
+    values = {name: torch.full((count,), math.nan, dtype=torch.float) for name in cascade.signals}
+    score, rows = torch.zeros(count, dtype=torch.float), torch.arange(count)
     floor: Tensor | None = None
     for stage in cascade.stages:
         here = observation.select(rows)

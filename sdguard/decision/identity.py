@@ -16,7 +16,7 @@ from torch import nn
 from sdguard.decision.digests import hexed
 from sdguard.decision.module_state import trees_of
 from sdguard.denoiser.bare import uncompiled
-from sdguard.denoiser.families import default_size, denoiser_of, family_of
+from sdguard.denoiser.families import check_weights, default_size, denoiser_of, family_of
 from sdguard.denoiser.reference_call import setup_of
 from sdguard.observation import is_flow, prediction_type
 
@@ -40,8 +40,7 @@ def identity(pipe: Any, scale: float | None = None) -> dict[str, Any]:
         TypeError: sdguard does not support the pipeline's class, or cannot see or read its weights, as sparse ones.
     """
     readers, (height, width) = readers_of(pipe), default_size(pipe)
-    if not any(True for _ in chain(readers[family_of(pipe).denoiser].parameters(), readers[family_of(pipe).denoiser].buffers())):
-        raise TypeError("The denoiser's weights cannot be seen, so that nothing tells which model it is: it is not guarded.")
+    check_weights(denoiser_of(pipe))
     read = dict(zip(readers, trees_of(list(readers.values())), strict=True))
     adapters = {name: found for name, tree in read.items() if (found := tree.adapters(1.0 if scale is None else float(scale)))}
     return {

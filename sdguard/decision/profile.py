@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
@@ -15,16 +15,20 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import beta, betabinom
+from torch import Tensor
 
 from sdguard.decision.cascade import BY_NAME, Cascade, Scale, Stage
 from sdguard.decision.identity import differences, same_model
 from sdguard.files.atomic import write_text
+from sdguard.observation import Prediction
+from sdguard.signals.denoised_norm import denoised_norm
+from sdguard.signals.guidance_norm import guidance_norm
 
 FORMAT = 9
 #: correlation from which two pictures are one.
 SAME_PICTURE = 0.9
 #: free signals whose course over a run is followed.
-SERIES = ("guidance_norm", "denoised_norm")
+SERIES: dict[str, Callable[[Prediction], Tensor]] = {"guidance_norm": guidance_norm, "denoised_norm": denoised_norm}
 
 
 class ProfileError(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -164,6 +165,7 @@ def find_or_make(
         started = time.monotonic()
         made = make(pipe, model, chosen, adapter_scale, path, "of your own" if prompts else "that come along", stop)
         keep(made, path, time.monotonic() - started)
+        shutil.rmtree(parts_folder(path), ignore_errors=True)
     return made
 
 
@@ -193,7 +195,7 @@ def make(
     )  # fmt: skip
     work = None if trouble else parts_folder(path)
     with told_of_cache(), progress_bar(pipe, len(prompts), whose, stop) as progress:
-        made = calibrate(pipe, prompts, adapter_scale=adapter_scale, progress=progress, work=work)
+        made = calibrate(pipe, prompts, adapter_scale=adapter_scale, progress=progress, work=work, keep_work=True)
     with lock_of(denoiser_of(pipe)):  # while a run of another thread's is on, its scale may be on the LoRA layers
         changes = differences(identity(pipe, adapter_scale), model)
     if changes:

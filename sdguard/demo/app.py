@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -12,14 +14,16 @@ from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")  # a table of so many requests, made anew after each
 
 import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sdguard.demo import calibrate_tab, generate_tab, geometry_tab, scan_tab, why_tab
+from sdguard.demo.clients import Listeners
 from sdguard.demo.model import Model
-from sdguard.demo.page import prompt_box
+from sdguard.demo.page import INTERNAL, ROOM, prompt_box
 from sdguard.demo.settings import LARGEST_BODY, LARGEST_FILE
 
 STYLE = Path(__file__).with_name("style.css")
@@ -35,7 +39,14 @@ POLICY = (
 )
 
 TOO_LARGE = f"A request of more than {LARGEST_BODY / 1e6:.1f} MB is not taken."
+UNREADABLE = "What was sent is not of the form that is asked for here; ?view=api says what is."
+#: of glibc's malloc.h.
+M_ARENA_MAX = -8
+#: sessions whose own profile and boxes are kept, the newest.
+MOST_SESSIONS = 1000
 LOOPBACK = ["127.0.0.1", "localhost"]
+
+logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 
@@ -106,9 +117,28 @@ def names_of(host: str) -> list[str]:
     return LOOPBACK if host in LOOPBACK else ["*"]
 
 
+class Page(gr.Blocks):
+    """A page whose every error is one sentence to whoever asked, what its components cannot read among them."""
+
+    async def preprocess_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except Exception:
+            raise gr.Error(UNREADABLE, print_exception=False) from None
+
+    async def process_api(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().process_api(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception:
+            logger.exception("sdguard demo")
+            raise gr.Error(INTERNAL, print_exception=False) from None
+
+
 def build(model: Model) -> gr.Blocks:
     """The page on a model."""
-    with gr.Blocks(title="sdguard", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with Page(title="sdguard", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(HEADER)
         own_profile = gr.State(None)
         first, ordinary = (next(e.text for e in model.examples if e.kind == kind) for kind in (model.examples[0].kind, "ordinary"))
@@ -150,25 +180,45 @@ def theme() -> gr.themes.Base:
     )
 
 
+def few_heaps() -> None:
+    """Let glibc's malloc have two heaps for all threads, not eight a core: each keeps what the largest run in it needed, for good."""
+    with contextlib.suppress(AttributeError, TypeError):  # of another libc, or none
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
+def launch(model: Model, host: str, port: int, wait: bool = True) -> gr.Blocks:
+    """Serve the page on a model, until it is interrupted where ``wait``, else from threads beside this one; returns the page."""
+    page = build(model)
+    page.queue(max_size=ROOM["concurrency_limit"], api_open=False)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        theme=theme(),
+        css_paths=STYLE,
+        max_file_size=LARGEST_FILE,
+        max_threads=ROOM["concurrency_limit"] + 32,  # those that wait for their turn hold one each
+        state_session_capacity=MOST_SESSIONS,
+        allowed_paths=None,
+        share=False,
+        show_error=True,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        run_history=False,  # whose page could have runs kept in a bucket elsewhere
+        footer_links=[],
+        prevent_thread_lock=not wait,
+        quiet=not wait,
+        app_kwargs={
+            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host)), Middleware(Shield), Middleware(Listeners)]
+        },
+    )
+    return page
+
+
 def serve(model_name: str = "embedded", host: str = "127.0.0.1", port: int = 7860) -> None:
     """Load a model and serve the page until it is interrupted; raises `BadInput` where the model cannot be loaded."""
+    few_heaps()
     model = Model.load(model_name)
     with tempfile.TemporaryDirectory(prefix="sdguard-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build(model)
-        page.queue(max_size=32, api_open=False)
-        page.launch(
-            server_name=host,
-            server_port=port,
-            theme=theme(),
-            css_paths=STYLE,
-            max_file_size=LARGEST_FILE,
-            allowed_paths=None,
-            share=False,
-            show_error=True,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            footer_links=[],
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host)), Middleware(Shield)]},
-        )
+        launch(model, host, port)

@@ -9,10 +9,13 @@ import gradio as gr
 
 from sdguard.decision.profile import Profile, ProfileError
 from sdguard.demo import charts, elements, signal_views
+from sdguard.demo.clients import alone, client_of
 from sdguard.demo.model import Model
-from sdguard.demo.page import QUICK, WORK, Updates, own_folder, page_updates, run_buttons, setting_of, stops
+from sdguard.demo.page import QUICK, WORK, Updates, own_folder, page_updates, path_of, run_buttons, sentence, setting_of, stops
 from sdguard.demo.profiles import make_profile, profile_known
-from sdguard.demo.settings import uploaded_prompts
+from sdguard.demo.settings import MOST_ORDINARY, uploaded_prompts
+from sdguard.files.inputs import BadInput
+from sdguard.guarded.config import GuardConfig
 
 
 def described(profile: Profile | None, rate: float, own: bool) -> str:
@@ -77,14 +80,18 @@ def tab(model: Model, shows: list[Any], own_profile: Any, controls: list[Any]) -
             shown = gr.HTML(elements.hint("The profile in use appears here."), elem_id="calibrate-result")
 
     def looked(own: Profile | None, *values: Any) -> str:
-        return described(profile_known(model, own), setting_of(model, "-", *values).rate, own is not None)
+        try:
+            rate = GuardConfig(false_positive_rate=setting_of(model, "-", *values).rate).false_positive_rate
+        except (ValueError, TypeError) as error:
+            return elements.status(sentence(error), "error")
+        return described(profile_known(model, own), rate, own is not None)
 
-    def run(request: gr.Request, path: str | None, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, uploaded: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)
 
         def work(emit: Any) -> None:
-            asked.checked(model)
-            profile = make_profile(model, uploaded_prompts(path).tolist(), asked.rate, emit)
+            rate = asked.checked(model).rate
+            profile = make_profile(model, uploaded_prompts(path_of(uploaded), MOST_ORDINARY).tolist(), rate, emit)
             emit(profile)
             emit((profile,))
 
@@ -97,7 +104,11 @@ def tab(model: Model, shows: list[Any], own_profile: Any, controls: list[Any]) -
                 download: gr.update(value=save_profile(profile), visible=True),
             }
 
-        yield from page_updates(request, work, view, line, own_profile, (start, stop))
+        try:
+            with alone("A calibration", client_of(request)):
+                yield from page_updates(request, model, work, view, line, own_profile, (start, stop))
+        except BadInput as error:
+            yield {line: elements.status(str(error), "error")}
 
     def forget(*values: Any) -> Updates:
         return {

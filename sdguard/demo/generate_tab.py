@@ -12,9 +12,10 @@ from PIL import Image
 
 from sdguard.decision.profile import SERIES
 from sdguard.demo import charts, elements, signal_views
+from sdguard.demo.clients import Left, client_of, heard
 from sdguard.demo.comparison import Comparison, Course, compare
 from sdguard.demo.model import Model
-from sdguard.demo.page import WORK, Updates, example_chips, page_updates, run_buttons, setting_of, stops
+from sdguard.demo.page import ROOM, WORK, Updates, example_chips, page_updates, run_buttons, sentence, setting_of, stops
 from sdguard.demo.profiles import profile_known
 from sdguard.demo.settings import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Setting
 from sdguard.demo.streaming import streamed
@@ -28,7 +29,7 @@ EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised e
 
 
 def controls(model: Model) -> list[Any]:
-    """Seed, steps, guidance, images, false-positive rate in per cent, mode, steering: in the order of `page.setting_of`."""
+    """Seed, images, steps, guidance, false-positive rate in per cent, mode, steering: in the order of `page.setting_of`."""
     with gr.Accordion("Settings", open=False):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images")
@@ -46,7 +47,7 @@ def controls(model: Model) -> list[Any]:
             multiselect=True,
             info="Left empty: the order this model’s profile has learnt.",
         )
-    return [seed, steps, guidance, images, rate, mode, steering]
+    return [seed, images, steps, guidance, rate, mode, steering]
 
 
 def card(model: Model, found: Comparison, row: int) -> str:
@@ -170,7 +171,7 @@ def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) ->
             updates: Updates = {line: line_of(found), shown: result(model, found), ran: course(found)}
             return {**updates, why_box: found.setting.prompt} if found.done else updates
 
-        yield from page_updates(request, lambda emit: compare(model, asked, own, emit), view, line, own_profile, (start, stop))
+        yield from page_updates(request, model, lambda emit: compare(model, asked, own, emit), view, line, own_profile, (start, stop))
 
     gr.on([start.click, box.submit], run, [own_profile, box, *setting], [line, shown, ran, own_profile, why_box, start, stop], **WORK)
     stops(stop)
@@ -185,9 +186,10 @@ def png(image: Image.Image) -> str:
 
 
 def endpoint(model: Model) -> None:
-    """The API: ``/generate``, with the limits of the page."""
+    """The API: ``/generate``, with the limits of the page; a run ends when its client leaves."""
 
     def generate(
+        request: gr.Request,
         prompt: str,
         seed: int = 0,
         images: int = 1,
@@ -198,15 +200,18 @@ def endpoint(model: Model) -> None:
         steering: list[str] | None = None,
     ) -> dict[str, Any]:
         """Run a prompt without and with the guard: ``reports``, and the pictures ``unguarded`` and ``guarded`` as PNG in base64."""
-        asked = Setting(prompt, seed, steps, guidance, images, false_positive_rate, mode, tuple(steering or ()))
+        asked = Setting(prompt, seed, images, steps, guidance, false_positive_rate, mode, () if steering is None else steering)
+        found: Comparison | None = None
         try:
             asked = asked.checked(model)
             if profile_known(model, None) is None:
                 raise BadInput("No profile is known for this model: run 'sdguard calibrate' for it first.")
-            events = [event for event in streamed(lambda emit: compare(model, asked, None, emit)) if event is not None]
-        except (ValueError, TypeError, MemorizationError) as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        found: Comparison = events[-1]
+            work = model.turns.taken(client_of(request), lambda emit: compare(model, asked, None, emit))
+            for event in heard(request, streamed(work)):
+                found = event or found
+        except (ValueError, TypeError, MemorizationError, Left) as error:
+            raise gr.Error(sentence(error), print_exception=False) from None
+        assert found is not None
         return {
             "reports": [vars(report) for report in found.reports],
             "unguarded": [png(image) for image in found.unguarded.images],
@@ -214,5 +219,4 @@ def endpoint(model: Model) -> None:
             "milliseconds": [1000 * found.unguarded.seconds, 1000 * found.guarded.seconds],
         }
 
-    limits = {name: WORK[name] for name in ("concurrency_limit", "concurrency_id")}
-    gr.api(generate, api_name="generate", **limits)
+    gr.api(generate, api_name="generate", **ROOM)

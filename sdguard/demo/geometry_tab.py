@@ -12,7 +12,7 @@ from sdguard.demo.charts import MEMORIZED, ORDINARY, Line, chart
 from sdguard.demo.landscape import FINE_ITERATIONS, ITERATIONS, REACH, SIDE, Landscape, landscape
 from sdguard.demo.model import Model
 from sdguard.demo.page import WORK, Updates, page_updates, prompt_box, run_buttons, setting_of, stops
-from sdguard.demo.settings import MOST_STEPS
+from sdguard.demo.settings import MOST_STEPS, whole
 
 EMPTY = (
     "Press Measure: the spectrum of the Hessian, how many directions each prompt leaves free, its output density, "
@@ -108,8 +108,8 @@ def tab(model: Model, prompts: tuple[str, str], own_profile: Any, controls: list
         def view(found: Landscape) -> Updates:
             return {line: elements.status("Done.", "done"), shown: drawn(found)}
 
-        work = lambda emit: landscape(model, [first, second], asked, int(call) - 1, emit)  # noqa: E731
-        yield from page_updates(request, work, view, line, own_profile, (start, stop))
+        work = lambda emit: landscape(model, [first, second], asked, whole("The denoiser call", call, 1, MOST_STEPS) - 1, emit)  # noqa: E731
+        yield from page_updates(request, model, work, view, line, own_profile, (start, stop))
 
     gr.on(
         [start.click, memorized.submit, ordinary.submit],

@@ -183,7 +183,8 @@ def landscape(model: Model, prompts: list[str], setting: Setting, step: int, emi
     Raises:
         ValueError: the setting cannot be; one sentence.
     """
-    checked = [replace(setting, prompt=prompt).checked(model).prompt for prompt in prompts]
+    settings = [replace(setting, prompt=prompt).checked(model) for prompt in prompts]
+    setting, checked = settings[0], [each.prompt for each in settings]
     if not 0 <= step < setting.steps:
         raise BadInput(f"The step must lie between 1 and {setting.steps}; it is {step + 1}.")
     found = Landscape(checked, step, free=[[] for _ in checked], density=[[] for _ in checked], lid=[[] for _ in checked])

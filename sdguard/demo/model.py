@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from sdguard import testbed
 from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.demo.streaming import stoppable
+from sdguard.demo.turns import Turns
 from sdguard.denoiser.families import denoiser_of
 from sdguard.denoiser.loading import default_setting, load_pipeline
 from sdguard.denoiser.schedulers import clone_scheduler
@@ -38,6 +39,7 @@ class Model:
         targets: the memorized pictures, of the embedded model only.
         captions: theirs.
         examples: prompts to try.
+        turns: whose turn it is to run it.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Model:
     targets: Targets | None = None
     captions: Sequence[str] = ()
     examples: Sequence[Example] = ()
+    turns: Turns = field(default_factory=Turns)
 
     @classmethod
     def load(cls, name: str) -> Model:

@@ -15,21 +15,27 @@ from typing import Any
 import gradio as gr
 
 from sdguard.decision.profile import Profile
+from sdguard.demo.clients import Left, client_of, heard
 from sdguard.demo.elements import status
 from sdguard.demo.model import Example, Model
 from sdguard.demo.settings import LONGEST_PROMPT, Setting
 from sdguard.demo.streaming import Emit, Progress, streamed
+from sdguard.demo.turns import MOST_AT_ONCE
 from sdguard.guarded.run import MemorizationError
 
 logger = logging.getLogger(__name__)
 
 #: updates of the page, by component.
 Updates = dict[Any, Any]
-#: of every event that runs the model: so many at once, of whomever. The denoiser itself is one run's at a time; the rest wait their turn.
-WORK: dict[str, Any] = {"concurrency_limit": 4, "concurrency_id": "model", "show_progress": "hidden", "api_visibility": "private"}
-QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+#: of every event that runs the model: so many are let in at once, of two addresses at least, and wait their turn there (`turns`).
+ROOM: dict[str, Any] = {"concurrency_limit": 2 * MOST_AT_ONCE, "concurrency_id": "model"}
+#: of the page's own events. What they are given is looked at here, not by the components: a sentence then says what is wrong, and where.
+QUICK: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
+WORK: dict[str, Any] = {**QUICK, **ROOM}
 KINDS = {"verbatim": "Verbatim copy", "template": "Template copy", "ordinary": "Ordinary", "near miss": "Near miss"}
 INTERNAL = "Something went wrong in the app itself; its log says what. Nothing was changed."
+#: characters that a sentence shown to a client has at most: some say what they were given.
+LONGEST_SENTENCE = 400
 
 
 #: by session and stop button: what ends the work that runs there. The work itself then says so on the page: Gradio's own way to cancel has
@@ -37,8 +43,15 @@ INTERNAL = "Something went wrong in the app itself; its log says what. Nothing w
 _running: dict[tuple[str | None, int], threading.Event] = {}
 
 
+def sentence(error: BaseException) -> str:
+    """What an error says, on one line and of bounded length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST_SENTENCE else f"{text[: LONGEST_SENTENCE - 1]}…"
+
+
 def page_updates(
     request: gr.Request,
+    model: Model,
     work: Callable[[Emit], None],
     view: Callable[[Any], Updates],
     line: Any,
@@ -47,8 +60,8 @@ def page_updates(
 ) -> Iterator[Updates]:
     """The updates that ``work`` makes on the page: ``view`` of what it emits, its progress and its errors as sentences in ``line``.
 
-    A profile that it emits becomes the session's ``own_profile``; the ``buttons`` are the one that starts it and the one that stops it,
-    where there are any.
+    The work waits for its client's turn at the model, and ends when its page goes. A profile that it emits becomes the session's
+    ``own_profile``; the ``buttons`` are the one that starts it and the one that stops it, where there are any.
     """
     end: Updates = {line: gr.skip()}
     stopping = threading.Event()
@@ -58,7 +71,8 @@ def page_updates(
         yield {line: status("Waiting for the model …", "busy"), start: gr.update(interactive=False), stop: gr.update(interactive=True)}
         end = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
     try:
-        with closing(streamed(work, stopping)) as events:  # closed too where this generator is: when the page has gone
+        events = heard(request, streamed(model.turns.taken(client_of(request), work), stopping))
+        with closing(events):  # where this generator is closed, too: when the page has gone
             for event in events:
                 if event is None:
                     yield {line: gr.skip()}  # so that it can be closed now
@@ -69,8 +83,10 @@ def page_updates(
                     yield {own_profile: event}
                 else:
                     yield view(event)
+    except Left:
+        return
     except (ValueError, TypeError, MemorizationError) as error:
-        yield {line: status(str(error), "error"), **end}
+        yield {line: status(sentence(error), "error"), **end}
         return
     except Exception:
         logger.exception("sdguard demo")
@@ -125,15 +141,24 @@ def example_chips(examples: Sequence[Example], box: Any) -> None:
 
 def setting_of(model: Model, *values: Any) -> Setting:
     """The setting that the page's controls show, in the order of `sdguard.demo.generate_tab.controls`; nothing is checked here."""
-    prompt, seed, steps, guidance, images, percent, mode, steering = values
-    defaults = model.defaults
+    prompt, seed, images, steps, guidance, percent, mode, steering = values
     return Setting(
         prompt,
-        int(seed or 0),
-        int(steps or defaults["num_inference_steps"]),
-        float(defaults["guidance_scale"] if guidance is None else guidance),
-        int(images or 1),
-        float(percent or 0) / 100,
+        0 if seed is None else seed,
+        1 if images is None else images,
+        model.defaults["num_inference_steps"] if steps is None else steps,
+        model.defaults["guidance_scale"] if guidance is None else guidance,
+        share(percent),
         mode,
-        tuple(steering or ()),
+        () if steering is None else steering,
     )
+
+
+def share(percent: Any) -> Any:
+    """Per cent as a share; what is no number stays what it is."""
+    return percent / 100 if isinstance(percent, (int, float)) else percent
+
+
+def path_of(uploaded: Any) -> str | None:
+    """Where a file lies that was uploaded into a `gr.File`; None where none was."""
+    return uploaded["path"] if uploaded else None

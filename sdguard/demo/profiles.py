@@ -28,7 +28,7 @@ def make_profile(model: Model, prompts: Sequence[str], rate: float, emit: Emit, 
     scored, needed = scored_and_needed(len(prompts), rate)
     if scored < needed:
         raise BadInput(f"A false-positive rate of {rate:g} needs {needed} scored prompts; of {len(prompts)} prompts {scored} are scored.")
-    return calibrate(model.own(), prompts, progress=lambda done, total: emit(Progress(doing, done, total)))
+    return calibrate(model.own(), prompts, progress=lambda done, total: emit(Progress(doing, done, total, rests=True)))
 
 
 def find_or_make_profile(model: Model, rate: float, own: Profile | None, emit: Emit) -> Profile:

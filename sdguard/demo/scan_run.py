@@ -13,15 +13,18 @@ from sdguard.demo.model import Model
 from sdguard.demo.profiles import find_or_make_profile
 from sdguard.demo.settings import MOST_SEEDS, bounded, whole
 from sdguard.demo.streaming import Emit, Progress
-from sdguard.scan.scan import rank_prompts, scan
+from sdguard.scan.ranking import rank_prompts
+from sdguard.scan.scan import scan
 
 
 @dataclass
 class Scanned:
-    """A finished scan: its ranked table, the profile it went by, and how long it took."""
+    """A finished scan: its ranked table, the profile, seeds a prompt and false discovery rate it went by, and how long it took."""
 
     table: pd.DataFrame
     profile: Profile
+    seeds: int
+    fdr: float
     seconds: float
 
 
@@ -36,5 +39,5 @@ def scan_prompts(model: Model, prompts: pd.Series, seeds: int, fdr: float, rate:
     emit(Progress("Scanning", 0, len(found)))
     for batch in scan(model.own(), profile, found, seeds=seeds, false_positive_rate=rate):
         rows += batch
-        emit(Progress("Scanning", len(rows), len(found)))
-    emit(Scanned(rank_prompts(rows, found, fdr), profile, time.monotonic() - began))
+        emit(Progress("Scanning", len(rows), len(found), rests=True))
+    emit(Scanned(rank_prompts(rows, fdr), profile, seeds, fdr, time.monotonic() - began))

@@ -10,7 +10,7 @@ import pandas as pd
 
 from sdguard.demo import elements
 from sdguard.demo.model import Model
-from sdguard.demo.page import WORK, Updates, own_folder, page_updates, run_buttons, setting_of, stops
+from sdguard.demo.page import WORK, Updates, own_folder, page_updates, path_of, run_buttons, setting_of, share, stops
 from sdguard.demo.scan_run import Scanned, scan_prompts
 from sdguard.demo.settings import MOST_SEEDS, SUFFIXES, uploaded_prompts
 from sdguard.files.prompt_files import write_table
@@ -45,15 +45,15 @@ def shown_table(table: pd.DataFrame) -> str:
     return elements.table(("rank", "prompt", "score", "p", "q", ""), rows, "prompts by p-value")
 
 
-def summary(found: Scanned, seeds: int, fdr: float) -> str:
+def summary(found: Scanned) -> str:
     """What came out, in sentences."""
     table = found.table
     shown = f" The first {SHOWN} are shown; the files have all." if len(table) > SHOWN else ""
     sentence = (
-        f"{int(table.discovered.sum())} of {len(table):,} prompts discovered at a false discovery rate of {fdr:.0%}, "
+        f"{int(table.discovered.sum())} of {len(table):,} prompts discovered at a false discovery rate of {found.fdr:.0%}, "
         f"{table.evaluations.mean():.1f} denoiser evaluations a prompt, {found.seconds:.1f} seconds.{shown}"
     )
-    return " ".join(filter(None, [sentence, power_note(found.profile, seeds, int(table.p_value.notna().sum()), fdr)]))
+    return " ".join(filter(None, [sentence, power_note(found.profile, found.seeds, int(table.p_value.notna().sum()), found.fdr)]))
 
 
 def tab(model: Model, own_profile: Any, controls: list[Any]) -> None:
@@ -74,17 +74,17 @@ def tab(model: Model, own_profile: Any, controls: list[Any]) -> None:
             )
             shown = gr.HTML(elements.hint(EMPTY), elem_id="scan-result")
 
-    def run(request: gr.Request, own: Any, path: str | None, count: float, percent: float, *values: Any) -> Iterator[Updates]:
+    def run(request: gr.Request, own: Any, uploaded: Any, count: Any, percent: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)
 
         def work(emit: Any) -> None:
-            scan_prompts(model, uploaded_prompts(path), int(count), percent / 100, asked.checked(model).rate, own, emit)
+            scan_prompts(model, uploaded_prompts(path_of(uploaded)), count, share(percent), asked.checked(model).rate, own, emit)
 
         def view(found: Scanned) -> Updates:
-            text = elements.status(summary(found, int(count), percent / 100), "done")
+            text = elements.status(summary(found), "done")
             return {line: text, shown: shown_table(found.table), files: gr.update(value=save_table(found.table), visible=True)}
 
-        yield from page_updates(request, work, view, line, own_profile, (start, stop))
+        yield from page_updates(request, model, work, view, line, own_profile, (start, stop))
 
     start.click(run, [own_profile, file, seeds, fdr, *controls], [line, shown, files, own_profile, start, stop], **WORK)
     stops(stop)

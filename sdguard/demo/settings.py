@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pandas as pd
 
 from sdguard.demo.model import Model
 from sdguard.denoiser.loading import check_prompts
+from sdguard.files import inputs
 from sdguard.files.inputs import BadInput
 from sdguard.files.prompt_files import read_prompts
 from sdguard.guarded.config import GuardConfig
@@ -17,6 +20,8 @@ from sdguard.guarded.config import GuardConfig
 #: what the server takes at most, whatever a page or a client sends.
 LONGEST_PROMPT, MOST_IMAGES, MOST_STEPS, MOST_GUIDANCE, MOST_SEEDS = 600, 4, 100, 30.0, 4
 LARGEST_FILE, MOST_PROMPTS = 2_000_000, 5_000
+#: of a profile made here: three times what the smallest rate on the page asks for.
+MOST_ORDINARY = 2_250
 #: of any request: a file, and what a form puts around it.
 LARGEST_BODY = LARGEST_FILE + 100_000
 #: parquet is left out: what a file of that size unpacks to has no bound.
@@ -29,23 +34,27 @@ class Setting:
 
     prompt: str
     seed: int = 0
+    images: int = 1
     steps: int = 10
     guidance: float = 2.5
-    images: int = 1
     rate: float = 0.01
     mode: str = "steer"
-    steering: tuple[str, ...] = ()
+    steering: Sequence[str] = ()
 
     def checked(self, model: Model) -> Setting:
         """The same, its prompt stripped; raises `BadInput` or `ValueError`, one sentence each."""
-        counts = {
+        counts: dict[str, Any] = {
             "images": whole("The number of images", self.images, 1, MOST_IMAGES),
             "steps": whole("The number of steps", self.steps, 2, MOST_STEPS),
             "seed": whole("The seed", self.seed, 0, 2**32 - MOST_IMAGES),
         }
         bounded("The guidance scale", self.guidance, 0, MOST_GUIDANCE)
+        if not isinstance(self.steering, (list, tuple)):
+            raise BadInput(f"The steering must be a list of methods; it is {shown(self.steering)}.")
         GuardConfig(self.mode, self.rate, steering=self.steering or None)  # type: ignore[arg-type]
-        return Setting(**{**vars(self), **counts, "prompt": checked_prompt(self.prompt, model)})
+        if len(set(self.steering)) < len(self.steering):
+            raise BadInput("The steering names a method twice.")
+        return replace(self, **counts, prompt=checked_prompt(self.prompt, model), steering=tuple(self.steering))
 
     @property
     def call(self) -> dict[str, Any]:
@@ -55,16 +64,25 @@ class Setting:
 
 def bounded(what: str, value: float, low: float, high: float) -> None:
     """Raise `BadInput` where a number is none, or out of bounds."""
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise BadInput(f"{what} must lie between {low:g} and {high:g}; it is {value!r}.")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise BadInput(f"{what} must lie between {low:,.15g} and {high:,.15g}; it is {shown(value)}.")
 
 
 def whole(what: str, value: float, low: int, high: int) -> int:
     """A whole number within bounds, 2.0 being one; raises `BadInput`."""
     bounded(what, value, low, high)
     if value != int(value):
-        raise BadInput(f"{what} must be a whole number; it is {value!r}.")
+        raise BadInput(f"{what} must be a whole number; it is {shown(value)}.")
     return int(value)
+
+
+def shown(value: Any) -> str:
+    """A value that somebody sent as they sent it, or its beginning."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # nothing that JSON can hold, or a number of more digits than Python writes
+        text = inputs.shown(value)
+    return f"{text:.40}"
 
 
 def checked_prompt(prompt: str, model: Model) -> str:
@@ -77,7 +95,7 @@ def checked_prompt(prompt: str, model: Model) -> str:
     return prompt.strip()
 
 
-def uploaded_prompts(file: str | None) -> pd.Series:
+def uploaded_prompts(file: str | None, most: int = MOST_PROMPTS) -> pd.Series:
     """The prompts of an uploaded file, by row; raises `BadInput` or `ValueError` in one sentence naming the file, not its folder."""
     if not file:
         raise BadInput("Choose a file of prompts first.")
@@ -90,8 +108,8 @@ def uploaded_prompts(file: str | None) -> pd.Series:
         prompts = read_prompts(path)
     except ValueError as error:
         raise BadInput(str(error).replace(str(path), path.name)) from None
-    if len(prompts) > MOST_PROMPTS:
-        raise BadInput(f"{path.name} holds {len(prompts):,} prompts; {MOST_PROMPTS:,} are taken at most.")
+    if len(prompts) > most:
+        raise BadInput(f"{path.name} holds {len(prompts):,} prompts; {most:,} are taken at most.")
     if (longest := int(prompts.str.len().max())) > LONGEST_PROMPT:
         raise BadInput(f"{path.name} holds a prompt of {longest:,} characters; {LONGEST_PROMPT} are taken at most.")
     return prompts

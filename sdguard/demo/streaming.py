@@ -41,7 +41,7 @@ def streamed(work: Callable[[Emit], None], stop: threading.Event | None = None) 
         if over():
             raise Stopped
         found.put(("event", event))
-        time.sleep(0.002)  # Python's locks are not fair: between two pieces of work the denoiser is somebody else's for the taking
+        time.sleep(0.002)  # so that whoever reads comes to the end of what there is, and takes the newest
 
     def run() -> None:
         _here.over = over
@@ -73,22 +73,27 @@ def streamed(work: Callable[[Emit], None], stop: threading.Event | None = None) 
         closed.set()
 
 
+def end_if_over(*_: Any) -> None:
+    """Raise `Stopped` where this thread's work is `streamed` and nobody waits for it any more."""
+    over = getattr(_here, "over", None)
+    if over and over():
+        raise Stopped
+
+
 def stoppable(denoiser: nn.Module) -> None:
     """Let `streamed` work be ended within a call of ``denoiser``, steering's own among them; hangs a hook on its parts for good."""
-
-    def check(*_: Any) -> None:
-        over = getattr(_here, "over", None)
-        if over and over():
-            raise Stopped
-
     for part in denoiser.children():
-        part.register_forward_pre_hook(check)
+        part.register_forward_pre_hook(end_if_over)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long work is: ``done`` of ``total``, and what is being done, in words."""
+    """How far a long work is: ``done`` of ``total``, and what is being done, in words.
+
+    ``rests``: it holds nothing of the model while it says so, so that others may have a turn before it goes on.
+    """
 
     doing: str
     done: int
     total: int
+    rests: bool = False

@@ -50,9 +50,9 @@ def why(model: Model, setting: Setting, own: Profile | None, emit: Emit) -> None
     profile = find_or_make_profile(model, setting.rate, own, emit)
     emit(Progress("Judging the prompt", 0, 3))
     report = judge_prompt(model, setting, profile)
-    emit(Progress("Making the picture", 1, 3))
+    emit(Progress("Making the picture", 1, 3, rests=True))
     picture = unguarded_picture(model.own(), setting.prompt, setting.seed, **setting.call)
-    emit(Progress("Leaving out one word after the other", 2, 3))
+    emit(Progress("Leaving out one word after the other", 2, 3, rests=True))
     emit(Why(setting, explain(model.own(), setting.prompt, setting.seed, **setting.call), report, picture, profile))
 
 

@@ -84,15 +84,15 @@ def tab(model: Model, box: gr.Textbox, own_profile: Any, controls: list[Any]) ->
                 edit: found.setting.prompt,  # which is judged as an edit at once
             }
 
-        yield from page_updates(request, lambda emit: why(model, asked, own, emit), view, line, own_profile, (start, stop))
+        yield from page_updates(request, model, lambda emit: why(model, asked, own, emit), view, line, own_profile, (start, stop))
 
     def typed(request: gr.Request, own: Any, before: GuardReport | None, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)
-        if not asked.prompt.strip():
+        if asked.prompt is None or not str(asked.prompt).strip():
             yield {verdict: elements.hint("An empty prompt pulls nowhere.")}
             return
         work = lambda emit: judge_edit(model, asked, own, emit)  # noqa: E731
-        yield from page_updates(request, work, lambda report: {verdict: changed(before, report)}, verdict, own_profile, None)
+        yield from page_updates(request, model, work, lambda report: {verdict: changed(before, report)}, verdict, own_profile, None)
 
     gr.on([start.click, box.submit], run, [own_profile, box, *controls], [line, shown, reference, edit, own_profile, start, stop], **WORK)
     stops(stop)

@@ -6,6 +6,7 @@ overwrite what the run under way has kept.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from sdguard.noise import generators_kept
 
 #: the package of DeepCache, whose helper stands in the closures of forwards that it has replaced.
 DEEP_CACHE = "DeepCache"
+#: the module of torch whose captured graphs hold what they stand for in their closure.
+GRAPHS = "torch.cuda.graphs"
 
 
 def is_cache(hook: ModelHook) -> bool:
@@ -71,9 +74,11 @@ def around(denoiser: nn.Module) -> Around:
 
 
 def not_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward pass as it was before `torch.compile` wrapped it."""
+    """A forward pass as it was before `torch.compile`, or `torch.cuda.make_graphed_callables`, wrapped it."""
     if isinstance(forward, partial):  # a hook's, which bears the marks of what it stands around
         return forward
+    if getattr(forward, "__module__", None) == GRAPHS:
+        return inspect.getclosurevars(forward).nonlocals.get("orig_fwd", forward)
     found: Callable[..., Any] = getattr(forward, "_torchdynamo_orig_callable", forward)
     return found
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import recursively_apply
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from sdguard.denoiser.families import TEXT, Family
@@ -35,6 +37,27 @@ def call_denoiser(forward: Callable[..., Any], family: Family, kwargs: dict[str,
     """The denoiser's output for arguments given by name, handed over as pipelines of its family do: some by place."""
     rest = {name: value for name, value in kwargs.items() if name not in family.by_place}
     return forward(*(kwargs[name] for name in family.by_place), **rest)
+
+
+def own_call(forward: Callable[..., Any], family: Family, kwargs: dict[str, Any]) -> Any:
+    """As `call_denoiser`, its prediction a tensor of its own: a captured graph writes what its next call gives over it."""
+    output = call_denoiser(forward, family, kwargs)
+    return replace_prediction(output, output[0].clone())
+
+
+def evaluated(forward: Callable[..., Any], family: Family, kwargs: dict[str, Any]) -> Tensor:
+    """The prediction of an evaluation of the guard's own, for arguments given by name.
+
+    Raises:
+        ValueError: it has other rows than were asked for, as of a graph that was captured for one shape and spreads what it is given.
+    """
+    prediction: Tensor = own_call(forward, family, {**kwargs, "return_dict": False})[0]
+    if len(prediction) != len(kwargs[family.sample]):
+        raise ValueError(
+            f"The denoiser gave {len(prediction)} rows for {len(kwargs[family.sample])}, as a graph does that was captured for one shape: "
+            "the guard evaluates batches of other sizes, and cannot read it."
+        )
+    return prediction
 
 
 def timestep_of(timestep: float, rows: Tensor, family: Family) -> Tensor:
@@ -83,5 +106,8 @@ def only_rows(kwargs: dict[str, Any], rows: Tensor, family: Family) -> dict[str,
 
 
 def replace_prediction(output: Any, prediction: Tensor) -> Any:
-    """A denoiser's output with another prediction in it."""
-    return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+    """A denoiser's output, a tuple of whatever kind, a list or one of diffusers' own, with another prediction in it."""
+    if isinstance(output, BaseOutput):
+        return replace(output, sample=prediction)
+    make = getattr(output, "_make", type(output))
+    return make((prediction, *output[1:]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -128,9 +130,32 @@ _told: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 PlainArguments = Callable[[Any, Tensor], dict[str, Any]]
 
 
+@functools.cache
+def signatures_of_call(cls: type) -> list[inspect.Signature]:
+    """The signatures of a pipeline class's call, and of those of the classes it is made from.
+
+    One that takes anything by place says nothing, and hands all on to the next.
+    """
+    found = [inspect.signature(base.__call__) for base in cls.__mro__ if "__call__" in vars(base)]
+    return [of for of in found if not any(part.kind is part.VAR_POSITIONAL for part in of.parameters.values())] or found
+
+
+@functools.cache
+def parameters_of_call(cls: type) -> Mapping[str, inspect.Parameter]:
+    """What a call of a pipeline class takes, by name; where it hands on what it does not name, what those take that it may hand it to."""
+    found: dict[str, inspect.Parameter] = {}
+    for signature in signatures_of_call(cls):
+        parts = {name: part for name, part in signature.parameters.items() if part.kind is not part.VAR_KEYWORD}
+        found = {**parts, **found}
+        if len(parts) == len(signature.parameters):  # nothing is handed on
+            break
+    return found
+
+
 def default_of(pipe: Any, name: str) -> Any:
     """The default of an argument of the pipeline's call, None where it has none."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    cls: type = type(pipe)
+    parameter = parameters_of_call(cls).get(name)
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
@@ -407,7 +432,9 @@ def family_of_class(cls: type) -> Family:
             return FAMILIES[name]
         if why := next((why for part, why in REFUSED.items() if is_own and part in name), None):
             raise TypeError(f"sdguard does not support {cls.__name__}: {why}.")
-    raise TypeError(f"sdguard does not support {cls.__name__} yet; supported: {', '.join(sorted(FAMILIES))}.")
+    names = [name.removesuffix("Pipeline") for name in FAMILIES]
+    shortest = [name for name in names if not any(name != other and name.startswith(other) for other in names)]
+    raise TypeError(f"sdguard does not support {cls.__name__} yet; it does support pipelines of {', '.join(sorted(shortest))}.")
 
 
 def is_modular(pipe: Any) -> bool:
@@ -427,6 +454,12 @@ def default_size(pipe: Any) -> tuple[int, int]:
     return int(height * pipe.vae_scale_factor), int(width * pipe.vae_scale_factor)
 
 
+def check_weights(denoiser: nn.Module | None) -> None:
+    """Raise `TypeError`, in one sentence, for a denoiser that shows no weights, as one that only calls a traced one."""
+    if denoiser is not None and not any(True for _ in chain(denoiser.parameters(), denoiser.buffers())):
+        raise TypeError("The denoiser's weights cannot be seen, so that nothing tells which model it is: it is not guarded.")
+
+
 def check_pipeline(pipe: Any) -> None:
     """Raise `TypeError`, in one sentence, for a pipeline that cannot be guarded as it is: its class, its scheduler, or its denoiser."""
     denoiser, scheduler = denoiser_of(pipe), pipe.scheduler
@@ -434,6 +467,7 @@ def check_pipeline(pipe: Any) -> None:
         raise TypeError(
             f"The denoiser is a {type(denoiser).__name__} and no torch module, so that the guard cannot stand around its calls."
         )
+    check_weights(denoiser)
     if scheduler is not None:
         nothing = torch.zeros(())
         to_noise(nothing, nothing, noise_level(scheduler, 1.0), prediction_type(scheduler))  # says what of these it does not know

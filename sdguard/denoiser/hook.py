@@ -17,9 +17,10 @@ from sdguard.denoiser.bare import bare, compiled_call, has_caches, not_compiled,
 from sdguard.denoiser.calls import (
     DenoiserCall,
     by_name,
-    call_denoiser,
     concat_calls,
+    evaluated,
     only_rows,
+    own_call,
     replace_prediction,
     select_rows,
     snapshot,
@@ -39,7 +40,7 @@ from sdguard.denoiser.reference_call import (
 from sdguard.denoiser.replay import Replayed, activate_correction
 from sdguard.denoiser.schedulers import insert_row
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.observation import Denoiser, Observation, prediction_type, to_noise
+from sdguard.observation import Denoiser, Observation, Prediction, prediction_type, to_noise
 
 
 class Watcher(Protocol):
@@ -51,8 +52,14 @@ class Watcher(Protocol):
     def reads(self, step: int) -> bool:
         """Whether a call is to be shown where that costs an evaluation an image: in a run without an unconditional branch."""
 
+    def follows(self, step: int) -> bool:
+        """Whether a call has to be observed whatever its text; of the others what is predicted is shown (`glance`), which takes less."""
+
     def observe(self, observation: Observation) -> None:
         """Look at one call; what it puts into ``corrections`` holds for the whole run of that row, its past calls included."""
+
+    def glance(self, prediction: Prediction) -> None:
+        """Look at what a call predicts that is not observed."""
 
     def rewritten(self, observation: Observation, found: Tensor) -> None:
         """Look, when the run is over, at what its text was where it was written into unseen.
@@ -73,7 +80,9 @@ class DenoiserHook(ModelHook):
 
     Attributes:
         record: the run so far.
+        busy: whether a call is under way.
         conditional: the conditional half of the step under way, where it is a call of its own.
+        text_branch: what the pipeline has been given for its conditional rows, at the step under way.
         activated: the correction of each row that is in force.
         arriving: rows that enter the batch at the ``scheduler.step`` under way.
         step_arguments: those of ``scheduler.step``.
@@ -85,8 +94,9 @@ class DenoiserHook(ModelHook):
         super().__init__()
         self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
-        self.record = RunRecord()
+        self.record, self.busy = RunRecord(), False
         self.conditional: DenoiserCall | None = None
+        self.text_branch = torch.zeros(0)
         self.activated: dict[int, Correction] = {}
         self.arriving: dict[int, Replayed] = {}
         self.step_arguments: dict[str, Any] = {}
@@ -105,9 +115,18 @@ class DenoiserHook(ModelHook):
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's forward pass. Cost: none where both branches are evaluated anyway, else 1 where the call is read."""
-        if self.is_foreign_call(kwargs):
+        if self.is_foreign:
             return self.fn_ref.original_forward(*args, **kwargs)
-        kwargs = by_name(args, kwargs, self.family)
+        self.busy = True
+        try:
+            return self.watched_forward(module, by_name(args, kwargs, self.family))
+        finally:
+            self.busy = False
+
+    def watched_forward(self, module: Any, kwargs: dict[str, Any]) -> Any:
+        """The forward pass of one of the run's own calls."""
+        if kwargs.get("skip_layers") is not None:
+            return self.third_branch(kwargs)
         if self.conditional is not None:
             conditional, self.conditional = self.conditional, None
             return self.second_half(module, kwargs, conditional)
@@ -118,32 +137,49 @@ class DenoiserHook(ModelHook):
             self.conditional = snapshot(kwargs, output[0])
             return output
         prediction = output[0] if self.can_skip else self.process_step(module, DenoiserCall(kwargs, output[0]))
+        self.text_branch = prediction[-self.record.images :]
         return output if prediction is output[0] else replace_prediction(output, prediction)
 
     def evaluate(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """A call's arguments with the conditions of corrected rows in place, and what the denoiser gives for them.
 
-        Where parts of calls are kept for the next, the pipeline's own call goes on under the conditions that it began with, for its other
-        rows' sake, and corrected rows, which would find parts of what they are turned away from, are evaluated apart and in full. A cache
-        that decides for the whole batch at once still sees where their latents have gone. Cost: none, with caches 1 for each such row.
+        The prediction is a tensor of its own. Where parts of calls are kept for the next, the pipeline's own call goes on under the
+        conditions that it began with, for its other rows' sake, and corrected rows, which would find parts of what they are turned away
+        from, are evaluated apart and in full. A cache that decides for the whole batch at once still sees where their latents have gone.
+        Cost: none, with caches 1 for each such row.
         """
         changed = self.with_corrected_conditions(kwargs)
         if changed is kwargs or not has_caches(denoiser_of(self.pipe)):
-            return changed, call_denoiser(self.fn_ref.original_forward, self.family, changed)
-        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
+            return changed, own_call(self.fn_ref.original_forward, self.family, changed)
+        output = own_call(self.fn_ref.original_forward, self.family, kwargs)
         rows = torch.tensor([row for row, correction in self.watcher.corrections.items() if correction.condition is not None])
         places = len(output[0]) - self.record.images + rows
         with bare(denoiser_of(self.pipe)):
-            apart = call_denoiser(self.own_forward, self.family, only_rows(changed, places, self.family))
+            apart = evaluated(self.own_forward, self.family, only_rows(changed, places, self.family))
         self.record.evaluations[rows] += 1
         prediction = output[0].clone()
-        prediction[places] = apart[0]
+        prediction[places] = apart
         return changed, replace_prediction(output, prediction)
+
+    def third_branch(self, kwargs: dict[str, Any]) -> Any:
+        """Stable Diffusion 3's call without some layers, from which the pipeline turns its text branch away.
+
+        It hears what the text branch hears. For rows that follow a rule, or are about to arrive from elsewhere, it gives what that branch
+        gave, so that nothing is turned away and they go where they are to.
+        """
+        _, output = self.evaluate(kwargs)
+        for row, correction in self.watcher.corrections.items():
+            if correction.rule or row in self.arriving:
+                output[0][row] = self.text_branch[row]
+        return output
 
     def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
         """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
-        output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
-        wanted = self.process_step(module, concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample))
+        output = own_call(self.fn_ref.original_forward, self.family, kwargs)
+        both = concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample)
+        wanted = self.process_step(module, both)
+        if wanted is both.prediction:
+            return output
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
 
     @property
@@ -153,9 +189,10 @@ class DenoiserHook(ModelHook):
         inner = uncompiled(denoiser)
         return inner if inner is not denoiser or compiled_call(denoiser) else not_compiled(self.fn_ref.original_forward)
 
-    def is_foreign_call(self, kwargs: dict[str, Any]) -> bool:
-        """Whether a call of the denoiser is none of this run's: another thread's, or Stable Diffusion 3's third branch, of no use here."""
-        return threading.get_ident() != self.thread or bool(kwargs.get("skip_layers"))
+    @property
+    def is_foreign(self) -> bool:
+        """Whether a call of the denoiser is none of this run's: it is made in another thread, or by who is shown one, while it is shown."""
+        return self.busy or threading.get_ident() != self.thread
 
     @property
     def can_skip(self) -> bool:
@@ -189,6 +226,11 @@ class DenoiserHook(ModelHook):
 
         Returns ``call.prediction`` itself where no row is corrected.
         """
+        if not (self.watcher.follows(self.record.step) or self.record.new_condition):
+            seen = self.predicted(call)
+            self.record.norms.append(seen.guidance_norm)
+            self.watcher.glance(seen)
+            return call.prediction
         observation = self.observation(module, call)
         self.record.note(observation)
         self.watcher.observe(observation)
@@ -200,21 +242,31 @@ class DenoiserHook(ModelHook):
                 prediction[rows] = with_latents(prediction[rows], branches, self.record.patches)
         return prediction
 
+    def noises(self, call: DenoiserCall) -> tuple[Tensor, Tensor]:
+        """The points of all rows of a step and the noise predicted there, ``[branches B, C, H, W]`` both."""
+        latents = unpack_latents(call.kwargs[self.family.sample], self.record.patches)
+        prediction = unpack_latents(call.prediction, self.record.patches)
+        # masks and pictures stand behind latents, and behind outputs the variances that some networks learn
+        channels = min(latents.shape[1], prediction.shape[1])
+        x = latents[:, :channels].float()
+        return x, self.to_noise(prediction[:, :channels], x, float(self.record.timesteps[-1]))
+
+    def predicted(self, call: DenoiserCall) -> Prediction:
+        """What the two branches of a step predict. Cost: none."""
+        x, eps = self.noises(call)
+        eps_u, eps_c = eps.chunk(2)
+        return Prediction(x[: len(eps_c)], eps_c, eps_u, self.record.levels[-1], self.record.guidance_scales[-1])
+
     def observation(self, module: Any, call: DenoiserCall) -> Observation:
         """One step as an observation. Cost: none where the call has both branches, else 1 evaluation an image."""
         record, images, timestep = self.record, self.record.images, float(self.record.timesteps[-1])
-        latents = unpack_latents(call.kwargs[self.family.sample], record.patches)
-        prediction = unpack_latents(call.prediction, record.patches)
-        # masks and pictures stand behind latents, and behind outputs the variances that some networks learn
-        channels = min(latents.shape[1], prediction.shape[1])
-        x, prediction, rows = latents[:, :channels].float(), prediction[:, :channels], torch.arange(images)
-        condition, denoise = condition_of(call.kwargs, self.family), self.evaluator(call)
-        if len(latents) > images:
+        x, eps_c = self.noises(call)
+        condition, denoise, rows = condition_of(call.kwargs, self.family), self.evaluator(call), torch.arange(images)
+        if len(x) > images:
             null, condition = condition.chunk(2)
-            eps_u, eps_c = self.to_noise(prediction, x, timestep).chunk(2)
+            eps_u, eps_c = eps_c.chunk(2)
             x = x[:images]
         else:
-            eps_c = self.to_noise(prediction, x, timestep)
             try:
                 null = self.own_null(condition).expand_as(condition)
             except Exception:  # the reading asks for it again, where an error reaches the report
@@ -302,8 +354,8 @@ class DenoiserHook(ModelHook):
             arguments[family.sample] = with_latents(whole, x, patches)
             arguments["timestep"] = timestep_of(timestep, x, family)
             with bare(denoiser_of(self.pipe)):
-                output = call_denoiser(forward, family, {**arguments, "return_dict": False})
-            return self.to_noise(unpack_latents(output[0], patches)[:, : x.shape[1]], x, timestep)
+                output = evaluated(forward, family, arguments)
+            return self.to_noise(unpack_latents(output, patches)[:, : x.shape[1]], x, timestep)
 
         return denoise
 

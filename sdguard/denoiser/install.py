@@ -6,7 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -70,17 +70,35 @@ def wrapped(scheduler: Any, wrappers: Mapping[str, Callable[[Any], Any]]) -> Ite
         yield
 
 
+#: opens a block in which a watched pipeline's denoiser and scheduler are as if they were not.
+Aside = Callable[[], AbstractContextManager[None]]
+
+
 @contextmanager
-def watched(encoder: Encoder, watcher: Watcher) -> Iterator[None]:
-    """Within the block ``watcher`` sees every call of the denoiser of the encoder's pipeline.
+def watched(encoder: Encoder, watcher: Watcher) -> Iterator[Aside]:
+    """Within the block ``watcher`` sees every call of the denoiser of the encoder's pipeline, but for those in a block of what it gives.
 
     Of several threads that share a denoiser one is watched at a time, the others wait.
     """
     pipe, hook = encoder.pipe, DenoiserHook(watcher, encoder)
     denoiser = denoiser_of(pipe)
-    with lock_of(denoiser), attached(denoiser, hook), wrapped(pipe.scheduler, hook.wrappers):
+    with lock_of(denoiser), ExitStack() as standing:
+
+        def stand() -> None:
+            standing.enter_context(attached(denoiser_of(pipe), hook))
+            standing.enter_context(wrapped(pipe.scheduler, hook.wrappers))
+
+        @contextmanager
+        def aside() -> Iterator[None]:
+            standing.close()
+            try:
+                yield
+            finally:
+                stand()
+
+        stand()
         try:
-            yield
+            yield aside
             hook.show_hidden_texts()
         except BaseException:
             forget(denoiser)

@@ -19,7 +19,7 @@ from sdguard.denoiser.install import lock_of, watched
 from sdguard.denoiser.reference_call import ReferenceCall, drawn_noise
 from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.observation import Observation
+from sdguard.observation import Observation, Prediction
 
 #: prompts in one denoiser batch, where a caller does not say.
 BATCH_SIZE = 8
@@ -38,6 +38,12 @@ class _FirstCalls:
 
     def reads(self, step: int) -> bool:
         return True
+
+    def follows(self, step: int) -> bool:
+        return True
+
+    def glance(self, prediction: Prediction) -> None:
+        """Each call is observed."""
 
     def made(self, latents: Tensor) -> None:
         """Nothing is corrected, and so nothing looked at."""

@@ -29,6 +29,11 @@ def version_of(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+def at_hand(tensor: Tensor) -> bool:
+    """Whether values can be read without waiting for a GPU."""
+    return tensor.device.type == "cpu"
+
+
 def untouched(one: tuple[Tensor | None, int | None], other: tuple[Tensor | None, int | None]) -> bool:
     """Whether two tensors, each with its version, are one that was surely not written into in between."""
     return one[0] is other[0] and one[1] == other[1] and (one[0] is None or one[1] is not None)
@@ -151,14 +156,14 @@ class RunRecord:
         """Note the text embeddings of the call under way, ``[B, ...]`` each, whose first ``unconditional`` rows are not the prompts'.
 
         The very tensors of the call before, into which torch has counted no write, are taken for the same without asking a GPU: what may
-        have been written past its count is noted in ``hidden_texts``. Others are compared by value at once, as a callback may write into
-        them, or hand over equal ones.
+        have been written past its count is noted in ``hidden_texts``. Others, and those that lie on the CPU, are compared by value at once,
+        as a callback may write into them, or hand over equal ones.
         """
         tokens, pooled = embeddings
         before, self._given = self._given, tuple((e, version_of(e)) for e in embeddings)
         now = tokens[unconditional:], None if pooled is None else pooled[unconditional:]
         judged, self.new_condition = self._embeddings, False
-        if judged and all(map(untouched, before, self._given)) and is_alike(now, judged):
+        if judged and not at_hand(tokens) and all(map(untouched, before, self._given)) and is_alike(now, judged):
             self.hidden_texts = self.hidden_texts or HiddenTexts.beside(judged)
             self.hidden_texts.note(judged, now, self.step)
             return

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdguard.denoiser.bare import bare, uncompiled
-from sdguard.denoiser.calls import call_denoiser, timestep_of
+from sdguard.denoiser.calls import evaluated, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.latents import Patches, dtype_taken, pack_latents, patches_of, unpack_latents, with_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
@@ -227,9 +227,9 @@ class ReferenceCall:
         """The noise prediction, ``[B, C, H, W]``, fp32; rows do not hang on their ``places`` here."""
         family = family_of(self.pipe)
         arguments = self.arguments(x, condition)
-        arguments |= {"timestep": timestep_of(timestep, x, family), "return_dict": False}
+        arguments["timestep"] = timestep_of(timestep, x, family)
         with bare(denoiser_of(self.pipe)):
-            output = call_denoiser(self.forward, family, arguments)[0]
+            output = evaluated(self.forward, family, arguments)
         output = unpack_latents(output, patches_of(x, family))
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))
 

@@ -1,4 +1,7 @@
-"""Files of prompts, and tables to and from files: plain text, CSV, JSON lines and parquet, told apart by the suffix."""
+"""Files of prompts, and tables to and from files: plain text, CSV, JSON lines and parquet, told apart by the suffix.
+
+A file is read in pieces of so many rows, so that one of any length takes the memory of a piece; whoever wants it whole asks for one piece.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+Item = TypeVar("Item")
+#: rows of a file that are held at a time where it is read in pieces.
+PIECE_ROWS = 8192
+#: bytes of a column of a parquet file that are read at a time.
+PARQUET_BUFFER = 1 << 20
 #: what a column of prompts is called, in order of preference, whatever its case.
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 #: what separates the fields of a CSV file, in order of preference.
@@ -62,19 +72,33 @@ def open_text(path: Path) -> IO[str]:
     return opened(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[no-any-return]
 
 
-def read_lines(path: Path) -> dict[int, str]:
-    """The lines of a text file, stripped, by number from 0; blank ones are left out."""
+def in_pieces(items: Iterable[Item], rows: int | None) -> Iterator[tuple[int, list[Item]]]:
+    """So many items at a time, or all of them where no number is given, each piece after the number of its first item."""
+    start, left = 0, iter(items)
+    while piece := list(islice(left, rows)):
+        yield start, piece
+        start += len(piece)
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, stripped, after their number from 0; blank ones are left out."""
     with open_text(path) as file:  # iterating breaks at newlines only, unlike str.splitlines
-        return {number: line.strip() for number, line in enumerate(file) if line.strip()}
+        yield from ((number, line.strip()) for number, line in enumerate(file) if line.strip())
 
 
-def lines_table(path: Path) -> pd.DataFrame:
-    """A text file as a table with the one column ``prompt``, indexed by line."""
+def read_lines(path: Path) -> dict[int, str]:
+    """`numbered_lines` as a dictionary."""
+    return dict(numbered_lines(path))
+
+
+def lines_tables(path: Path, rows: int | None = None, only: str | None = None) -> Iterator[pd.DataFrame]:
+    """A text file as tables with the one column ``prompt``, indexed by line."""
     pd = import_pandas()
-    return pd.DataFrame({"prompt": pd.Series(read_lines(path), dtype=str)})
+    for _, piece in in_pieces(numbered_lines(path), rows):
+        yield pd.DataFrame({"prompt": pd.Series(dict(piece), dtype=str)})
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def csv_tables(path: Path, rows: int | None = None, only: str | None = None) -> Iterator[pd.DataFrame]:
     """A CSV file, every field of it as the text that stands there; blank lines are left out.
 
     It is separated by what its header uses most outside quotes, or by what a first line ``sep=`` of a spreadsheet names.
@@ -85,12 +109,13 @@ def read_csv(path: Path) -> pd.DataFrame:
     """
     pd = import_pandas()
     with open_text(path) as file:
-        header, rows = csv_rows(file, tabs=kind_of(path).startswith(".tsv"))
-        return pd.DataFrame(list(rows), columns=header, dtype=str)
+        header, fields = csv_rows(file, tabs=kind_of(path).startswith(".tsv"))
+        for start, piece in in_pieces(fields, rows):
+            yield pd.DataFrame(piece, columns=header, index=range(start, start + len(piece)), dtype=str)
 
 
 def csv_rows(file: IO[str], tabs: bool = False) -> tuple[list[str], Iterator[list[str]]]:
-    """The header and the rows of a CSV file, separated by ``tabs`` or as `read_csv` says, in time linear in its length; raises as that."""
+    """The header and the rows of a CSV file, separated by ``tabs`` or as `csv_tables` says, in time linear in its length; raises so."""
     first, before = "", 0
     for first in iter(lambda: file.readline(LONGEST_HEADER + 1), ""):
         if len(first) > LONGEST_HEADER:
@@ -149,14 +174,22 @@ def counted(fields: int) -> str:
     return f"{fields} field{'s' * (fields != 1)}"
 
 
-def read_json_lines(path: Path) -> pd.DataFrame:
-    """A file of JSON objects, one a line, whose values stay what they are; raises `ValueError` with the line of what is none."""
+def json_tables(path: Path, rows: int | None = None, only: str | None = None) -> Iterator[pd.DataFrame]:
+    """A file of JSON objects, one a line, whose values stay what they are; a piece has the columns that its own objects have.
+
+    Raises:
+        ValueError: a line that is no object, with its number; or objects with too little in common, as far as they have been read.
+    """
+    pd, names, cells = import_pandas(), set[str](), 0
     with open_text(path) as file:
-        rows = [json_object(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    names = {name for row in rows for name in row}
-    if len(names) * len(rows) > max(SPARSE_CELLS, 20 * sum(map(len, rows))):
-        raise ValueError(f"its {len(rows):,} objects have {len(names):,} different names between them, which makes no table")
-    return import_pandas().DataFrame(rows)
+        objects = (json_object(number, line) for number, line in enumerate(file, start=1) if line.strip())
+        for start, piece in in_pieces(objects, rows):
+            count = start + len(piece)
+            names |= {name for row in piece for name in row}
+            cells += sum(map(len, piece))
+            if len(names) * count > max(SPARSE_CELLS, 20 * cells):
+                raise ValueError(f"its {count:,} objects have {len(names):,} different names between them, which makes no table")
+            yield pd.DataFrame(piece, index=range(start, count))
 
 
 def json_object(number: int, line: str) -> dict[str, Any]:
@@ -177,47 +210,70 @@ def json_object(number: int, line: str) -> dict[str, Any]:
     raise ValueError(f"line {number}: {what}")
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
+def parquet_tables(path: Path, rows: int | None = None, only: str | None = None) -> Iterator[pd.DataFrame]:
     """A parquet file, indexed by row from 0; an index that pandas wrote into it is a column like the others, if it has a name."""
-    import_pandas()
+    pd = import_pandas()
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
-        table = table.select([i for i, name in enumerate(table.column_names) if not re.fullmatch(r"__index_level_\d+__", name)])
-        for i, column in enumerate(table.columns):
-            if pa.types.is_dictionary(column.type):
-                table = table.set_column(i, table.field(i).name, column.cast(column.type.value_type))
-        return table.to_pandas(ignore_metadata=True)
+        with parquet.ParquetFile(path, page_checksum_verification=True, buffer_size=PARQUET_BUFFER) as file:
+            names = file.schema_arrow.names
+            columns = [only] if only is not None and names.count(only) == 1 else None
+            start = 0
+            for piece in (pa.Table.from_batches([batch]) for batch in file.iter_batches(rows, columns=columns)) if rows else [file.read()]:
+                yield plain_table(piece).set_index(pd.RangeIndex(start, start + len(piece)))
+                start += len(piece)
     except (pa.ArrowException, OverflowError) as error:
         raise ValueError(str(error)) from None
 
 
-READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".txt": lines_table,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
+def plain_table(table: Any) -> pd.DataFrame:
+    """An arrow table as one of pandas, without the index that pandas wrote into it without a name, and without dictionaries."""
+    import pyarrow as pa
+
+    table = table.select([i for i, name in enumerate(table.column_names) if not re.fullmatch(r"__index_level_\d+__", name)])
+    for i, column in enumerate(table.columns):
+        if pa.types.is_dictionary(column.type):
+            table = table.set_column(i, table.field(i).name, column.cast(column.type.value_type))
+    return table.to_pandas(ignore_metadata=True)
+
+
+#: what reads a file's tables, so many rows at a time, or all at once; where only one column is needed, others may come along.
+READERS: dict[str, Callable[[Path, int | None, str | None], Iterator[pd.DataFrame]]] = {
+    ".txt": lines_tables,
+    ".csv": csv_tables,
+    ".tsv": csv_tables,
+    ".jsonl": json_tables,
+    ".ndjson": json_tables,
 }
-READERS |= {f"{kind}.gz": reader for kind, reader in READERS.items()} | {".parquet": read_parquet}
+READERS |= {f"{kind}.gz": reader for kind, reader in READERS.items()} | {".parquet": parquet_tables}
+
+
+def read_pieces(path: Path, rows: int | None = PIECE_ROWS, only: str | None = None) -> Iterator[pd.DataFrame]:
+    """The table in a file, so many rows at a time, indexed by row from 0 (by line in a text file); ``only`` as in `READERS`.
+
+    Raises:
+        ValueError: its suffix is unknown, it cannot be read, or is not what its suffix says; one sentence naming the file.
+    """
+    reader = reader_of(path)
+    with refused_in_one_sentence(path):
+        yield from reader(path, rows, only)
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """The table in a file, indexed by row from 0 (by line in a text file).
+    """The whole table in a file.
 
     Raises:
-        ValueError: its suffix is unknown, it cannot be read, is not what its suffix says, or holds no row; one sentence naming the file.
+        ValueError: as `read_pieces`, or it holds no row.
     """
-    table = read_checked(reader_of(path), path)
-    if table.empty:
+    table = next(read_pieces(path, None), None)
+    if table is None or table.empty:
         raise ValueError(f"{path} holds no prompt.")
     return table
 
 
-def reader_of(path: Path) -> Callable[[Path], pd.DataFrame]:
+def reader_of(path: Path) -> Callable[[Path, int | None, str | None], Iterator[pd.DataFrame]]:
     """What reads the table in a file of this name; raises `ValueError` if nothing does."""
     if kind_of(path) not in READERS:
         known = [kind for kind in READERS if not kind.endswith(".gz")]
@@ -225,10 +281,11 @@ def reader_of(path: Path) -> Callable[[Path], pd.DataFrame]:
     return READERS[kind_of(path)]
 
 
-def read_checked(reader: Callable[[Path], Found], path: Path) -> Found:
-    """What ``reader`` makes of a file; its errors become a `ValueError` of one sentence."""
+@contextmanager
+def refused_in_one_sentence(path: Path) -> Iterator[None]:
+    """What goes wrong in reading a file becomes a `ValueError` of one sentence."""
     try:
-        return reader(path)
+        yield
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {first_line(error.strerror or error)}.") from None
     except UnicodeDecodeError as error:
@@ -253,53 +310,102 @@ def prompt_column(table: pd.DataFrame, path: Path, column: str | None = None, sk
     Raises:
         ValueError: there is no such column, more than one could be meant, or one of its entries is no text; one sentence naming the file.
     """
-    names = list(map(str, table.columns))
+    name = find_column([table], path, column)
+    return import_pandas().concat(kept_prompts([table], path, name, skip_empty, tell=True))
+
+
+def find_column(tables: Iterable[pd.DataFrame], path: Path, column: str | None = None) -> str:
+    """The name of the column that holds the prompts of a file, given as the pieces of its table, no more of them than it takes to tell.
+
+    Raises:
+        ValueError: as `prompt_column`, or there is no row.
+    """
+    names: list[str] = []
+    kinds: dict[str, set[str]] = defaultdict(set)
+    same_columns, of_fields = reader_of(path) is not json_tables, reader_of(path) is csv_tables
+    for table in tables:
+        here = list(map(str, table.columns))
+        names += [name for name in here if name not in names] if names else here
+        wanted = column if column is not None else named_as_prompts(names)
+        first_choice = column is not None or (wanted or "").strip().lower() == PROMPT_COLUMNS[0]
+        if wanted is not None and (same_columns or (first_choice and wanted in names)):
+            break  # no later piece can change it
+        if wanted is None:
+            for place, name in enumerate(here):
+                kinds[name].add(kind_of_entries(table.iloc[:, place], of_fields))
+    if not names:
+        raise ValueError(f"{path} holds no prompt.")
     there = f"it has {', '.join(names)}"
     if len(there) > SHOWN_NAMES:
         there = f"{there[:SHOWN_NAMES]}..."
-    if column is None:
-        place = guessed_place(table, path, names, there)
-    elif column not in names:
+    if column is not None and column not in names:
         raise ValueError(f"{path} has no column {column!r}: {there}.")
-    else:
-        place = names.index(column)
-    name = names[place]
+    name = column if column is not None else named_as_prompts(names) or only_text(path, names, kinds, there)
     if names.count(name) > 1:
         raise ValueError(f"{path} has {names.count(name)} columns {name!r}: it does not tell which of them holds the prompts.")
-    prompts = table.iloc[:, place].rename("prompt")
-    empty = prompts.isna() | prompts.map(lambda prompt: isinstance(prompt, str) and not prompt.strip()).astype(bool)
-    if (count := int(empty.sum())) and not skip_empty:
-        first = f"row {empty.idxmax()} of column {name!r}" + (f", the first of {count} such rows" if count > 1 else "")
-        raise ValueError(f"{path} holds no text in {first}: --skip-empty leaves such rows out.")
-    kept = prompts[~empty]
-    if bad := [row for row, prompt in kept.items() if not isinstance(prompt, str)]:
-        raise ValueError(f"{path} holds no text in row {bad[0]} of column {name!r}.")
-    if kept.empty:
-        raise ValueError(f"{path} holds no prompt.")
-    if count:
-        logger.warning("sdguard: %s: %d of %d rows hold no text in column %r and are left out", path, count, len(prompts), name)
-    return kept
+    return name
 
 
-def guessed_place(table: pd.DataFrame, path: Path, names: list[str], there: str) -> int:
-    """The place of the column that holds the prompts where nobody has said which; raises as `prompt_column`."""
+def named_as_prompts(names: list[str]) -> str | None:
+    """The first of these names of columns that is one of `PROMPT_COLUMNS`, of several such the one that comes first there."""
     lower = [name.strip().lower() for name in names]
-    if known := [name for name in PROMPT_COLUMNS if name in lower]:
-        return lower.index(known[0])
-    of_fields = reader_of(path) is read_csv
-    text = [is_text(table.iloc[:, place], of_fields) for place in range(len(names))]
-    if text.count(True) != 1:
+    return next((names[lower.index(name)] for name in PROMPT_COLUMNS if name in lower), None)
+
+
+def only_text(path: Path, names: list[str], kinds: dict[str, set[str]], there: str) -> str:
+    """The one column of text, of which ``kinds`` has what `kind_of_entries` says of its pieces; raises as `prompt_column`."""
+    text = [name for name in names if "text" in kinds[name] and "other" not in kinds[name]]
+    if len(text) != 1:
         raise ValueError(f"{path} does not tell which column holds the prompts: {there}; name one.")
-    if of_fields and all(text[place] or is_number(name) for place, name in enumerate(names)):
+    if reader_of(path) is csv_tables and all(name in text or is_number(name) for name in names):
         raise ValueError(f"{path} does not tell whether its first line is a header: {there}; name the column, or write 'prompt' over it.")
-    return text.index(True)
+    return text[0]
 
 
-def is_text(column: pd.Series, of_fields: bool) -> bool:
-    """Whether a column is one of text; among the fields of a CSV file, whether it holds anything but numbers."""
-    from pandas.api.types import is_string_dtype
+def kind_of_entries(column: pd.Series, of_fields: bool) -> str:
+    """What a piece of a column says about it: ``"text"``, ``"other"``, or nothing where no entry does.
 
-    return not all(map(is_number, column)) if of_fields else is_string_dtype(column)
+    Among the fields of a CSV file a number says nothing, and anything else is text.
+    """
+    from pandas import StringDtype
+
+    if of_fields:
+        return "" if all(map(is_number, column)) else "text"
+    there = column.dropna()
+    if isinstance(column.dtype, StringDtype) or (len(there) and all(isinstance(entry, str) for entry in there)):
+        return "text"
+    return "other" if len(there) else ""
+
+
+def kept_prompts(
+    tables: Iterable[pd.DataFrame], path: Path, name: str, skip_empty: bool = False, tell: bool = False
+) -> Generator[pd.Series, None, None]:
+    """The prompts of each piece of a file's table, where it has any; after the last, raises as `prompt_column`, or else logs if told.
+
+    Until then, entries that are no text are left out.
+    """
+    pd = import_pandas()
+    rows, empties, kept = 0, 0, 0
+    first_empty: Any = None
+    first_bad: Any = None
+    for table in tables:
+        entries = table[name] if name in table else pd.Series(None, table.index, dtype=object)
+        empty = entries.isna() | entries.map(lambda entry: isinstance(entry, str) and not entry.strip()).astype(bool)
+        text = entries.map(lambda entry: isinstance(entry, str)).astype(bool)
+        first_empty = empty.idxmax() if first_empty is None and empty.any() else first_empty
+        first_bad = (~empty & ~text).idxmax() if first_bad is None and (~empty & ~text).any() else first_bad
+        rows, empties, kept = rows + len(entries), empties + int(empty.sum()), kept + int((~empty).sum())
+        if (text & ~empty).any():
+            yield entries[text & ~empty].rename("prompt").astype(str)
+    if empties and not skip_empty:
+        first = f"row {first_empty} of column {name!r}" + (f", the first of {empties} such rows" if empties > 1 else "")
+        raise ValueError(f"{path} holds no text in {first}: --skip-empty leaves such rows out.")
+    if first_bad is not None:
+        raise ValueError(f"{path} holds no text in row {first_bad} of column {name!r}.")
+    if not kept:
+        raise ValueError(f"{path} holds no prompt.")
+    if empties and tell:
+        logger.warning("sdguard: %s: %d of %d rows hold no text in column %r and are left out", path, empties, rows, name)
 
 
 def is_number(field: str) -> bool:
@@ -320,30 +426,88 @@ def prompts_by_row(path: Path, column: str | None = None, skip_empty: bool = Fal
     """`read_prompts` as a dictionary; of a text file without pandas, whose only column is ``prompt``."""
     if kind_of(path) not in (".txt", ".txt.gz") or column not in (None, "prompt"):
         return read_prompts(path, column, skip_empty).to_dict()
-    prompts = read_checked(read_lines, path)
+    with refused_in_one_sentence(path):
+        prompts = read_lines(path)
     if not prompts:
         raise ValueError(f"{path} holds no prompt.")
     return prompts
 
 
+@dataclass(frozen=True)
+class PromptFile:
+    """A file of prompts of any length, whose column of them is known (`find_column`).
+
+    Attributes:
+        column: the name of that column.
+        skip_empty: whether rows without text are left out.
+        rows: of the file in a piece.
+    """
+
+    path: Path
+    column: str
+    skip_empty: bool = False
+    rows: int = PIECE_ROWS
+
+    def pieces(self, tell: bool = False) -> Iterator[dict[int, str]]:
+        """The prompts of so many rows at a time, by row; the same pieces each time. Whatever is refused is so after the last at the latest.
+
+        ``tell``: have the log say how many rows are left out. Raises as `read_prompts` does.
+        """
+        tables = read_pieces(self.path, self.rows, self.column)
+        for prompts in kept_prompts(tables, self.path, self.column, self.skip_empty, tell):
+            yield prompts.to_dict()
+
+
 # writing
 
 
-WRITERS: dict[str, Callable[[pd.DataFrame, Path], None]] = {
-    ".csv": lambda table, path: table.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC),  # else pandas writes a lone \r bare
-    ".jsonl": lambda table, path: table.to_json(path, orient="records", lines=True, double_precision=15),
-    ".parquet": lambda table, path: table.to_parquet(path, index=False, write_page_checksum=True),
+def write_csv(tables: Iterator[pd.DataFrame], path: Path) -> None:
+    """Write a table that comes in pieces as CSV."""
+    for number, table in enumerate(tables):  # all text in quotes: else pandas writes a lone \r bare
+        table.to_csv(path, mode="a" if number else "w", header=not number, index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+
+def write_json_lines(tables: Iterator[pd.DataFrame], path: Path) -> None:
+    """Write a table that comes in pieces as JSON objects, one a line."""
+    for number, table in enumerate(tables):
+        table.to_json(path, orient="records", lines=True, double_precision=15, mode="a" if number else "w")
+
+
+def write_parquet(tables: Iterator[pd.DataFrame], path: Path) -> None:
+    """Write a table that comes in pieces as parquet, whose row groups they become."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    first = pa.Table.from_pandas(next(tables), preserve_index=False)
+    with parquet.ParquetWriter(path, first.schema, write_page_checksum=True) as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(pa.Table.from_pandas(table, first.schema, preserve_index=False))
+
+
+WRITERS: dict[str, Callable[[Iterator[pd.DataFrame], Path], None]] = {
+    ".csv": write_csv,
+    ".jsonl": write_json_lines,
+    ".parquet": write_parquet,
 }
 
 
 def check_suffix(path: Path) -> None:
-    """Raise `ValueError` if `write_table` knows no such suffix."""
+    """Raise `ValueError` if `write_tables` knows no such suffix."""
     if kind_of(path) not in WRITERS:
         raise ValueError(f"{path} cannot be written: its suffix must be one of {', '.join(WRITERS)}.")
 
 
-def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table without its index, in the format of the suffix, whole or not at all; raises as `check_suffix` and `atomic_write` do."""
+def write_tables(tables: Iterable[pd.DataFrame], path: Path) -> None:
+    """Write a table that comes in pieces of the same columns, one at least, each without its index, in the format of the suffix.
+
+    The file is there whole or not at all. Raises as `check_suffix` and `atomic_write` do.
+    """
     check_suffix(path)
     with atomic_write(path) as partial:
-        WRITERS[kind_of(path)](table, partial)
+        WRITERS[kind_of(path)](iter(tables), partial)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """`write_tables` of a whole table."""
+    write_tables([table], path)

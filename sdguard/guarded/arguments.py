@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from sdguard.denoiser.families import default_of, parameters_of_call, signatures_of_call
+from sdguard.files.inputs import shown
+
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
-#: part of the text condition that is judged; it moves the model that judges; or the call is refused, where flagged images are steered or
-#: always.
-Effect = Literal["inert", "limit", "text", "counts", "not steered", "refused"]
+#: part of the text condition that is judged; it moves the model that judges; or the call is refused.
+Effect = Literal["inert", "limit", "text", "counts", "refused"]
 
 
 class Decision(NamedTuple):
@@ -108,14 +108,11 @@ ARGUMENTS = (
         "callback_on_step_end_tensor_inputs", "callback_steps",
     )),
     Decision(
-        "not steered",
-        "it adds a third branch, which hears the prompt as it is given even where a flagged image is steered; leave it out and guide by "
-        "guidance_scale alone, or use mode='block' or 'observe'",
-        ("skip_guidance_layers",),
+        "inert",
+        "it adds a third branch to the guidance, and the reading has its own guidance; of a steered image that branch hears what its text "
+        "branch hears, and steps that are gone through again for it go without",
+        ("skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"),
     ),
-    Decision("inert", "it moves what skip_guidance_layers adds to the guidance, and the reading has its own guidance", (
-        "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop",
-    )),
     Decision(
         "limit",
         "the text is judged as ever; the picture comes in half made, as a rule of the very prompt that is flagged, so that it is not "
@@ -146,8 +143,21 @@ DECISIONS, ENTRY_DECISIONS = by_name(ARGUMENTS), by_name(ENTRIES)
 #: parameters of a call that no argument is named after: the pipeline, and deprecated arguments.
 NO_ARGUMENTS = ("self", "kwargs")
 
-#: looked up at every guarded call.
-parameters_of_call = functools.cache(lambda cls: inspect.signature(cls.__call__).parameters)
+
+def arguments_of(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's call by name, at its defaults where nothing is given; what is named nowhere is in ``kwargs``.
+
+    Raises `TypeError` for arguments that it cannot have.
+    """
+    cls: type = type(pipe)
+    own = signatures_of_call(cls)[0]
+    call = own.bind(pipe, *args, **kwargs)
+    call.apply_defaults()
+    found = dict(call.arguments)
+    opened = [name for name, part in own.parameters.items() if part.kind is part.VAR_KEYWORD]
+    rest = {entry: value for name in opened for entry, value in found.pop(name).items()}
+    handed_on = {name: rest.pop(name, default_of(pipe, name)) for name in parameters_of_call(cls) if name not in found}
+    return {**found, **handed_on, "kwargs": rest}
 
 
 class Given(NamedTuple):
@@ -188,18 +198,19 @@ def undecided(cls: type) -> list[str]:
     return [name for name in parameters_of_call(cls) if name not in NO_ARGUMENTS and name not in DECISIONS]
 
 
-def check(pipe: Any, given: Mapping[str, Any], steers: bool = True) -> None:
+def check(pipe: Any, given: Mapping[str, Any]) -> None:
     """Refuse a call that cannot be guarded.
 
     Args:
         pipe: a pipeline, or its class.
         given: its call's arguments by name; those at their defaults may be left out.
-        steers: whether flagged images are to be steered.
 
     Raises:
         ValueError: an argument that is not at its default, or an entry of one for attention, is refused, or nothing is decided about it;
             the message is one sentence that names it.
+        TypeError: an argument for attention is no dictionary, or the scale in it no number; likewise.
     """
+    check_attention(given)
     cls = pipe if isinstance(pipe, type) else type(pipe)
     parameters = parameters_of_call(cls)
     found = [
@@ -213,8 +224,21 @@ def check(pipe: Any, given: Mapping[str, Any], steers: bool = True) -> None:
                 f"A guarded call of {cls.__name__} does not take {name}: sdguard does not know what it does to a picture; leave it out, or "
                 "call the pipeline unguarded."
             )
-        if decision.effect == "refused" or (steers and decision.effect == "not steered"):
+        if decision.effect == "refused":
             raise ValueError(f"A guarded call of {cls.__name__} does not take {name}: {decision.reason}.")
+
+
+def check_attention(given: Mapping[str, Any]) -> None:
+    """Raise `TypeError`, in one sentence, for an argument for attention of which it cannot be told what is in it."""
+    for name, value in given.items():
+        if value is not None and name in DECISIONS and DECISIONS[name].effect == "counts" and not isinstance(value, Mapping):
+            raise TypeError(f"{name} is {shown(value)}; it must be a dictionary.")
+    for name, value, decision in entries_in(given):
+        if decision and decision.effect == "counts":
+            try:
+                float(value)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise TypeError(f"{name} is {shown(value)}; it must be a number.") from None
 
 
 class _Checked(BaseException):

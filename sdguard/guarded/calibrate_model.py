@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -129,21 +130,31 @@ def calibrate_model(
             held.enter_context(alone(path))
         state.wait_for_everyone()
         measuring = partial(progress, "calibrating")
-        profile = calibrate(pipe, chosen, seed=seed, progress=measuring, work=parts_folder(path), state=state)
-        if not state.is_main_process:
-            return None
-        if profile.prompts < needed:
-            raise BadInput(
-                f"A false-positive rate of {rate:g} needs {needed} scored prompts, and {profile.prompts} of {len(chosen)} are left: "
-                f"{len(profile.set_aside)} are memorized themselves and were set aside; give more prompts, or a higher --fpr."
-            )
-        if known:
-            profile = learn_methods(pipe, profile, known, seed=seed, progress=partial(progress, "learning the order of methods"))
-        if out:
-            profile.save(path)
-        else:
-            keep_in_cache(profile, path)
-    return Calibrated(path, profile, known_profile(pipe, own) == profile)
+        work = parts_folder(path)
+        profile = calibrate(pipe, chosen, seed=seed, progress=measuring, work=work, state=state, keep_work=True)
+        try:
+            if state.is_main_process:
+                check_enough(profile, len(chosen), rate)
+                if known:
+                    learning = partial(progress, "learning the order of methods")
+                    profile = learn_methods(pipe, profile, known, seed=seed, progress=learning, work=work)
+                if out:
+                    profile.save(path)
+                else:
+                    keep_in_cache(profile, path)
+        finally:
+            state.wait_for_everyone()
+        shutil.rmtree(work, ignore_errors=True)
+    return Calibrated(path, profile, known_profile(pipe, own) == profile) if state.is_main_process else None
+
+
+def check_enough(profile: Profile, count: int, rate: float) -> None:
+    """Raise `BadInput` where a profile made of ``count`` prompts has too few scores for a false-positive rate."""
+    if profile.prompts < scores_needed(rate):
+        raise BadInput(
+            f"A false-positive rate of {rate:g} needs {scores_needed(rate)} scored prompts, and {profile.prompts} of {count} are left: "
+            f"{len(profile.set_aside)} are memorized themselves and were set aside; give more prompts, or a higher --fpr."
+        )
 
 
 def calibrate_from_log(model: str, log: Path, *, memorized_share: float, false_positive_rate: float, out: Path | None) -> Calibrated:

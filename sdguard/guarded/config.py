@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import OnUnknown
+from sdguard.files.inputs import are_texts, shown
 from sdguard.steering import METHODS
 from sdguard.steering.wording import Rewriter
 
@@ -74,47 +75,42 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in ("steer", "observe", "block"):
-            raise ValueError(f"mode is {self.mode!r}; it must be 'steer', 'observe' or 'block'.")
+            raise ValueError(f"mode is {shown(self.mode)}; it must be 'steer', 'observe' or 'block'.")
         if self.on_failure not in ("withhold", "pass", "raise"):
-            raise ValueError(f"on_failure is {self.on_failure!r}; it must be 'withhold', 'pass' or 'raise'.")
+            raise ValueError(f"on_failure is {shown(self.on_failure)}; it must be 'withhold', 'pass' or 'raise'.")
         if self.on_unknown not in get_args(OnUnknown):
-            raise ValueError(f"on_unknown is {self.on_unknown!r}; it must be 'calibrate', 'background', 'first_call_only' or 'raise'.")
+            raise ValueError(f"on_unknown is {shown(self.on_unknown)}; it must be 'calibrate', 'background', 'first_call_only' or 'raise'.")
         if self.rate_per not in ("image", "prompt"):
-            raise ValueError(f"rate_per is {self.rate_per!r}; it must be 'image' or 'prompt'.")
+            raise ValueError(f"rate_per is {shown(self.rate_per)}; it must be 'image' or 'prompt'.")
         if not isinstance(self.false_positive_rate, Real):
-            raise TypeError(f"false_positive_rate is {self.false_positive_rate!r}; it must be a number.")
+            raise TypeError(f"false_positive_rate is {shown(self.false_positive_rate)}; it must be a number.")
         if not 0 < self.false_positive_rate < 1:
-            raise ValueError(f"false_positive_rate is {self.false_positive_rate}; it must lie between 0 and 1.")
+            raise ValueError(f"false_positive_rate is {shown(self.false_positive_rate)}; it must lie between 0 and 1.")
         prompts = self.calibration_prompts
         if isinstance(prompts, str) or (isinstance(prompts, Sized) and len(prompts) == 0):
             raise ValueError("calibration_prompts has to be a list of prompts, at least four.")
         if prompts is not None and not are_texts(prompts):
             raise TypeError("calibration_prompts has something among it that is no text; it must be a list of prompts.")
         if isinstance(self.steering, str):
-            raise TypeError(f"steering is {self.steering!r}; it must be a list of names, as [{self.steering!r}].")
+            raise TypeError(f"steering is {shown(self.steering)}; it must be a list of names, as [{shown(self.steering)}].")
         if not isinstance(self.profile, Profile | Path | str | None):
-            raise TypeError(f"profile is {self.profile!r}; it must be a Profile, or the path or name of one.")
+            raise TypeError(f"profile is {shown(self.profile)}; it must be a Profile, or the path or name of one.")
         if self.steering is not None and not are_texts(self.steering):
-            raise TypeError(f"steering is {self.steering!r}; it must be a list of names.")
+            raise TypeError(f"steering is {shown(self.steering)}; it must be a list of names.")
         if not isinstance(self.score_log, Path | str | None):
-            raise TypeError(f"score_log is {self.score_log!r}; it must be the path of a file.")
+            raise TypeError(f"score_log is {shown(self.score_log)}; it must be the path of a file.")
         if not isinstance(self.log_prompts, bool):
-            raise TypeError(f"log_prompts is {self.log_prompts!r}; it must be True or False.")
+            raise TypeError(f"log_prompts is {shown(self.log_prompts)}; it must be True or False.")
         for name in ("rewriter", "on_call"):
             if not (callable(getattr(self, name)) or getattr(self, name) is None):
-                raise TypeError(f"{name} is {getattr(self, name)!r}; it must be something to call.")
+                raise TypeError(f"{name} is {shown(getattr(self, name))}; it must be something to call.")
         if self.steering is not None and not self.steering:
             raise ValueError("steering is empty: leave it out for the profile's order, or use mode='block' to withhold what is flagged.")
         if unknown := [name for name in self.steering or () if name not in METHODS]:
-            raise ValueError(f"steering has {unknown[0]!r}; there are {', '.join(METHODS)}.")
-
-
-def are_texts(values: Any) -> bool:
-    """Whether values are a collection of texts."""
-    return isinstance(values, Collection) and all(isinstance(value, str) for value in values)
+            raise ValueError(f"steering has {shown(unknown[0])}; there are {', '.join(METHODS)}.")
 
 
 def check_config(config: Any) -> None:
     """Raise `TypeError`, in one sentence, for what is no `GuardConfig`; None stands for the default."""
     if config is not None and not isinstance(config, GuardConfig):
-        raise TypeError(f"A guard is configured by a GuardConfig, as GuardConfig(mode='observe'), and not by {config!r}.")
+        raise TypeError(f"A guard is configured by a GuardConfig, as GuardConfig(mode='observe'), and not by {shown(config)}.")

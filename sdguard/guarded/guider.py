@@ -11,7 +11,7 @@ from diffusers import ClassifierFreeGuidance, ModularPipeline
 from torch import Tensor, nn
 
 from sdguard.correction import Correction
-from sdguard.denoiser.calls import PER_ROW, DenoiserCall, by_name, call_denoiser, concat_calls, snapshot
+from sdguard.denoiser.calls import PER_ROW, DenoiserCall, by_name, concat_calls, own_call, snapshot
 from sdguard.denoiser.families import GUIDANCE, denoiser_of, family_of
 from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.install import attached, wrapped
@@ -21,7 +21,7 @@ from sdguard.guarded.arguments import lora_scale
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, profile_of
-from sdguard.observation import Observation
+from sdguard.observation import Observation, Prediction
 
 #: where among the denoiser's arguments an IP-Adapter's pictures are.
 IMAGES = (("added_cond_kwargs", "image_embeds"), ("joint_attention_kwargs", "ip_adapter_image_embeds"))
@@ -148,6 +148,13 @@ class RunOpener:
     def reads(self, step: int) -> bool:
         return self.run.reads(step) if self.run else True
 
+    def follows(self, step: int) -> bool:
+        return self.run.follows(step) if self.run else True
+
+    def glance(self, prediction: Prediction) -> None:
+        if self.run:
+            self.run.glance(prediction)
+
     def made(self, latents: Tensor) -> None:
         if self.run:
             self.run.made(latents)
@@ -188,7 +195,7 @@ class GuiderHook(DenoiserHook):
         self.attachments.enter_context(attached(denoiser, self))
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.is_foreign_call(kwargs):
+        if self.is_foreign:
             return self.fn_ref.original_forward(*args, **kwargs)
         self.detach()
         kwargs = by_name(args, kwargs, self.family)
@@ -196,7 +203,7 @@ class GuiderHook(DenoiserHook):
             self.begin_step(kwargs, len(kwargs[self.family.sample]))
             kwargs, output = self.evaluate(kwargs)
         else:
-            output = call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
+            output = own_call(self.fn_ref.original_forward, self.family, kwargs)
         self.calls.append(snapshot(kwargs, output[0]))
         return output
 

@@ -5,29 +5,39 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import wrapt
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.families import check_pipeline, family_of, is_modular
-from sdguard.denoiser.install import watched
+from sdguard.denoiser.install import Aside, watched
 from sdguard.denoiser.reference_call import keep_null_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
-from sdguard.guarded.arguments import check, check_inputs, limits, lora_scale
+from sdguard.files.inputs import shown
+from sdguard.guarded.arguments import arguments_in, arguments_of, check, check_inputs, limits, lora_scale
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, blank, profile_of
 
-#: looked up at every guarded call.
+#: looked up at every call of `GuardedPipeline.encode_prompt`.
 signature_of = functools.cache(inspect.signature)
+
+#: class methods of pipelines that make no pipeline. Those that make one are written out below, since it is to be guarded.
+FORWARDED = (
+    "download", "load_config", "get_config_dict", "extract_init_dict", "register_for_auto_class", "numpy_to_pil", "lora_state_dict",
+    "load_lora_into_unet", "load_lora_into_transformer", "load_lora_into_text_encoder", "save_lora_weights", "write_lora_layers",
+    "pack_weights",
+)  # fmt: skip
 
 
 class GuardedPipeline(wrapt.ObjectProxy):
@@ -90,6 +100,13 @@ class GuardedPipeline(wrapt.ObjectProxy):
         return cls.of((cls.pipeline_class or type(inner)).from_pipe(inner, **kwargs), guard or config)  # type: ignore[attr-defined]
 
     @classmethod
+    def from_config(cls, config: Any, *, guard: GuardConfig | None = None, **kwargs: Any) -> GuardedPipeline:
+        """The ``from_config`` of the class of a guarded pipeline, or ``DiffusionPipeline``'s, with the same arguments, under guard."""
+        check_config(guard)
+        kind: Any = cls.pipeline_class or DiffusionPipeline
+        return cls.of(kind.from_config(config, **kwargs), guard)
+
+    @classmethod
     def of(cls, pipe: Any, config: GuardConfig | None) -> GuardedPipeline:
         """A guarded stand-in for a pipeline of whatever class."""
         return (GuardedPipeline if cls.pipeline_class else cls)(pipe, config)
@@ -130,7 +147,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         Cost: that of `sdguard.decision.calibration.calibrate`.
         """
         if prompts is not None:
-            self._self_config = replace(self._self_config, profile=None, calibration_prompts=list(prompts))
+            self._self_config = replace(self._self_config, profile=None, calibration_prompts=prompts)
         config = self._self_config
         return profile_for(self.__wrapped__, given=config.profile, prompts=config.calibration_prompts, adapter_scale=adapter_scale)
 
@@ -187,18 +204,18 @@ class GuardedPipeline(wrapt.ObjectProxy):
         if "guard" in kwargs:
             raise TypeError("A call takes no guard: it is chosen where the pipeline is guarded, by sdguard.guard(pipe, GuardConfig(...)).")
         pipe, config = self.__wrapped__, self._self_config
-        call = signature_of(type(pipe).__call__).bind(pipe, *args, **kwargs)
-        call.apply_defaults()
-        given = call.arguments
-        check(pipe, given, steers=config.mode == "steer")
+        given = arguments_of(pipe, args, kwargs)
+        check(pipe, given)
         check_pipeline(pipe)  # it may have another scheduler by now
         check_inputs(pipe, args, kwargs)
         encoder = Encoder(pipe, given)
         prompts = prompts_of(given)
         run = GuardedRun(config, self.profile(given), prompts, encoder, limits(given))
         try:
-            with watched(encoder, run):
-                output = pipe(*args, **kwargs)
+            with watched(encoder, run) as aside:
+                alone = {id(callback): beside(callback, aside) for callback in callbacks_in(given)}
+                named = {name: alone.get(id(value), value) for name, value in kwargs.items()}
+                output = pipe(*(alone.get(id(value), value) for value in args), **named)
             run.finish()
         except BaseException as error:
             run.abandon(error)
@@ -208,12 +225,21 @@ class GuardedPipeline(wrapt.ObjectProxy):
         if not given["return_dict"]:
             return (blank(output[0], run.withheld), *output[1:])
         output.images = blank(output.images, run.withheld)
-        output.guard = self._self_reports
+        output.guard = run.reports  # not those of the last call, which may be another thread's
         return output
 
     def profile(self, given: dict[str, Any]) -> Profile | None:
         """The profile of a run with these arguments: given, known, or made now; None where it goes on without."""
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
+
+
+def forwarded(kind: type) -> dict[str, Any]:
+    """The class methods of a pipeline class that make no pipeline, as its own, for the class of its guarded pipelines."""
+    return {name: staticmethod(getattr(kind, name)) for name in FORWARDED if hasattr(kind, name)}
+
+
+for _name, _method in forwarded(DiffusionPipeline).items():
+    setattr(GuardedPipeline, _name, _method)
 
 
 @functools.cache
@@ -224,18 +250,42 @@ def class_for(kind: type) -> type[GuardedPipeline]:
     def call(self: GuardedPipeline, *args: Any, **kwargs: Any) -> Any:
         return GuardedPipeline.__call__(self, *args, **kwargs)
 
-    held = {"__call__": call, "pipeline_class": kind, "__module__": __name__, "__doc__": GuardedPipeline.__doc__}
+    held = {**forwarded(kind), "__call__": call, "pipeline_class": kind, "__module__": __name__, "__doc__": GuardedPipeline.__doc__}
     return type(GuardedPipeline.__name__, (GuardedPipeline,), held)
 
 
+def callbacks_in(given: dict[str, Any]) -> list[Callable[..., Any]]:
+    """The caller's own functions among a call's arguments called between its steps; diffusers' own only change the run's values."""
+    found = [arguments_in(given).get(name) for name in ("callback_on_step_end", "callback")]
+    return [of for of in found if callable(of) and not isinstance(of, PipelineCallback | MultiPipelineCallbacks)]
+
+
+def beside(callback: Callable[..., Any], aside: Aside) -> Callable[..., Any]:
+    """A callback that finds the pipeline unguarded: what it makes of denoiser and scheduler is none of the run's."""
+
+    @functools.wraps(callback)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with aside():
+            return callback(*args, **kwargs)
+
+    return alone
+
+
 def prompts_of(given: dict[str, Any]) -> list[str | None]:
-    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings."""
+    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings.
+
+    Raises `TypeError`, in one sentence, where the call does not say how many images are made of a prompt, which pipelines do not check.
+    """
     prompt = given["prompt"]
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return [p for p in prompts for _ in range(given["num_images_per_prompt"])]
+    try:
+        count = operator.index(given["num_images_per_prompt"])
+    except TypeError:
+        raise TypeError(f"num_images_per_prompt is {shown(given['num_images_per_prompt'])}; it must be a whole number.") from None
+    return [p for p in prompts for _ in range(count)]
 
 
 def guard(pipe: Any, config: GuardConfig | None = None) -> GuardedPipeline:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sdguard.correction import Correction
 from sdguard.decision.cache import name_of
 from sdguard.decision.calibration import same_picture
-from sdguard.decision.cascade import BY_NAME, judge
+from sdguard.decision.cascade import judge
 from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
 from sdguard.decision.store import profile_now
 from sdguard.decision.traffic import append_scores
@@ -28,7 +28,7 @@ from sdguard.geometry.reference import LESS_NOISED_LOG_SNR, LOG_SNR, NOISED_LOG_
 from sdguard.geometry.rowwise import correlation
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
-from sdguard.observation import Observation, denoised
+from sdguard.observation import Observation, Prediction, denoised
 from sdguard.steering.fallback import Outcome, methods_of, try_in_order
 from sdguard.steering.method import Method, SteeringInput
 
@@ -122,6 +122,14 @@ class GuardedRun:
         """The call that is judged whatever happens; one with another text condition is shown as well."""
         return step == 0
 
+    def follows(self, step: int) -> bool:
+        """The call that is judged, and all where something is steered, or somebody else is to see them."""
+        return step == 0 or bool(self.corrections) or self.config.on_call is not None
+
+    def glance(self, prediction: Prediction) -> None:
+        """Note the free signals of a call of which nothing else is asked."""
+        self.watch(prediction)
+
     def observe(self, observation: Observation) -> None:
         """Look at one call: judge the first, and any whose text condition is another; steer what is flagged at the first."""
         self.watch(observation)
@@ -200,18 +208,18 @@ class GuardedRun:
         memo = None if any(rules) else dict(observation.memo or {})
         return replace(observation, rules=rules, evaluations=observation.evaluations.clone(), memo=memo)
 
-    def watch(self, observation: Observation) -> None:
+    def watch(self, prediction: Prediction) -> None:
         """Note the free signals of one call; nothing is decided here, so an error is only logged.
 
         The values stay where they are until somebody asks for them: a GPU is not waited for at each call.
         """
         values = []
-        for name in SERIES:
+        for name, read in SERIES.items():
             try:
-                values.append(BY_NAME[name].read(observation).float())
+                values.append(read(prediction).float())
             except Exception as error:
-                logger.warning("sdguard: step %d could not be watched: %s: %s", observation.step, type(error).__name__, error)
-                values.append(observation.x.new_full((len(self._reports),), math.nan))
+                logger.warning("sdguard: %s could not be read of a call: %s: %s", name, type(error).__name__, error)
+                values.append(prediction.x.new_full((len(self._reports),), math.nan))
         self.watched.append(torch.stack(values))
 
     def judge(self, observation: Observation, reports: list[GuardReport]) -> None:
@@ -222,12 +230,24 @@ class GuardedRun:
         rows = torch.tensor([report.row for report in reports], dtype=torch.long)
         try:
             seen = observation.at_reference.select(rows)
+        except Exception as error:  # as in judge_seen
+            self.fail(reports, error)
+            return
+        self.judge_seen(seen, reports)
+
+    def judge_seen(self, seen: Observation, reports: list[GuardReport]) -> None:
+        """`judge` images by the reference call of their rows; where that fails, each by its own, so that none fails for its neighbours."""
+        try:
             if self.profile:
                 scores, values = judge(seen, self.profile.cascade)
             else:
                 scores, values = torch.tensor(same_picture(seen)["reference_agreement"]), {}
         except Exception as error:  # whatever fails in a signal must reach the report, and on_failure decides what it means
-            self.fail(reports, error)
+            if len(reports) == 1:
+                self.fail(reports, error)
+                return
+            for place, report in enumerate(reports):
+                self.judge_seen(seen.select(torch.tensor([place])), [report])
             return
         for place, (report, score) in enumerate(zip(reports, scores.tolist(), strict=True)):
             if report.score is not None and score <= report.score:
@@ -464,5 +484,5 @@ def blank(images: Any, withheld: list[int]) -> Any:
     if isinstance(images, list):
         return [Image.new(image.mode, image.size) if i in withheld else image for i, image in enumerate(images)]
     images = images.clone() if isinstance(images, Tensor) else images.copy()
-    images[withheld] = 0
+    images[[i for i in withheld if i < len(images)]] = 0  # a run without steps has no image to blank
     return images

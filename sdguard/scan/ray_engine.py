@@ -1,11 +1,11 @@
-"""The engine for a corpus beyond one machine: the batches of a scan go through Ray Data, one pipeline a worker."""
+"""The engine for a corpus beyond one machine: the batches of a scan stream through Ray Data, one pipeline a worker."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,33 @@ import torch
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.probe import BATCH_SIZE
-from sdguard.scan.scan import Batch, Row, cache_key, run_resumable, scan_batch
+from sdguard.scan.scan import Batch, Row, batches_of, cache_key, cut, keep_batch, piece_name, rows_in, scan_batch
+
+#: bytes of prompts on their way to the workers, beyond which the file is read no further.
+AHEAD = 4_000_000
+#: batches that a worker is handed at once where there are plenty, since each handing over takes the calling process some milliseconds;
+#: and how often each worker is handed some at least, so that all end together.
+BATCHES, TURNS = 16, 64
 
 
 class Scanner:
     """An actor of Ray Data: a pipeline of its own, on the GPU that Ray gave it if it did, and `scan_batch`."""
 
-    def __init__(self, load: Callable[[], Any], profile: Profile, options: dict[str, Any]) -> None:
+    def __init__(self, load: Callable[[], Any], profile: Profile, batch_size: int, options: dict[str, Any]) -> None:
         self.pipe = load().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.profile, self.options = profile, options
+        self.profile, self.batch_size, self.options = profile, batch_size, options
         profile_for(self.pipe, given=profile)
 
-    def __call__(self, batches: dict[str, Any]) -> dict[str, list[str]]:
-        return {"rows": [json.dumps(scan_batch(self.pipe, self.profile, json.loads(batch), **self.options)) for batch in batches["batch"]]}
+    def __call__(self, shares: dict[str, Any]) -> dict[str, list[str]]:
+        return {"piece": list(shares["piece"]), "rows": [json.dumps(self.scan(json.loads(share))) for share in shares["prompts"]]}
+
+    def scan(self, share: Batch) -> list[Row]:
+        """The rows of a worker's share, scanned in batches."""
+        return [row for batch in cut(share, self.batch_size) for row in scan_batch(self.pipe, self.profile, batch, **self.options)]
 
 
-def connect() -> Any:
-    """The ``ray`` package, connected to the cluster that ``$RAY_ADDRESS`` names, else to one started on this machine.
+def connect(cpus: int | None = None) -> Any:
+    """The ``ray`` package, connected to the cluster that ``$RAY_ADDRESS`` names, else to one of so many CPUs started on this machine.
 
     The latter listens on the loopback interface alone. Nothing is reported to Ray's makers.
 
@@ -47,51 +57,85 @@ def connect() -> Any:
     except ModuleNotFoundError:
         raise ValueError("The ray engine needs Ray: pip install 'sdguard[ray]'.") from None
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # each share is a block: else those of many minutes would wait for each other
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=AHEAD)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
 
 
-def scan_with_ray(
+def shares(
+    pieces: Callable[[], Iterable[Mapping[int, str]]], done: Mapping[str, Container[int]], size: int
+) -> Iterator[dict[str, list[str]]]:
+    """A record for so many prompts at a time of those pieces that ``done`` has by name, without the rows that it has of them."""
+    for prompts in pieces():
+        if (name := piece_name(prompts)) in done:
+            left = ((row, prompt) for row, prompt in prompts.items() if row not in done[name])
+            yield from ({"piece": [name], "prompts": [json.dumps(share)]} for share in cut(left, size))
+
+
+def scan_pieces_with_ray(
     load: Callable[[], Any],
     profile: Profile,
-    prompts: Mapping[int, str],
+    pieces: Callable[[], Iterable[Mapping[int, str]]],
+    left: Mapping[str, int],
+    advance: Callable[[int], None],
     *,
     seeds: int = 1,
     false_positive_rate: float = 0.01,
     batch_size: int = BATCH_SIZE,
-    work: Path | None = None,
-) -> Iterator[list[Row]]:
-    """What `scan` yields, in the order in which workers finish: one for each GPU of the cluster, without any one for each CPU.
+    work: Path,
+) -> Iterator[tuple[str, list[Row]]]:
+    """What `scan_pieces` yields, in the order in which workers finish: one for each GPU of the cluster, without any one for each CPU.
 
-    ``load`` gives a worker its pipeline, which ``profile`` must be of. A worker that is lost is started again, and its batch with it. What
-    the calling process keeps in ``work`` is the same as the other engine's: what the one has done the other does not do again. A scan
-    that is killed loses what the workers had under way. Cost: as `scan`.
+    ``load`` gives a worker its pipeline, which ``profile`` must be of. ``pieces`` is called on this machine, in a process of its own, and
+    read as fast as workers take it; ``left`` has the number of prompts of each piece that is to be scanned, by `piece_name`. A worker
+    that is lost is started again, and its share with it. What the calling process keeps in ``work`` is the same as the other engine's:
+    what the one has done the other does not do again. A scan that is killed loses what the workers had under way. Cost: as `scan`.
 
     Raises:
         ValueError: Ray is not installed, or the profile is too small for the rate. A profile that does not match ends the workers.
     """
     profile.allowed(false_positive_rate)
+    options = {"seeds": seeds, "false_positive_rate": false_positive_rate}
+    key = cache_key(profile, seeds, false_positive_rate)
+    held: dict[str, list[Row]] = {}
+    for name in left:
+        if known := rows_in(batches := batches_of(work, name, key), batches):
+            held[name] = known
+            advance(len(known))
+    done = {name: {row["row"] for row in held.get(name, [])} for name in left}
+    for name in [name for name in held if len(done[name]) == left[name]]:
+        del done[name]
+        yield name, held.pop(name)
+    if not done:
+        return
     ray = connect()
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0))
-    options = {"seeds": seeds, "false_positive_rate": false_positive_rate}
-
-    def scan_batches(batches: Sequence[Batch]) -> Iterator[list[Row]]:
-        if not batches:
-            return
-        items = [{"batch": json.dumps(batch)} for batch in batches]
-        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+    workers = gpus or int(there["CPU"])
+    unread = sum(left[name] - len(rows) for name, rows in done.items())
+    size = batch_size * min(BATCHES, max(1, unread // (batch_size * workers * TURNS)))
+    node = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    here = {name: 0.001 for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__"}
+    results = (
+        ray.data.from_items([{"read": True}])
+        .map_batches(lambda _: shares(pieces, done, size), batch_size=1, num_cpus=0, resources=here)
+        .map_batches(
             Scanner,
-            fn_constructor_args=(load, profile, options),
+            fn_constructor_args=(load, profile, batch_size, options),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=gpus or int(there["CPU"])),
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=1 if gpus else 0,
         )
-        for record in done.iter_rows():
-            yield json.loads(record["rows"])
-
-    key = cache_key(profile, seeds, false_positive_rate)
-    yield from run_resumable(scan_batches, prompts, key, batch_size=batch_size, work=work)
+    )
+    for record in results.iter_rows():
+        name, rows = record["piece"], json.loads(record["rows"])
+        keep_batch(batches_of(work, name, key), rows)
+        advance(len(rows))
+        held.setdefault(name, []).extend(rows)
+        if len(held[name]) == left[name]:
+            yield name, held.pop(name)

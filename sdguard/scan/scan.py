@@ -10,27 +10,25 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from scipy.stats import false_discovery_control
 
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
+from sdguard.denoiser.loading import are_truncated
 from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.resumable import Parts
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Row = dict[str, Any]
 Batch = Sequence[tuple[int, str]]
@@ -68,17 +66,22 @@ def reports_of(pipe: Any, profile: Profile, prompts: Sequence[str], seeds: Seque
 def scan_batch(pipe: Any, profile: Profile, batch: Batch, *, seeds: int, false_positive_rate: float) -> list[Row]:
     """One row for each ``(row number, prompt)`` of a batch. Cost: as `scan`, in ``seeds`` denoiser batches.
 
-    A row has ``row``, ``score`` (mean over seeds), ``p_value`` (`combine_p_values`), ``evaluations``, ``error`` (empty unless a signal
-    failed, and then score and p-value are nan), and for each seed k ``seed_k``, ``score_k``, ``p_value_k`` and the value of each signal
-    of the cascade, ``NAME_k``, nan where it was not read.
+    A row has ``row``, ``prompt``, ``score`` (mean over seeds), ``p_value`` (`combine_p_values`), ``evaluations``, ``error`` (empty unless
+    a signal failed, and then score and p-value are nan), ``truncated`` (whether the prompt is longer than the text encoder reads), and
+    for each seed k ``seed_k``, ``score_k``, ``p_value_k`` and the value of each signal of the cascade, ``NAME_k``, nan where it was not
+    read.
     """
     prompts = [prompt for _, prompt in batch]
-    found: list[Row] = [{"row": int(row), "score": math.nan, "p_value": math.nan, "evaluations": 0, "error": ""} for row, _ in batch]
+    unread = {"score": math.nan, "p_value": math.nan, "evaluations": 0, "error": ""}
+    found: list[Row] = [
+        {"row": int(row), "prompt": prompt, **unread, "truncated": truncated}
+        for (row, prompt), truncated in zip(batch, are_truncated(prompts, pipe.tokenizer), strict=True)
+    ]
     for k in range(seeds):
         noises = [seed_of(prompt, k) for prompt in prompts]
         for row, report, seed in zip(found, reports_of(pipe, profile, prompts, noises, false_positive_rate), noises, strict=True):
             row[f"seed_{k}"], row[f"score_{k}"], row[f"p_value_{k}"] = seed, as_number(report.score), as_number(report.p_value)
-            row.update({f"{name}_{k}": report.signals.get(name, {}).get("value", math.nan) for name in profile.cascade.signals})
+            row.update({f"{name}_{k}": as_number(report.signals.get(name, {}).get("value")) for name in profile.cascade.signals})
             row["evaluations"] += report.extra_evaluations
             row["error"] = row["error"] or report.error or ""
     for row in found:
@@ -90,7 +93,7 @@ def scan_batch(pipe: Any, profile: Profile, batch: Batch, *, seeds: int, false_p
 
 def as_number(value: float | None) -> float:
     """A number that may be missing, nan where it is."""
-    return math.nan if value is None else value
+    return math.nan if value is None else float(value)
 
 
 def scan(
@@ -123,7 +126,7 @@ def scan(
     profile_for(pipe, given=profile).allowed(false_positive_rate)
     scan_one = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate)
     yield from run_resumable(
-        lambda batches: map(scan_one, batches),
+        partial(map, scan_one),
         prompts,
         cache_key(profile, seeds, false_positive_rate),
         batch_size=batch_size,
@@ -137,8 +140,37 @@ def cache_key(profile: Profile, seeds: int, false_positive_rate: float) -> dict[
     return {"profile": asdict(profile), "seeds": seeds, "rate": false_positive_rate}
 
 
+def piece_name(prompts: Mapping[int, str]) -> str:
+    """A name for these prompts by row, which no others have; names sort as first rows do."""
+    digest = hashlib.sha256(json.dumps(list(prompts.items())).encode()).hexdigest()[:16]
+    return f"{min(prompts, default=0):012d}-{digest}"
+
+
+def batches_of(work: Path | None, name: str, key: Mapping[str, Any]) -> Parts:
+    """The batches that are done of the piece of this name, under ``key`` (`cache_key`)."""
+    return Parts(work, f"batches-{name}", key)
+
+
+def keep_batch(batches: Parts, rows: list[Row]) -> None:
+    """Keep the rows of a batch under a name that another batch does not have: what failed is tried again beside other rows."""
+    numbers = [row["row"] for row in rows]
+    batches.keep(f"{numbers[0]:012d}-{hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:8]}", rows)
+
+
+def rows_in(batches: Parts, names: Iterable[str]) -> list[Row]:
+    """The rows of the batches of these names; those that failed are not known."""
+    return [row for name in names for row in batches.get(name, []) if not row["error"]]
+
+
+def cut(prompts: Iterable[tuple[int, str]], batch_size: int) -> Iterator[Batch]:
+    """Prompts in batches."""
+    left = iter(prompts)
+    while batch := list(islice(left, batch_size)):
+        yield batch
+
+
 def run_resumable(
-    scan_batches: Callable[[Sequence[Batch]], Iterable[list[Row]]],
+    scan_batches: Callable[[Iterable[Batch]], Iterable[list[Row]]],
     prompts: Mapping[int, str],
     key: Mapping[str, Any],
     *,
@@ -146,47 +178,51 @@ def run_resumable(
     work: Path | None,
     state: PartialState | None = None,
 ) -> Iterator[list[Row]]:
-    """Yield what ``work`` knows of this very scan, then what ``scan_batches`` makes of this process's share of the others, kept first.
+    """Yield what ``work`` knows of this very piece, then what ``scan_batches`` makes of this process's share of the others, kept first.
 
     ``key`` has whatever moves the results beside the prompts (`cache_key`).
     """
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    parts = Parts(work, "scan", [list(prompts.items()), key])
-    known = [row for name in parts.dealt(state) for row in parts.get(name, []) if not row["error"]]
+    batches = batches_of(work, piece_name(prompts), key)
+    known = rows_in(batches, batches.dealt(state))
     if known:
         yield known
     done = [row["row"] for row in known]
     everyone = set(gather_object(done) if processes > 1 else done)
-    left = [(row, prompt) for row, prompt in prompts.items() if row not in everyone]
-    for rows in scan_batches([left[start : start + batch_size] for start in range(0, len(left), batch_size)][rank::processes]):
-        parts.keep(part_name([row["row"] for row in rows]), rows)
+    left = ((row, prompt) for row, prompt in prompts.items() if row not in everyone)
+    for rows in scan_batches(islice(cut(left, batch_size), rank, None, processes)):
+        keep_batch(batches, rows)
         yield rows
 
 
-def part_name(numbers: Sequence[int]) -> str:
-    """A name for the rows of these numbers, which another batch does not have: what failed is tried again beside other rows."""
-    return f"{numbers[0]:09d}-{hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:8]}"
+def scan_pieces(
+    pipe: Any,
+    profile: Profile,
+    pieces: Iterable[Mapping[int, str]],
+    left: Container[str],
+    advance: Callable[[int], None],
+    *,
+    seeds: int,
+    false_positive_rate: float,
+    batch_size: int,
+    work: Path,
+    state: PartialState,
+) -> Iterator[tuple[str, list[Row]]]:
+    """Yield each of those pieces whose `piece_name` is ``left``: that name, and the rows of all its prompts, in any order.
 
-
-def rank_prompts(rows: Iterable[Row], prompts: Mapping[int, str], fdr: float) -> pd.DataFrame:
-    """The rows of a scan as a table with ``prompt``, ``q_value``, ``discovered``: smallest p-value first, of equal ones the higher score.
-
-    ``q_value`` is the Benjamini-Hochberg adjusted p-value over all prompts that could be judged, and ``discovered`` whether it is at most
-    ``fdr``: of the discoveries, that share at most is expected to be ordinary. Conformal p-values that share their calibration scores
-    depend on each other positively (PRDS), which the procedure allows for (Bates et al. 2023, Annals of Statistics 51, 149-178).
-    This is proved for one seed and prompts that are independent of each other; means over seeds give p-values too, but no PRDS is
-    proved of them.
+    All processes take all pieces, share the batches of each, and get the same. ``advance`` is called with prompts done on the way. What
+    is kept in ``work`` of a piece under way is for the caller to remove once the piece is safe. Cost and arguments: as `scan`, whose
+    check of the profile is the caller's.
     """
-    import pandas as pd
-
-    table = pd.DataFrame(list(rows))
-    table.insert(1, "prompt", table.row.map(prompts))
-    judged = table.p_value.notna()
-    table.insert(4, "q_value", math.nan)
-    if judged.any():
-        table.loc[judged, "q_value"] = false_discovery_control(table.p_value[judged])
-    table.insert(5, "discovered", table.q_value <= fdr)
-    return table.sort_values(["p_value", "score", "row"], ascending=[True, False, True], ignore_index=True)
+    scan_one = partial(scan_batch, pipe, profile, seeds=seeds, false_positive_rate=false_positive_rate)
+    key = cache_key(profile, seeds, false_positive_rate)
+    for prompts in pieces:
+        if (name := piece_name(prompts)) in left:
+            own: list[Row] = []
+            for rows in run_resumable(partial(map, scan_one), prompts, key, batch_size=batch_size, work=work, state=state):
+                own += rows
+                advance(len(rows) * state.num_processes)
+            yield name, gather_object(own) if state.num_processes > 1 else own
 
 
 def power_note(profile: Profile, seeds: int, count: int, fdr: float) -> str | None:

@@ -8,7 +8,8 @@ import pytest
 import typer
 
 from benchmarks import fuzz
-from benchmarks.fuzz import BAD, KINDS, MISREAD, NO_SENTENCE, READ, REFUSED, run_case, summary
+from benchmarks.fuzz import KINDS, run_case, summary
+from benchmarks.outcomes import BAD, MISREAD, NO_SENTENCE, READ, REFUSED, WRONG, Misread, NoSentence, checked_sentence, expect
 from sdguard.files import prompt_files, resumable
 
 EACH = len(KINDS)
@@ -42,9 +43,11 @@ def test_a_damaged_part_that_is_taken_is_seen(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_no_sentence_is_seen() -> None:
-    assert fuzz.checked_sentence(ValueError("a.csv has no column 'b'.")) == REFUSED
-    assert fuzz.checked_sentence(ValueError("bad")) == NO_SENTENCE
-    assert fuzz.checked_sentence(ValueError("a\nb.")) == NO_SENTENCE
-    assert fuzz.expect(1, 1) == READ
-    with pytest.raises(fuzz.Misread):
-        fuzz.expect(1, 2)
+    assert checked_sentence(ValueError("a.csv has no column 'b'.")) == REFUSED
+    for text in ("bad", "a\nb.", "a" * 2000 + ".", ""):
+        with pytest.raises(NoSentence):
+            checked_sentence(ValueError(text))
+    assert WRONG[NoSentence] == NO_SENTENCE
+    assert expect(1, 1) == READ
+    with pytest.raises(Misread):
+        expect(1, 2)

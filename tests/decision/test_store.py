@@ -1,10 +1,12 @@
 """Profiles: where they are found, made once, kept within bounds, and what a run goes by meanwhile."""
 
+import errno
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from families import build
 import sdguard
 from sdguard import GuardConfig, testbed
 from sdguard.decision import background, cache, model_folder, store
-from sdguard.decision.cache import alone, cache_folder, cache_path, cached_profiles, keep_in_cache, name_of, remove_cached
+from sdguard.decision.cache import alone, cache_folder, cache_path, cached_profiles, keep_in_cache, name_of, remove_cached, why_unwritable
 from sdguard.decision.calibration import calibrate, evenly
 from sdguard.decision.identity import identity
 from sdguard.decision.known_profiles import known_profile, load_profile, save_profiles
@@ -289,6 +291,51 @@ def test_a_disk_that_fills_up_during_a_calibration_is_one_sentence_and_what_was_
             profile_for(tiny, prompts=prompts)
     assert len(list(cache_folder().glob("*.parts/*/*"))) == 2
     assert profile_for(tiny, prompts=prompts) == calibrate(tiny, prompts)
+
+
+def test_a_cache_that_is_there_to_be_read_alone_serves_its_profiles(
+    tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch, made_of: list[list[str]]
+) -> None:
+    """As in a container whose home was filled when it was built."""
+    mine = profile_for(tiny, 1e6)
+    keep_in_cache(mine, cache_path(mine.model, PROMPTS))
+    before = {path: path.read_bytes() for path in cache_folder().parent.rglob("*") if path.is_file()}
+
+    def refused(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for owner, name in ((os, "open"), (os, "mkdir"), (tempfile, "TemporaryFile"), (Path, "touch"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, refused)
+    assert known_profile(tiny, identity(tiny)) == mine
+    assert call(sdguard.guard(tiny)).guard[0].judged_by == f"profile {name_of(mine)}"
+    assert why_unwritable(cache_folder()) == "Read-only file system"
+    monkeypatch.undo()
+    assert made_of == []
+    assert {path: path.read_bytes() for path in before} == before
+
+
+HASHED = """
+import hashlib, logging, sys
+from pathlib import Path
+logging.disable()
+sys.path.insert(0, "tests")
+import torch
+from families import build
+from sdguard import calibrate, testbed
+from transformers import CLIPTokenizer
+
+torch.set_num_threads(1)
+pipe = build("StableDiffusionPipeline", CLIPTokenizer.from_pretrained(testbed.path() / "tokenizer"))
+calibrate(pipe, [f"a {thing} in {place}" for thing in ("cat", "dog", "fox") for place in ("fog", "snow", "sky")]).save(Path(sys.argv[1]))
+"""
+
+
+def test_a_profiles_bytes_are_the_same_whatever_the_seed_of_hashes(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{seed}.json" for seed in (0, 1)]
+    for path in paths:
+        environment = {**os.environ, "PYTHONHASHSEED": path.stem}
+        subprocess.run([sys.executable, "-c", HASHED, str(path)], check=True, env=environment, capture_output=True, timeout=120)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_the_bar_says_what_the_profile_is_made_of_and_is_the_pipelines_own(

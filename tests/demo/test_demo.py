@@ -40,6 +40,7 @@ from sdguard.demo.scan_run import scan_prompts
 from sdguard.demo.settings import LARGEST_BODY, Setting, uploaded_prompts
 from sdguard.demo.streaming import Emit, Progress, Stopped, stoppable, streamed
 from sdguard.demo.why_run import Why, why
+from sdguard.denoiser.install import lock_of
 from sdguard.explain.explanation import explain
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.report import GuardReport
@@ -182,6 +183,11 @@ def test_work_that_ends_of_itself_was_not_stopped() -> None:
         ({"rate": 0.0}, "false_positive_rate"),
         ({"mode": "off"}, "mode"),
         ({"steering": ("magic",)}, "steering has 'magic'"),
+        ({"steering": 3}, "steering must be a list of methods; it is 3"),
+        ({"steering": ["rewording"] * 2}, "names a method twice"),
+        ({"seed": True}, "seed must lie between 0 and 4,294,967,292; it is true"),
+        ({"steps": "x" * 10**6}, 'it is "x{39}\\.'),
+        ({"steps": 10**5000}, "steps must lie between 2 and 100; it is a value of type int"),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_sentence(changed: dict[str, Any], says: str, model: Model) -> None:
@@ -362,6 +368,33 @@ def test_a_scan_counts_what_is_done_and_ranks(model: Model, memorized: dict[str,
     assert len(events[-1].table) == 11
 
 
+def test_work_holds_nothing_of_the_model_where_it_rests(model: Model, tmp_path: Path) -> None:
+    """Somebody else has a turn there, and would wait for ever."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat in snow\na dog in fog\n")
+    free: dict[str, bool] = {}  # by what is done: whether another thread could take the denoiser whenever it rested
+
+    def emit(event: Any) -> None:
+        if isinstance(event, Progress) and event.rests:
+            free[event.doing] = False
+            lock = lock_of(model.pipe.unet)
+
+            def other() -> None:
+                if lock.acquire(blocking=False):
+                    lock.release()
+                    free[event.doing] = True
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    scan_prompts(model, uploaded_prompts(str(path)), 1, 0.05, 0.01, None, emit)
+    why(model, Setting(ORDINARY, steps=4), None, emit)
+    make_profile(model, [f"a cat number {i}" for i in range(9)], 0.4, emit)
+    words = ["Scanning", "Making the picture", "Leaving out one word after the other", "Calibrating"]
+    assert free == dict.fromkeys(words, True)
+
+
 def test_the_examples_are_of_every_kind() -> None:
     examples = embedded_examples()
     assert list(dict.fromkeys(example.kind for example in examples)) == ["verbatim", "template", "ordinary", "near miss"]
@@ -499,7 +532,7 @@ def test_the_api_does_not_calibrate(tiny: Any) -> None:
         generate_tab.endpoint(Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0}))
     (generate,) = (event.fn for event in page.fns.values())
     with pytest.raises(gr.Error, match="No profile is known for this model"):
-        generate("a cat")
+        generate(None, "a cat")
 
 
 # the command

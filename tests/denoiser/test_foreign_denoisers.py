@@ -42,14 +42,14 @@ def is_left_alone_but_for_the_flagged_row(pipe: Any, **extra: Any) -> None:
 
 
 class Exported(nn.Module):
-    """A denoiser with names of its own for what it is called with, and with no parameters to be seen."""
+    """A denoiser with names of its own for what it is called with."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        self.inner, self.config, self.dtype, self.device = (unet,), unet.config, unet.dtype, unet.device
+        self.inner, self.config, self.dtype, self.device = unet, unet.config, unet.dtype, unet.device
 
     def forward(self, latent_model_input: Tensor, t: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor]:
-        return (self.inner[0](latent_model_input, t, encoder_hidden_states).sample,)
+        return (self.inner(latent_model_input, t, encoder_hidden_states).sample,)
 
 
 def test_a_denoiser_may_name_its_arguments_otherwise(embedded: Any) -> None:

@@ -30,6 +30,12 @@ def written(held: Tensor, into: Callable[[Tensor], Tensor]) -> Callable[[], Tens
     return write
 
 
+@pytest.fixture(autouse=True, params=["cpu", "gpu"])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether values can be read without waiting."""
+    monkeypatch.setattr(record_module, "at_hand", lambda tensor: request.param == "cpu")
+
+
 @pytest.mark.parametrize(
     ("made_in", "written_in"),
     [(nullcontext, torch.no_grad), (nullcontext, torch.inference_mode), (torch.inference_mode, torch.inference_mode)],
@@ -57,7 +63,8 @@ def test_other_tensors_are_new_where_their_values_are() -> None:
     assert changes(*(lambda of=of: of for of in calls)) == [False, False, True, False, True, True]
 
 
-def test_the_same_tensors_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_same_tensors_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "at_hand", lambda tensor: False)
     monkeypatch.setattr(record_module, "same_embedding", None)
     held = torch.zeros(2, 3, 4)
     assert changes(lambda: held, lambda: held) == [False, False]

@@ -17,7 +17,7 @@ from sdguard.correction import Correction
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.schedulers import input_scale
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.observation import Observation
+from sdguard.observation import Observation, Prediction
 
 PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
 STEPS, ROW = 4, 1
@@ -38,6 +38,12 @@ class At:
 
     def reads(self, step: int) -> bool:
         return step == self.step
+
+    def follows(self, step: int) -> bool:
+        return True
+
+    def glance(self, prediction: Prediction) -> None:
+        """Each call is observed."""
 
     def made(self, latents: Tensor) -> None:
         """Nothing."""

@@ -71,6 +71,38 @@ def test_what_is_made_of_a_refused_class_is_refused_as_that() -> None:
     assert refusal(OursOfRefused) == f"sdguard does not support OursOfRefused: {REFUSED['PAG']}."
 
 
+class HandsOn(diffusers.StableDiffusionPipeline):
+    """One that takes whatever its base takes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+class Renames(diffusers.StableDiffusionPipeline):
+    """One that names some arguments and an own one, and hands on the others."""
+
+    def __call__(self, prompt: Any, negative_prompt: Any = "a cow", style: float = 0.5, **rest: Any) -> Any:
+        return super().__call__(prompt, negative_prompt=[negative_prompt] * len(prompt), **rest)
+
+
+@pytest.mark.parametrize("kind", [HandsOn, Renames])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_call_that_hands_on_its_arguments_is_read_by_the_call_it_hands_them_to(
+    kind: Any, return_dict: bool, embedded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
+    pipe = kind(**build("StableDiffusionPipeline", embedded.tokenizer).components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    guarded = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))
+    each: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "return_dict": return_dict, "num_images_per_prompt": 2}
+    plain, output = (of(PROMPTS, **each, generator=torch.Generator().manual_seed(7))[0] for of in (pipe, guarded))
+    assert np.array_equal(output, plain)
+    assert [report.prompt for report in guarded.guard_reports] == [prompt for prompt in PROMPTS for _ in range(2)]
+    for unknown in ("stile", *(["style"] if kind is Renames else [])):
+        with pytest.raises(ValueError, match=f"does not take {unknown}: "):
+            guarded(PROMPTS, **each, **{unknown: 0.7})
+
+
 def test_what_is_made_of_a_supported_class_is_guarded_as_that(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     whole = build("StableDiffusionPipeline", embedded.tokenizer)

@@ -1,15 +1,20 @@
 """Files that are there whole or not at all, on disks that are full and under writers that meet."""
 
+import os
 import resource
+import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import pandas as pd
 import pytest
 from PIL import Image
 
+from sdguard.files import atomic
 from sdguard.files.atomic import CannotWrite, atomic_write, write_text
 from sdguard.files.outputs import save_pictures
 from sdguard.files.prompt_files import write_table
@@ -62,3 +67,57 @@ def test_of_two_writers_in_one_process_the_last_to_end_wins_and_nothing_is_mixed
         list(pool.map(lambda i: write_text(path, f"{i} " * 50_000), range(64)))
     assert len(set(path.read_text().split())) == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_leaves_is_written_over_by_the_next_and_nothing_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    pid = os.fork()
+    if not pid:
+        with atomic_write(path) as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    write_text(path, "whole")
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def half_written(path: Path) -> None:
+    """A write that fails on the way."""
+    with atomic_write(path) as partial:
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("reason", ["no locks on this system", "no locks on this disk"])
+def test_where_nothing_can_be_locked_files_are_whole_too(reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason == "no locks on this system":
+        monkeypatch.setattr(atomic, "fcntl", None)
+    else:
+        monkeypatch.setattr(atomic.fcntl, "flock", lambda *_: os.close(-1))
+    path = tmp_path / "a.txt"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_text(path, f"{i} " * 50_000), range(32)))
+    assert len(set(path.read_text().split())) == 1
+    with pytest.raises(CannotWrite):
+        half_written(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_many_processes_write_one_file_and_are_killed_and_it_is_always_one_of_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    rng = Random(0)
+    for _ in range(5):
+        writers = []
+        for number in range(4):
+            if not (pid := os.fork()):
+                while True:
+                    write_text(path, f"{number} " * 20_000)
+            writers.append(pid)
+        for pid in writers:
+            time.sleep(rng.uniform(0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        assert len(set(path.read_text().split())) == 1
+    assert len(list(tmp_path.glob(".*"))) <= 4

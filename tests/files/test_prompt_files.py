@@ -17,7 +17,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from sdguard.files.prompt_files import LONGEST_HEADER, SPARSE_CELLS, import_pandas, prompts_by_row, read_prompts, read_table, write_table
+from sdguard.files.prompt_files import (
+    LONGEST_HEADER,
+    SPARSE_CELLS,
+    PromptFile,
+    find_column,
+    import_pandas,
+    prompts_by_row,
+    read_pieces,
+    read_prompts,
+    read_table,
+    write_table,
+    write_tables,
+)
 
 #: texts that a file of prompts can hold: anything but half a surrogate pair, and not blank.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.strip)
@@ -240,3 +252,93 @@ def test_everything_of_a_csv_file_is_the_text_that_stands_there() -> None:
         table = read_table(path)
     assert table.to_dict("list") == {"index": ["01", "1e5"], "text": ["007", "NA"]}
     assert import_pandas().read_csv(io.StringIO("a\n1"))["a"].tolist() == [1]
+
+
+# in pieces
+
+
+def in_pieces(path: Path, rows: int, column: str | None = None, skip_empty: bool = False) -> list[dict[int, str]]:
+    """The pieces of a file of prompts, as a scan of a file reads them."""
+    return list(PromptFile(path, find_column(read_pieces(path, rows), path, column), skip_empty, rows).pieces())
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set.jsonl", "set.parquet", "set.txt.gz"])
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(texts | st.sampled_from(["", " ", "7"]), min_size=1).filter(lambda prompts: any(map(str.strip, prompts))), st.integers(1, 9)
+)
+def test_pieces_are_what_the_whole_file_is(name: str, prompts: list[str], rows: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        if name.endswith(".txt.gz"):
+            path.write_bytes(gzip.compress("\n".join(prompts).encode()))
+        else:
+            write_table(pd.DataFrame({"seed": range(len(prompts)), "about": prompts}), path)
+        column = None if name.endswith(".txt.gz") else "about"
+        whole, pieces = prompts_by_row(path, column, skip_empty=True), in_pieces(path, rows, column, skip_empty=True)
+    assert {row: prompt for piece in pieces for row, prompt in piece.items()} == whole
+    assert [row for piece in pieces for row in piece] == list(whole)
+    assert all(0 < len(piece) <= rows for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.jsonl", '{"text": "a cat"}\n{"caption": "a dog", "text": "b"}\n{"prompt": "a fox"}\n', "prompt"),
+        ("a.jsonl", '{"a": null, "b": 1}\n{"a": "x", "b": 2}\n{"b": 3, "c": "y"}\n{"c": 4}\n', "a"),
+        ("a.csv", "a,b\n1,2\n3,x\n4,5\n", "b"),
+    ],
+)
+def test_the_column_is_told_by_all_pieces(name: str, content: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert find_column(read_pieces(path, 1), path) == find_column(read_pieces(path, None), path) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "prompt\na\nb\nc,d\n", "line 4 has 2 fields, and the header 1: a text that has ',' in it must stand in quotes"),
+        ("a.csv", "prompt,b\na,1\n ,2\nc,3\n ,4\n", "holds no text in row 1 of column 'prompt', the first of 2 such rows: --skip-empty"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n[]\n', "line 3: it holds list, and no object"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": 5}\n', "holds no text in row 2 of column 'prompt'."),
+        ("a.jsonl", '{"prompt": "a"}\n{"a": "b"}\n', "holds no text in row 1 of column 'prompt': --skip-empty leaves such rows out."),
+        ("a.csv", "a,b\n1,x\n2,3\ny,4\n", "does not tell which column holds the prompts: it has a, b; name one."),
+        ("a.csv", "prompt\n\n\n", "holds no prompt."),
+    ],
+)
+def test_what_is_wrong_in_a_late_piece_is_refused_as_in_the_whole(name: str, content: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    said = []
+    for read in (lambda: in_pieces(path, 1), lambda: read_prompts(path)):
+        with pytest.raises(ValueError, match=r"\.$") as refused:
+            read()
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+    assert says in said[0]
+
+
+def test_of_parquet_only_the_column_of_prompts_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "set.parquet"
+    parquet.write_table(pa.table({"caption": ["a", "b", "c"], "picture": [b"x"] * 3, "caption.id": [1, 2, 3]}), path, row_group_size=2)
+    seen = [list(table) for table in read_pieces(path, 2, "caption")]
+    assert seen == [["caption"]] * 2
+    assert in_pieces(path, 2) == [{0: "a", 1: "b"}, {2: "c"}]
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set.jsonl", "set.parquet"])
+@settings(max_examples=25, deadline=None)
+@given(columns, st.integers(1, 5))
+def test_a_table_written_in_pieces_is_the_same(name: str, prompts: list[str], rows: int) -> None:
+    scores = [None if i % 3 == 2 else 0.1 * i for i in range(len(prompts))]
+    table = pd.DataFrame(
+        {"row": range(len(prompts)), "prompt": prompts, "p": pd.Series(scores, dtype=float), "told": [True] * len(prompts)}
+    )
+    with TemporaryDirectory() as folder:
+        one, other = Path(folder) / f"one-{name}", Path(folder) / f"other-{name}"
+        write_table(table, one)
+        write_tables((table[start : start + rows] for start in range(0, len(table), rows)), other)
+        if not name.endswith(".parquet"):  # whose row groups they are
+            assert one.read_bytes() == other.read_bytes()
+        pd.testing.assert_frame_equal(read_table(one), read_table(other))

@@ -1,5 +1,6 @@
 """Resumable work: what a killed run keeps, and what it is kept for."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,3 +132,24 @@ def test_an_interruption_moves_no_result(tmp_path: Path) -> None:
     """JSON makes lists of tuples: so it is from the start."""
     for _ in range(2):
         assert run_pieces(Parts(tmp_path, "work", ABOUT), {"one": 1}, lambda number: (number, 2.5)) == [[1, 2.5]]
+
+
+def test_two_processes_that_keep_the_same_pieces_have_the_same_results_and_leave_nothing_half_written(tmp_path: Path) -> None:
+    """Neither knows of the other, as where a command is given twice."""
+    pieces = {f"{i}": i for i in range(60)}
+
+    def work(number: int) -> list[int]:
+        return [number] * 20_000
+
+    def run() -> bool:
+        return run_pieces(Parts(tmp_path / "work", "work", ABOUT), pieces, work) == [[i] * 20_000 for i in range(60)]
+
+    others = []
+    for _ in range(2):
+        if not (pid := os.fork()):
+            os._exit(0 if run() else 1)
+        others.append(pid)
+    assert run()
+    assert [os.waitpid(pid, 0)[1] for pid in others] == [0, 0]
+    assert len([path for path in (tmp_path / "work").rglob("*") if path.is_file()]) == 60
+    assert run()

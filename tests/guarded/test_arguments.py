@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -100,9 +99,6 @@ def test_what_is_ordinary_is_taken(cls: type) -> None:
 
 
 REFUSED = [
-    (StableDiffusion3Pipeline, {"skip_guidance_layers": [7, 8, 9]}, "skip_guidance_layers"),
-    (StableDiffusion3Pipeline, {"skip_guidance_layers": np.array([7, 8])}, "skip_guidance_layers"),
-    (StableDiffusion3Pipeline, {"skip_guidance_layers": []}, "skip_guidance_layers"),
     (StableDiffusionPipeline, {"cross_attention_kwargs": {"gligen": {"objs": torch.zeros(2)}}}, "cross_attention_kwargs['gligen']"),
     (StableDiffusionPipeline, {"cross_attention_kwargs": {"scale": 0.5, "edit": 1}}, "cross_attention_kwargs['edit']"),
     (StableDiffusion3Pipeline, {"joint_attention_kwargs": {"edit": torch.zeros(2)}}, "joint_attention_kwargs['edit']"),
@@ -125,10 +121,11 @@ def test_what_is_refused_is_named_in_one_sentence(cls: type, given: dict[str, An
     assert re.fullmatch(r"[^.]+\.", str(refused.value))
 
 
-@pytest.mark.parametrize(("cls", "given", "name"), REFUSED)
-def test_without_steering_a_third_branch_alone_is_taken(cls: type, given: dict[str, Any], name: str) -> None:
-    with nullcontext() if name == "skip_guidance_layers" else pytest.raises(ValueError, match=re.escape(f" does not take {name}: ")):
-        check(cls, {**defaults(cls), **given}, steers=False)
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("value", [0.5, 5, "scale", [1], {"scale": "half"}, {"scale": [0.5, 0.5]}, {"scale": 10**400}])
+def test_an_argument_for_attention_that_cannot_be_read_is_refused_in_one_sentence(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}(\['scale'\])? is .{{1,110}}; it must be a (dictionary|number)\.$"):
+        check(StableDiffusionPipeline, {**defaults(StableDiffusionPipeline), name: value})
 
 
 @pytest.mark.parametrize(

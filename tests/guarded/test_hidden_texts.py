@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sdguard
 from sdguard import GuardConfig, GuardReport, MemorizationError
+from sdguard.denoiser import record as record_module
 from sdguard.guarded import guider as guider_module
 from sdguard.guarded import pipeline as pipeline_module
 from sdguard.guarded import run as run_module
@@ -36,6 +37,12 @@ def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The profile that is given is taken for any run."""
     for module in (pipeline_module, guider_module):
         monkeypatch.setattr(module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are not read call by call."""
+    monkeypatch.setattr(record_module, "at_hand", lambda tensor: False)
 
 
 @pytest.fixture
@@ -151,6 +158,15 @@ def test_of_several_those_that_are_not_known_any_more_are_not_clean(pipe: Any) -
     output = written(guarded(pipe, threshold), {0: strong, 1: weak})
     assert only_row(output.guard, "withheld", 1)
     assert "several calls" in output.guard[ROW].reason
+
+
+def test_on_a_cpu_each_is_judged_at_its_call(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline_module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
+    _, weak, strong, threshold = case(pipe)
+    seen, unseen = (written(guarded(pipe, threshold), {0: strong, 1: weak}, way) for way in (Tensor.copy_, through_data))
+    assert list(map(asdict, unseen.guard)) == list(map(asdict, seen.guard))
+    assert only_row(unseen.guard, "withheld", 1)
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])

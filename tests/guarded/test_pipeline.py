@@ -1,6 +1,10 @@
 """The guard's invariants on a tiny pipeline and on the embedded model."""
 
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
 from families import build
@@ -19,6 +24,8 @@ from families import build
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError, Profile, ProfileError, testbed
 from sdguard.correction import Correction
+from sdguard.decision.cascade import judge
+from sdguard.decision.identity import identity
 from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.probe import read_prompts
 from sdguard.guarded import run as run_module
@@ -361,6 +368,59 @@ def test_an_error_inside_a_signal_reaches_the_report(
     assert "no luck" in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["steer", "observe", "block"])
+@pytest.mark.parametrize("on_failure", ["withhold", "pass", "raise"])
+@pytest.mark.parametrize(
+    "trouble", [torch.OutOfMemoryError("CUDA out of memory."), ValueError("no luck"), float("nan")], ids=["memory", "error", "nan"]
+)
+def test_a_row_that_cannot_be_judged_is_the_policys_and_its_neighbours_are_as_ever(
+    trouble: Any,
+    on_failure: Any,
+    mode: Any,
+    tiny: Any,
+    profile_for: MakeProfile,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def troubled(observation: Any, cascade: Any) -> Any:
+        if 1 in observation.rows.tolist() and isinstance(trouble, Exception):
+            raise trouble
+        scores, values = judge(observation, cascade)
+        return torch.where(observation.rows == 1, math.nan, scores), values
+
+    plain = call(tiny).images
+    expected = call(sdguard.guard(tiny, GuardConfig(mode, profile=profile_for(tiny, 1e6)))).guard
+    monkeypatch.setattr(run_module, "judge", troubled)
+    guarded = sdguard.guard(tiny, GuardConfig(mode, profile=profile_for(tiny, 1e6), on_failure=on_failure))
+    says = f"{type(trouble).__name__}: {trouble}" if isinstance(trouble, Exception) else "ArithmeticError: the score is nan"
+    if on_failure == "raise" and mode != "observe":
+        with pytest.raises(MemorizationError, match=f"Image 1: {says}"):
+            call(guarded)
+    else:
+        output = call(guarded)
+        blanked = mode == "block" or (mode == "steer" and on_failure == "withhold")
+        assert (output.images[1].max() == 0) == blanked
+        assert all(np.array_equal(output.images[i], plain[i]) for i in range(3) if i != 1 or not blanked)
+    reports = guarded.guard_reports
+    assert [report.error for report in reports] == [None, says, None]
+    assert [report.verdict == "clean" for report in reports] == [True, False, True]
+    assert [reports[i].score for i in (0, 2)] == pytest.approx([expected[i].score for i in (0, 2)], rel=1e-4)
+    assert says in caplog.text
+
+
+@pytest.mark.parametrize("on_failure", ["withhold", "pass"])
+def test_a_denoiser_that_gives_no_numbers_is_never_clean(on_failure: Any, tiny: Any, profile_for: MakeProfile) -> None:
+    profile = profile_for(tiny, 1e6)
+    with torch.no_grad():
+        tiny.unet.conv_out.bias.fill_(math.nan)
+    own = replace(profile, model=identity(tiny))
+    output = call(sdguard.guard(tiny, GuardConfig(profile=own, on_failure=on_failure)))
+    assert {report.error for report in output.guard} == {"ArithmeticError: the score is nan"}
+    assert {report.verdict for report in output.guard} == {"withheld" if on_failure == "withhold" else "flagged"}
+    if on_failure == "withhold":
+        assert output.images.max() == 0
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_leaves_no_trace(fails: bool, tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: dict(vars(part)) for name, part in tiny.components.items() if part is not None}
@@ -460,12 +520,28 @@ def test_a_run_that_begins_far_from_the_reference_level_is_read_apart(tiny: Any,
 
 def test_a_run_whose_denoiser_is_never_seen_is_not_clean(tiny: Any, profile_for: MakeProfile, monkeypatch: pytest.MonkeyPatch) -> None:
     guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
-    monkeypatch.setattr(DenoiserHook, "is_foreign_call", lambda self, kwargs: True)
+    monkeypatch.setattr(DenoiserHook, "is_foreign", True)
     output = call(guarded)
     assert {(report.verdict, report.error) for report in output.guard} == {
         ("withheld", "RuntimeError: the guard saw no call of the denoiser")
     }
     assert output.images.max() == 0
+
+
+def test_a_run_of_no_step_shows_nothing_and_is_not_clean(tiny: Any, profile_for: MakeProfile) -> None:
+    """A picture that is not to be changed at all, of which diffusers makes no image."""
+    plain = StableDiffusionImg2ImgPipeline.from_pipe(tiny)
+    options = {"image": torch.zeros(1, 3, 16, 16), "strength": 0.6, "num_inference_steps": 1, "output_type": "latent"}
+    output = sdguard.guard(plain, GuardConfig(profile=profile_for(plain, 1e6)))("a cat", **options)
+    assert len(output.images) == len(plain("a cat", **options).images) == 0
+    assert [report.verdict for report in output.guard] == ["withheld"]
+
+
+@pytest.mark.parametrize("count", ["2", 1.5, None, [1]])
+def test_a_count_of_images_that_is_none_is_one_sentence(count: Any, tiny: Any, profile_for: MakeProfile) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
+    with pytest.raises(TypeError, match=r"^num_images_per_prompt is .*; it must be a whole number\.$"):
+        guarded("a cat", num_images_per_prompt=count, **SETTING)
 
 
 def test_a_report_names_what_was_given_and_not_judged(tiny: Any, profile_for: MakeProfile) -> None:
@@ -549,3 +625,17 @@ def test_what_on_call_raises_ends_the_run_and_leaves_no_trace(tiny: Any, profile
     assert seen == [0, 1]
     assert "_diffusers_hook" not in vars(tiny.unet)
     assert np.array_equal(call(tiny).images, before)
+
+
+def test_threads_may_share_a_guarded_pipeline_and_nothing_is_mixed(tiny: Any, profile_for: MakeProfile) -> None:
+    guarded = sdguard.guard(tiny, GuardConfig(profile=profile_for(tiny, 1e6)))
+    prompts = [f"a cat number {i}" for i in range(8)]
+
+    def generate(pipe: Any, number: int) -> Any:
+        return pipe(prompts[number], generator=torch.Generator().manual_seed(number), **SETTING)
+
+    plain = [generate(tiny, number).images for number in range(len(prompts))]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(partial(generate, guarded), range(len(prompts))))
+    assert [[report.prompt for report in output.guard] for output in outputs] == [[prompt] for prompt in prompts]
+    assert all(np.array_equal(output.images, images) for output, images in zip(outputs, plain, strict=True))

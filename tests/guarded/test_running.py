@@ -9,6 +9,7 @@ import importlib.util
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, ProfileError, testbed
+from sdguard.correction import Correction
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded import pipeline as pipeline_module
 from sdguard.guarded import run as run_module
@@ -210,6 +212,10 @@ WAYS = [
     ),
     Way("clip skip, SDXL", nothing, given(clip_skip=1), SDXL),
     Way("guidance rescale", nothing, given(guidance_rescale=0.7)),
+    *(
+        Way(f"{name}, SD3", nothing, given(skip_guidance_layers=layers, skip_layer_guidance_stop=1.0), SD3)
+        for name, layers in {"skip-layer guidance": [0], "no layer skipped": [], "layers as an array": np.array([0])}.items()
+    ),
     Way("eta", nothing, given(eta=1.0)),
     Way("size", nothing, given(height=24, width=32), cost=2),
     Way("size, SDXL", nothing, given(height=24, width=32, original_size=(64, 64), crops_coords_top_left=(2, 1)), SDXL, cost=2),
@@ -590,6 +596,102 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(who: str, offload: str, emb
     assert len(call(guarded).guard) == 3
 
 
+def runs_another(pipe: Any, guard: Callable[[Any], Any]) -> Any:
+    """An image-to-image run of the same denoiser, with a copy of the scheduler as it is in mid-run."""
+    other = build("StableDiffusionImg2ImgPipeline", pipe.tokenizer)
+    other.unet, other.scheduler = pipe.unet, copy.deepcopy(pipe.scheduler)
+    return call(guard(other)).images
+
+
+def asks_the_denoiser(pipe: Any, guard: Callable[[Any], Any]) -> Any:
+    return pipe.unet(drawn(1, 4, 8, 8), 500, encoder_hidden_states=drawn(1, 32, 16), return_dict=False)[0]
+
+
+def loads_a_lora(pipe: Any, guard: Callable[[Any], Any]) -> None:
+    load_lora(pipe)
+
+
+def offloads(pipe: Any, guard: Callable[[Any], Any]) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def swaps_the_denoiser(pipe: Any, guard: Callable[[Any], Any]) -> None:
+    pipe.unet = build(SDXL if hasattr(pipe, "text_encoder_2") else SD, pipe.tokenizer).unet
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("extra", [{}, {"guidance_scale": 1.0}], ids=["guidance", "no guidance"])
+@pytest.mark.parametrize("what", [runs_another, asks_the_denoiser, loads_a_lora, offloads, swaps_the_denoiser])
+def test_what_a_callback_makes_of_the_parts_of_the_run_is_none_of_the_run(what: Any, extra: dict[str, Any], embedded: Any) -> None:
+    """It finds them unguarded, and does what it does in an unguarded run; pipelines that it guards itself are guarded."""
+    config = GuardConfig(profile=profile_for(1e6))
+    found: list[tuple[Any, list[Any]]] = []
+    for outer, inner in ((False, False), (True, False), (True, True)):
+        made: list[Any] = []
+
+        def aside(
+            pipe: Any, step: int, timestep: Any, tensors: dict[str, Any], made: list[Any] = made, inner: bool = inner
+        ) -> dict[str, Any]:
+            if step == 1:
+                assert not {"forward", "_diffusers_hook"} & set(vars(pipe.unet))
+                made.append(what(pipe, partial(sdguard.guard, config=config) if inner else sdguard.unguard))
+            return tensors
+
+        pipe = build(SD, copy.deepcopy(embedded.tokenizer))
+        output = call(sdguard.guard(pipe, config) if outer else pipe, callback_on_step_end=aside, **extra)
+        found.append((output, made))
+        if outer:
+            assert [report.error for report in output.guard] == [None] * 3
+            assert [len(report.series["guidance_norm"]) for report in output.guard] == [1 if extra else 4] * 3
+    for output, made in found[1:]:
+        assert all(same(output, found[0][0]))
+        assert made[0] is None or np.array_equal(made[0], found[0][1][0])
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_who_is_shown_a_call_may_ask_the_denoiser(embedded: Any) -> None:
+    pipe = build(SD, embedded.tokenizer)
+    plain, asked = call(pipe), []
+    config = GuardConfig(profile=profile_for(1e6), on_call=lambda seen, reports: asked.append(asks_the_denoiser(pipe, sdguard.unguard)))
+    output = call(sdguard.guard(pipe, config))
+    assert all(same(output, plain))
+    assert len(asked) == 4
+    assert all(torch.equal(one, asks_the_denoiser(pipe, sdguard.unguard)) for one in asked)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_another_default_precision_changes_no_decision(embedded: Any) -> None:
+    pipe = build(SD, embedded.tokenizer)
+    config = GuardConfig(profile=profile_for(1e6))
+    before, default = call(sdguard.guard(pipe, config)), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        plain, output = call(pipe), call(sdguard.guard(pipe, config))
+    finally:
+        torch.set_default_dtype(default)
+    assert all(same(output, plain))
+    for report, other in zip(output.guard, before.guard, strict=True):
+        assert (report.verdict, report.error) == ("clean", None)
+        assert report.score == pytest.approx(other.score, rel=1e-3)
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_copies_made_for_each_request_may_run_at_once(embedded: Any) -> None:
+    """As servers have them: shallow copies, each with a scheduler of its own."""
+    pipe = build(SD, embedded.tokenizer)
+    guarded, plain = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), call(pipe)
+
+    def request(_: int) -> Any:
+        own: Any = copy.copy(guarded)
+        own.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        return call(own)
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(request, range(4)))
+    assert all(all(same(output, plain)) for output in outputs)
+    assert all(report.error is None for output in outputs for report in output.guard)
+
+
 @pytest.mark.usefixtures("given_profile")
 def test_positional_arguments(embedded: Any) -> None:
     pipe = build(SD, embedded.tokenizer)
@@ -738,10 +840,14 @@ def test_pictures_may_be_given_in_every_form(kind: str, form: str, embedded: Any
     assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
 
 
+#: skip-layer guidance from the second step to the last
+SKIPPING: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+
+
 @pytest.mark.usefixtures("given_profile")
 def test_skip_layer_guidance_is_let_be_where_nothing_is_steered(embedded: Any) -> None:
     pipe = build(SD3, embedded.tokenizer)
-    extra: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    extra = SKIPPING
     plain, without = call(pipe, **extra), call(pipe)
     norms = [report.signals["guidance_norm"]["value"] for report in call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))).guard]
     output = call(sdguard.guard(pipe, GuardConfig("block", profile=profile_for(sum(sorted(norms)[-2:]) / 2))), **extra)
@@ -749,6 +855,48 @@ def test_skip_layer_guidance_is_let_be_where_nothing_is_steered(embedded: Any) -
     assert not any(same(plain, without))
     assert [report.verdict for report in output.guard] == ["withheld" if i == row else "clean" for i in range(3)]
     assert same(output, plain) == [i != row for i in range(3)]
+
+
+@pytest.mark.usefixtures("given_profile")
+def test_the_branch_without_some_layers_hears_what_a_steered_row_hears(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row is what the whole pipeline makes of its new prompt."""
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+    pipe = build(SD3, embedded.tokenizer)
+    norms = [report.signals["guidance_norm"]["value"] for report in call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))).guard]
+    row = norms.index(max(norms))
+    prompts = [prompt.split()[-1] if i == row else prompt for i, prompt in enumerate(PROMPTS)]
+    wanted = call(pipe, prompts, **SKIPPING)
+    output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(sum(sorted(norms)[-2:]) / 2))), **SKIPPING)
+    assert [report.verdict for report in output.guard] == ["steered" if i == row else "clean" for i in range(3)]
+    np.testing.assert_allclose(output.images, wanted.images, atol=5e-5)
+    assert not np.allclose(output.images[row], call(pipe, prompts).images[row], atol=5e-3)
+
+
+@pytest.mark.usefixtures("given_profile")
+@pytest.mark.parametrize("start", [-1.0, 0.01], ids=["from the first step", "from the second"])
+@pytest.mark.parametrize("how", ["rule", "noise"])
+def test_nothing_is_turned_away_where_a_rule_or_another_noise_says_where_a_row_goes(
+    how: str, start: float, embedded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a row that follows a rule, at no step; of one that starts elsewhere, at the step where it enters."""
+
+    def corrected(flagged: SteeringInput, methods: Any, outcomes: Any = None) -> list[Outcome]:
+        noises = drawn(*flagged.observation.x.shape)
+        return [
+            Outcome(Correction({}, rule=lambda seen: seen.eps_u) if how == "rule" else Correction({}, x=noise), [{"method": how}])
+            for noise in noises
+        ]
+
+    monkeypatch.setattr(run_module, "try_in_order", corrected)
+    pipe = build(SD3, embedded.tokenizer)
+    found = {}
+    for name, extra in {"without": {}, "with": {**SKIPPING, "skip_layer_guidance_start": start}}.items():
+        if how == "noise" and name == "with":
+            extra["skip_layer_guidance_stop"] = 0.1  # over when the row has entered
+        output = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e-9))), **extra)
+        assert [report.error for report in output.guard] == [None] * 3
+        found[name] = output.images
+    np.testing.assert_allclose(found["with"], found["without"], atol=1e-5)
 
 
 def drop_encoders(pipe: Any) -> None:

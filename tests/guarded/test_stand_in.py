@@ -13,10 +13,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import torch
 from families import PIPELINES, build, call, modular, profile_for
+from torch import nn
 
 import sdguard
 from sdguard import GuardConfig, GuardedPipeline, MemorizationError
+from sdguard.guarded.pipeline import FORWARDED, class_for
 
 OBSERVE = GuardConfig("observe")
 
@@ -110,6 +113,43 @@ def test_a_single_file_is_guarded_where_a_pipeline_says_what_it_is_of(pipe: Any,
         GuardedPipeline.from_single_file("model.safetensors")
 
 
+def class_methods(kind: type) -> set[str]:
+    """The public methods of a class that need no instance."""
+    held = {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
+    return {name for name, value in held.items() if isinstance(value, (classmethod, staticmethod)) and not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", ["DiffusionPipeline", *PIPELINES])
+def test_every_class_method_of_a_pipeline_is_decided_about(name: str) -> None:
+    """What makes a pipeline makes a guarded one, all else is that of the pipeline's class; neither is left to chance."""
+    kind = getattr(diffusers, name)
+    known = GuardedPipeline if name == "DiffusionPipeline" else class_for(kind)
+    makers = {method for method in class_methods(kind) if method.startswith("from_")}
+    assert makers <= {method for method, value in vars(GuardedPipeline).items() if isinstance(value, classmethod)}
+    assert class_methods(kind) == makers | {method for method in FORWARDED if hasattr(kind, method)}
+    for method in class_methods(kind) - makers:
+        assert getattr(known, method) == getattr(kind, method)
+
+
+def test_a_class_method_that_makes_no_pipeline_is_that_of_the_pipeline(pipe: Any, tmp_path: Path) -> None:
+    guarded: Any = sdguard.guard(pipe, OBSERVE)
+    guarded.save_pretrained(tmp_path)
+    whatever: Any = GuardedPipeline
+    assert whatever.load_config(tmp_path) == type(guarded).load_config(tmp_path) == type(pipe).load_config(tmp_path)
+    assert guarded.load_config(tmp_path) == pipe.load_config(tmp_path)
+    assert guarded.numpy_to_pil(np.zeros((1, 2, 2, 3)))[0].size == (2, 2)
+    state, _ = type(guarded).lora_state_dict({"unet.down.lora_A.weight": torch.zeros(1)}, return_alphas=True)
+    assert list(state) == ["unet.down.lora_A.weight"]
+
+
+def test_a_pipeline_of_a_configuration_is_guarded(pipe: Any) -> None:
+    guarded: Any = sdguard.guard(pipe, OBSERVE)
+    made = guarded.from_config(dict(sdguard.unguard(guarded).config), guard=GuardConfig("block"), **pipe.components)
+    assert isinstance(made, GuardedPipeline)
+    assert made.guard_config.mode == "block"
+    assert made.unet is pipe.unet
+
+
 @pytest.mark.parametrize("config", ["observe", {"mode": "observe"}, GuardConfig, 0.01])
 def test_what_is_no_configuration_is_refused_at_once(config: Any, pipe: Any) -> None:
     for make in (
@@ -141,6 +181,26 @@ def test_a_denoiser_that_is_no_module_is_refused(pipe: Any) -> None:
     pipe.unet = lambda *args, **kwargs: unet(*args, **kwargs)
     with pytest.raises(TypeError, match="is a function and no torch module"):
         sdguard.guard(pipe)
+
+
+class Traced(nn.Module):
+    """What stands in for a denoiser that was traced or exported: there is a call, and no weights."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.call, self.config, self.dtype, self.device = unet.__call__, unet.config, unet.dtype, unet.device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def test_a_denoiser_whose_weights_cannot_be_seen_is_refused_before_any_run(pipe: Any) -> None:
+    guarded: Any = sdguard.guard(pipe, OBSERVE)
+    guarded.unet = Traced(pipe.unet)
+    assert call(pipe).images.shape == (3, 16, 16, 3)
+    for refuse in (lambda: sdguard.guard(pipe), lambda: call(guarded)):
+        with pytest.raises(TypeError, match=r"^The denoiser's weights cannot be seen, [^.]*\.$"):
+            refuse()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ import sdguard
 from sdguard import GuardConfig, Profile, testbed
 from sdguard.cli.main import app
 from sdguard.decision.profile import ProfileError
-from sdguard.files.prompt_files import read_table, write_table
+from sdguard.files.prompt_files import PromptFile, read_table, write_table
 from sdguard.files.resumable import parts_folder
 from sdguard.guarded.run import profile_of
 from sdguard.scan import scan as scanning
-from sdguard.scan.scan import combine_p_values, power_note, rank_prompts, reports_of, scan, scan_batch, seed_of
+from sdguard.scan import scan_file
+from sdguard.scan.ranking import rank_prompts
+from sdguard.scan.scan import combine_p_values, power_note, reports_of, scan, scan_batch, seed_of
 
 SETTING: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
 MEMORIZED, ORDINARY = 2, 4
@@ -58,7 +61,7 @@ def table(embedded: Any, profile: Profile, prompts: dict[int, str]) -> pd.DataFr
 
 def scanned(pipe: Any, profile: Profile, prompts: dict[int, str], **options: Any) -> pd.DataFrame:
     batches = scan(pipe, profile, prompts, **{"seeds": 2, "batch_size": 4, **options})
-    return rank_prompts([row for rows in batches for row in rows], prompts, 0.05)
+    return rank_prompts([row for rows in batches for row in rows], 0.05)
 
 
 def same(one: pd.DataFrame, other: pd.DataFrame, ignore: tuple[str, ...] = ()) -> None:
@@ -309,6 +312,83 @@ def test_a_killed_command_goes_on(
     assert done == list(range(kept, len(prompts)))
     same(read_table(out), table)
     assert not work.exists()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read in pieces of two rows."""
+    monkeypatch.setattr(scan_file, "PromptFile", partial(PromptFile, rows=2))
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_file_of_many_pieces_goes_on_after_the_last_whole_one(
+    listed: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, done = tmp_path / "scan.parquet", list[int]()
+    options = [str(listed), "--out", str(out), "--seeds", "2", "--batch-size", "1"]
+
+    def counted(pipe: Any, profile: Profile, batch: Any, **given: Any) -> Any:
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.extend(row for row, _ in batch)
+        return scan_batch(pipe, profile, batch, **given)
+
+    monkeypatch.setattr(scanning, "scan_batch", counted)
+    assert command(*options).exit_code != 0
+    assert not out.exists()
+    pieces = sorted(parts_folder(out).glob("pieces-*/*.parquet"))
+    assert [path.name[:12] for path in pieces] == [f"{0:012d}", f"{2:012d}"]
+    assert len(list(parts_folder(out).glob("*/*.json"))) == 1  # of the third; those of whole pieces are gone
+    pieces[1].write_bytes(pieces[1].read_bytes()[:-9])
+    done.append(-1)
+    assert command(*options).exit_code == 0
+    assert done == [0, 1, 2, 3, 4, -1, 2, 3, 5]
+    assert f"{pieces[1]} is damaged" in caplog.text
+    same(read_table(out), table)
+    assert not parts_folder(out).exists()
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_what_failed_in_a_whole_piece_is_tried_again(
+    listed: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done = tmp_path / "scan.parquet", list[int]()
+    options = [str(listed), "--out", str(out), "--seeds", "2", "--batch-size", "1"]
+
+    def unlucky(pipe: Any, profile: Profile, batch: Any, **given: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.extend(row for row, _ in batch)
+        return [row | {"error": "no luck"} if row["row"] == 1 else row for row in scan_batch(pipe, profile, batch, **given)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scanning, "scan_batch", unlucky)
+        assert command(*options).exit_code != 0
+    again: list[int] = []
+
+    def counted(pipe: Any, profile: Profile, batch: Any, **given: Any) -> Any:
+        again.extend(row for row, _ in batch)
+        return scan_batch(pipe, profile, batch, **given)
+
+    monkeypatch.setattr(scanning, "scan_batch", counted)
+    assert command(*options).exit_code == 0
+    assert again == [1, 3, 4, 5]
+    same(read_table(out), table)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_file_that_changes_while_it_is_scanned_is_refused(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        scan_file, "load_pipeline", lambda model: listed.write_text(f'{listed.read_text()}"u","a cat"\n') and testbed.load()
+    )
+    result = command(listed, "--out", tmp_path / "scan.csv")
+    assert result.exit_code == 0, result.stderr  # what has come behind is left for another scan
+    assert len(pd.read_csv(tmp_path / "scan.csv")) == 6
+    monkeypatch.setattr(scan_file, "load_pipeline", lambda model: listed.write_text("url,TEXT\nu,a cat\n") and testbed.load())
+    result = command(listed, "--out", tmp_path / "other.csv")
+    assert result.exit_code == 1
+    assert f"{listed} has changed while it was scanned" in result.stderr
+    assert not (tmp_path / "other.csv").exists()
 
 
 def test_two_processes_scan_to_the_same_table_as_one(
