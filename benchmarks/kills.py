@@ -62,7 +62,7 @@ class Long:
 
 
 KEEPS = "keeps its batches by sdguard.files.resumable.measured, as 'benchmarks detection' does, and has no small size"
-TRAINS = "keeps checkpoints by sdguard.testbed.training.train, whose resumption has a test of its own"
+TRAINS = "keeps checkpoints by benchmarks.zoo.training.train, whose resumption has a test of its own"
 TIMES = "measures time or a server, which a kill ends: it begins anew"
 QUICK = "is done in seconds"
 ANEW = "runs other programs' tests or cases that are known by a number: it begins anew, where it is asked to"
