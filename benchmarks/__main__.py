@@ -13,6 +13,7 @@ from benchmarks import (
     leave_one_out,
     load,
     matrix,
+    old_releases,
     overhead,
     prompt_sets,
     report,
@@ -37,6 +38,7 @@ app.command("load")(load.main)
 app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
+app.command("old-releases")(old_releases.main)
 app.command("upstream")(upstream.main)
 app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -162,7 +163,15 @@ def write_pipeline(pipe: Any, vocabulary: Path, out: Path, plain: bool) -> None:
 
 
 def tidy(out: Path, vocabulary: Path) -> None:
-    """Make a pipeline directory that was just saved fit to be shipped: no word of where parts came from, vocabularies in both forms."""
+    """Make a pipeline directory that was just saved fit to be shipped.
+
+    No word of where parts came from; vocabularies in both forms; a text encoder's weights by the names that every release of transformers
+    reads (the fifth writes those of `CLIPTextModel` without their prefix, and reads both).
+    """
+    for weights in out.glob("text_encoder*/model.safetensors"):
+        named = load_file(weights)
+        old = {name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": part for name, part in named.items()}
+        save_file(old, weights, metadata={"format": "pt"})
     for config in out.glob("*/config.json"):
         kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         write_text(config, json.dumps(kept, indent=2) + "\n")

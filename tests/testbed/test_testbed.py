@@ -1,18 +1,24 @@
 """The embedded model: its files and what they promise."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
+from benchmarks.models import ZOO
 from sdguard import testbed
 from sdguard.decision.identity import identity
 from sdguard.decision.model_folder import PROFILE_FILE, PROMPTS_FILE
 from sdguard.decision.profile import Profile
 from sdguard.testbed.copies import Targets
+
+TEXT_ENCODERS = "text_encoder*/model.safetensors"
 
 
 def test_nearest_target_and_ratio_on_known_pictures() -> None:
@@ -32,6 +38,13 @@ def test_the_plain_call_loads_it_and_it_is_small(embedded: Any) -> None:
     assert isinstance(embedded, StableDiffusionPipeline)
     assert {embedded.unet.dtype, embedded.vae.dtype, embedded.text_encoder.dtype} == {torch.float32}
     assert sum(p.stat().st_size for p in testbed.path().rglob("*") if p.is_file()) <= 40e6
+
+
+@pytest.mark.parametrize("weights", sorted([*testbed.path().glob(TEXT_ENCODERS), *ZOO.glob(f"*/{TEXT_ENCODERS}")]), ids=str)
+def test_text_encoders_have_the_names_that_old_transformers_read(weights: Path) -> None:
+    """The fourth starts from random weights where it finds others; ``python -m benchmarks old-releases`` tries it."""
+    with safe_open(weights, "pt") as named:
+        assert {name.partition(".")[0] for name in named.keys()} <= {"text_model", "text_projection"}  # noqa: SIM118
 
 
 def test_the_shipped_profile_is_of_the_shipped_model(embedded: Any) -> None:
