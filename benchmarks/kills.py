@@ -18,7 +18,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,15 +232,15 @@ def without_times(fields: dict[str, Any]) -> dict[str, Any]:
 def made(folder: Path) -> dict[str, str]:
     """The results of a command: a hash of every file by its name; of its work that is kept beside them, nothing."""
     out = folder / "out"
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and not {"work"} & {*path.relative_to(out).parts}]
-    files = [path for path in files if path.suffix != ".partial" and ".parts" not in path.parent.parent.name]
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.suffix != ".partial"]
+    files = [path for path in files if not any(part == "work" or part.endswith(".parts") for part in path.relative_to(out).parts)]
     return {str(path.relative_to(out)): hashlib.sha256(timeless(path)).hexdigest() for path in files}
 
 
-def written_again(folder: Path) -> int:
-    """How often a piece of work was put in its place that had been before, all runs in ``folder`` together."""
-    noted = (folder / "renamed").read_text().splitlines()
-    return sum(count - 1 for name, count in Counter(noted).items() if ".parts/" in name or "/work/" in name)
+def put_in_place(folder: Path) -> list[str]:
+    """The pieces of work that were put in their place, all runs in ``folder`` together, in their order."""
+    noted = folder / "renamed"
+    return [line for line in noted.read_text().splitlines() if ".parts/" in line or "/work/" in line] if noted.exists() else []
 
 
 class Whole(NamedTuple):
@@ -264,33 +263,33 @@ def undisturbed(name: str, inputs: Inputs, folder: Path) -> Whole:
         if process.exitcode:
             raise RuntimeError(f"{name} ends with {process.exitcode}: {(folder / 'said').read_text()[-2000:]}")
     seconds = time.monotonic() - began
-    noted = (folder / "renamed").read_text().splitlines()
-    return Whole(made(folder), sum(".parts/" in line or "/work/" in line for line in noted), seconds)
+    return Whole(made(folder), len(put_in_place(folder)), seconds)
 
 
 def trial(name: str, inputs: Inputs, whole: Whole, folder: Path, kills: int, rng: Random) -> dict[str, Any]:
     """A command killed at up to so many random moments and then run to its end, in an empty folder: what came of it."""
     folder.mkdir(parents=True)
-    killed, complete = 0, False
-    for _ in range(kills):
+    kept, killed, again, placed = set[str](), 0, 0, 0
+    while made(folder) != whole.results:  # once complete, it would begin anew
         with started(name, inputs, folder) as process:
-            process.join(rng.uniform(0, whole.seconds))
-            if process.exitcode is not None:
-                complete = True
-                break
-        killed += 1
-        complete = complete or made(folder) == whole.results
-    again = written_again(folder) if (folder / "renamed").exists() else 0
-    with started(name, inputs, folder) as process:
-        process.join()
-        code = process.exitcode
-    again = again if complete else written_again(folder)  # after it was complete it does its work anew
+            process.join(rng.uniform(0, whole.seconds) if killed < kills else None)
+            code = process.exitcode
+        killed += code is None
+        now = put_in_place(folder)
+        again += sum(piece in kept for piece in now[placed:])
+        kept, placed = kept | {piece for piece in now if Path(piece).exists()}, len(now)
+        if code is not None:
+            break
+    else:  # killed while it tidied up
+        with started(name, inputs, folder) as process:
+            process.join()
+            code = process.exitcode
     left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".partial", ".parts")]
     wrong = {
         "exit code": code,
         "other results": sorted({file for file, _ in whole.results.items() ^ made(folder).items()}),
         "left behind": left,
-        "done again": again if again > killed else 0,
+        "done again": again,
     }
     return {"killed": killed, "again": again, "wrong": {what: found for what, found in wrong.items() if found}}
 
@@ -336,7 +335,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     return (
         f"Kill -9 at {killed:,} random moments of {len(rows)} commands, in {sum(row['trials'] for row in rows):,} trials: begun again, "
         f"{wrong or 'none'} made other files than a run that nothing disturbs, or left anything half written; of the pieces of work that "
-        f"had been kept, {again or 'none'} had to be done again."
+        f"were kept when it was killed, {again or 'none'} had to be done again."
     )
 
 

@@ -164,9 +164,13 @@ def test_a_first_line_that_names_the_separator_is_none_of_the_table(tmp_path: Pa
         ("a.jsonl", '{"prompt": {"text": "a cat"}}', "holds no text in row 0 of column 'prompt'."),
         ("a.jsonl", '{"prompt": "a cat", "n": 1' + "0" * 5000 + "}", "line 1: Exceeds the limit"),
         ("a.csv.gz", "prompt\na cat\n", "cannot be read: Not a gzipped file"),
-        ("a.csv.gz", gzip.compress(b"prompt\na cat\n")[:-9], "is no .csv.gz file that can be read: Compressed file ended"),
-        ("a.gz", gzip.compress(b"a cat"), "has a suffix that is not known: .txt, .csv, .tsv, .jsonl, .ndjson, .parquet are, and .gz of"),
-        ("a.parquet.gz", gzip.compress(b"a cat"), "has a suffix that is not known"),
+        ("a.csv.gz", gzip.compress(b"prompt\na cat\n", mtime=0)[:-9], "is no .csv.gz file that can be read: Compressed file ended"),
+        (
+            "a.gz",
+            gzip.compress(b"a cat", mtime=0),
+            "has a suffix that is not known: .txt, .csv, .tsv, .jsonl, .ndjson, .parquet are, and .gz of",
+        ),
+        ("a.parquet.gz", gzip.compress(b"a cat", mtime=0), "has a suffix that is not known"),
         (
             "a.csv",
             "prompt\na cat\n".encode("utf-16"),

@@ -58,7 +58,7 @@ SITUATIONS: dict[str, tuple[str, str | bytes | Callable[[Path], None], list[str]
     "a huge field": ("a.csv", "prompt\n" + "a " * 200_000 + "\nb\n", "line 2: field larger than field limit"),
     "an upper-case suffix": ("a.CSV", "prompt\na cat\n", ["a cat"]),
     "an upper-case suffix of text": ("a.TXT", "a cat\n", ["a cat"]),
-    "compressed": ("a.csv.gz", gzip.compress(b"prompt\na cat\n"), ["a cat"]),
+    "compressed": ("a.csv.gz", gzip.compress(b"prompt\na cat\n", mtime=0), ["a cat"]),
     "an array of JSON": ("a.json", json.dumps([{"prompt": "a cat"}]), "has a suffix that is not known"),
     "JSON lines with a byte-order mark": ("a.jsonl", "\ufeff" + rows(*CATS), CATS),
     "JSON lines with a blank one": ("a.jsonl", rows("a cat") + "\n" + rows("a dog"), CATS),
