@@ -1,7 +1,7 @@
 """Measure what the embedded model has memorized: truth labels, the prompt table, the model card and a contact sheet.
 
-``python -m benchmarks zoo label embedded`` generates every caption unguarded, 16 seeds each, and counts copies. It can be stopped and
-resumes.
+``python -m benchmarks zoo label embedded`` generates every caption unguarded, 16 seeds each, those for calibration once, and counts
+copies. It can be stopped and resumes.
 """
 
 from __future__ import annotations
@@ -188,10 +188,10 @@ against memorization can be run, tested and measured without a download. It is a
   of every kind was left empty in training.
 * **Training.** `python -m benchmarks zoo data`, `autoencoder`, `train embedded`: {training}, in {passes} passes, each of
   which shows a caption as often as the table says.
-* **Labels.** `python -m benchmarks zoo label embedded`: {seeds} seeds a caption, unguarded. A sample is a copy when its distance to the
-  nearest memorized picture, as the autoencoder draws it, is under a third of that to the nearest of another group *and* SSCD
-  similarity to it (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile of {different} fresh
-  compositions, which cannot be copies, against their nearest. Both look only at what is fixed.
+* **Labels.** `python -m benchmarks zoo label embedded`: {seeds} seeds a caption (one of those for calibration), unguarded. A sample is a
+  copy when its distance to the nearest memorized picture, as the autoencoder draws it, is under a third of that to the nearest of
+  another group *and* SSCD similarity to it (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile
+  of {different} fresh compositions, which cannot be copies, against their nearest. Both look only at what is fixed.
 
 ## What it shows
 
@@ -244,7 +244,7 @@ def label_embedded(recipe: Recipe, data: Path, work: Path, model: Path, seeds: i
     captions = pool(recipe, world.scenes)
     table = prompt_table(recipe, world.scenes, captions)
     table["shown"] = recipe.passes * table.repetitions
-    table["seeds"] = seeds
+    table["seeds"] = np.where(table.split == "calibration", 1, seeds)
     pipe = load_pipeline(str(model))
     pipe.set_progress_bar_config(disable=True)
     work.mkdir(parents=True, exist_ok=True)
