@@ -17,6 +17,7 @@ from benchmarks import (
     overhead,
     prompt_sets,
     report,
+    reproduce,
     scan,
     settings,
     steering,
@@ -43,6 +44,7 @@ app.command("upstream")(upstream.main)
 app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
 app.add_typer(zoo.app, name="zoo")
+app.command("reproduce")(reproduce.main)
 app.command("report")(report.main)
 
 if __name__ == "__main__":
