@@ -88,7 +88,8 @@ DECISIONS: dict[str, Long | str] = {
     "sdguard demo": "is a server, and keeps nothing",
     **dict.fromkeys([f"sdguard profiles {name}" for name in ("list", "show", "rm", "export", "import")], QUICK),
     **dict.fromkeys(
-        [f"benchmarks {name}" for name in ("steering", "cures", "development", "leave-one-out", "settings", "zoo label")], KEEPS
+        [f"benchmarks {name}" for name in ("steering", "cures", "development", "leave-one-out", "settings", "reproduce", "zoo label")],
+        KEEPS,
     ),
     **dict.fromkeys([f"benchmarks audit {name}" for name in ("score", "gap", "density", "agreement", "neighbours")], KEEPS),
     **dict.fromkeys(["benchmarks zoo autoencoder", "benchmarks zoo train"], TRAINS),
