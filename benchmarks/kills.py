@@ -64,7 +64,7 @@ KEEPS = "keeps its batches by sdguard.files.resumable.measured, as 'benchmarks d
 TRAINS = "keeps checkpoints by benchmarks.zoo.training.train, whose resumption has a test of its own"
 TIMES = "measures time or a server, which a kill ends: it begins anew"
 QUICK = "is done in seconds"
-ANEW = "runs other programs' tests or cases that are known by a number: it begins anew, where it is asked to"
+ANEW = "runs other programs, their tests, or cases that are known by a number: it begins anew, where it is asked to"
 
 #: every command: how it is tried, or why it is not.
 DECISIONS: dict[str, Long | str] = {
@@ -94,7 +94,7 @@ DECISIONS: dict[str, Long | str] = {
     **dict.fromkeys([f"benchmarks audit {name}" for name in ("score", "gap", "density", "agreement", "neighbours")], KEEPS),
     **dict.fromkeys(["benchmarks zoo autoencoder", "benchmarks zoo train"], TRAINS),
     **dict.fromkeys(["benchmarks load", "benchmarks overhead"], TIMES),
-    **dict.fromkeys(["benchmarks fuzz", "benchmarks kills", "benchmarks matrix"], ANEW),
+    **dict.fromkeys([f"benchmarks {name}" for name in ("fuzz", "kills", "matrix", "old-releases")], ANEW),
     **dict.fromkeys([f"benchmarks {name}" for name in ("report", "prompt-sets", "zoo data", "audit lid")], QUICK),
     "benchmarks upstream": "writes its results after each class of pipelines, and goes on from them",
     "benchmarks scan": "scans by 'sdguard scan', whose work goes on, and keeps what each case took",
