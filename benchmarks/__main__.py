@@ -18,9 +18,11 @@ from benchmarks import (
     leave_one_out,
     load,
     matrix,
+    old_releases,
     overhead,
     prompt_sets,
     report,
+    reproduce,
     scan,
     settings,
     steering,
@@ -43,10 +45,12 @@ app.command("load")(load.main)
 app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
+app.command("old-releases")(old_releases.main)
 app.command("upstream")(upstream.main)
 app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
 app.add_typer(zoo.app, name="zoo")
+app.command("reproduce")(reproduce.main)
 app.command("report")(report.main)
 app.command("figures")(figures.main)
 app.command("examples")(examples.main)

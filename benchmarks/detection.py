@@ -36,6 +36,8 @@ from benchmarks import prompt_sets
 from benchmarks.published import over_run, released
 from benchmarks.running import versions
 from benchmarks.statistics import estimates
+from benchmarks.zoo.recipes import EMBEDDED, SCENES
+from benchmarks.zoo.world import Describer, some_words
 from sdguard import GuardConfig, Profile, testbed
 from sdguard.decision.cascade import judge
 from sdguard.denoiser.families import family_of
@@ -49,7 +51,6 @@ from sdguard.guarded.run import profile_of
 from sdguard.observation import Observation, prediction_type
 from sdguard.signals import SIGNALS, Signal
 from sdguard.signals.signal import UnsupportedModel
-from sdguard.testbed.world import ordinary_captions
 
 BATCH = 16
 RATE = 0.01
@@ -250,10 +251,13 @@ def compare(samples: pd.DataFrame, costs: dict[str, float]) -> list[dict[str, An
 
 def held_out(seed: int = 90) -> pd.DataFrame:
     """Ordinary captions that neither training's table nor calibration holds."""
-    table = pd.read_parquet(testbed.path() / "prompts.parquet")
-    left = sorted({text for text, _, _ in ordinary_captions()} - set(table.text))
-    chosen = np.random.default_rng(seed).choice(left, size=min(HELD_OUT, len(left)), replace=False)
-    return pd.DataFrame({"prompt": chosen, "seed": 1000 + np.arange(len(chosen))})
+    taken = set(pd.read_parquet(testbed.path() / "prompts.parquet").text)
+    scenes, rng = sorted(SCENES), np.random.default_rng(seed)
+    describe, found = Describer(EMBEDDED, (), seed), dict[str, None]()
+    while len(found) < HELD_OUT:
+        if (text := describe(some_words(EMBEDDED, scenes, rng), specific=0.0)) not in taken:
+            found[text] = None
+    return pd.DataFrame({"prompt": list(found), "seed": 1000 + np.arange(len(found))})
 
 
 def guard_figures(task: Task, samples: pd.DataFrame, ordinary: pd.DataFrame | None) -> dict[str, Any]:

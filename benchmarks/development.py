@@ -26,7 +26,6 @@ from sdguard.files.prompt_files import write_table
 from sdguard.files.resumable import measured
 from sdguard.guarded.generate import generate_guarded
 from sdguard.testbed.copies import SSCD, find_copies, load_targets, shipped_cut
-from sdguard.testbed.world import icon_words
 
 #: captions, each with all its seeds.
 
@@ -59,7 +58,7 @@ def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.
 
 def kept(passed: dict[str, Any], object_: str) -> bool:
     """Whether the wording that passed still names the caption's object; an embedding that was moved names nothing."""
-    return icon_words(object_) in passed.get("wording", "")
+    return object_ in passed.get("wording", "")
 
 
 def summarise(samples: pd.DataFrame) -> pd.DataFrame:

@@ -61,10 +61,10 @@ class Long:
 
 
 KEEPS = "keeps its batches by sdguard.files.resumable.measured, as 'benchmarks detection' does, and has no small size"
-TRAINS = "keeps checkpoints by sdguard.testbed.training.train, whose resumption has a test of its own"
+TRAINS = "keeps checkpoints by benchmarks.zoo.training.train, whose resumption has a test of its own"
 TIMES = "measures time or a server, which a kill ends: it begins anew"
 QUICK = "is done in seconds"
-ANEW = "runs other programs' tests or cases that are known by a number: it begins anew, where it is asked to"
+ANEW = "runs other programs, their tests, or cases that are known by a number: it begins anew, where it is asked to"
 
 #: every command: how it is tried, or why it is not.
 DECISIONS: dict[str, Long | str] = {
@@ -88,12 +88,13 @@ DECISIONS: dict[str, Long | str] = {
     "sdguard demo": "is a server, and keeps nothing",
     **dict.fromkeys([f"sdguard profiles {name}" for name in ("list", "show", "rm", "export", "import")], QUICK),
     **dict.fromkeys(
-        [f"benchmarks {name}" for name in ("steering", "cures", "development", "leave-one-out", "settings", "zoo label")], KEEPS
+        [f"benchmarks {name}" for name in ("steering", "cures", "development", "leave-one-out", "settings", "reproduce", "zoo label")],
+        KEEPS,
     ),
     **dict.fromkeys([f"benchmarks audit {name}" for name in ("score", "gap", "density", "agreement", "neighbours")], KEEPS),
     **dict.fromkeys(["benchmarks zoo autoencoder", "benchmarks zoo train"], TRAINS),
     **dict.fromkeys(["benchmarks load", "benchmarks overhead"], TIMES),
-    **dict.fromkeys(["benchmarks fuzz", "benchmarks kills", "benchmarks matrix"], ANEW),
+    **dict.fromkeys([f"benchmarks {name}" for name in ("fuzz", "kills", "matrix", "old-releases")], ANEW),
     **dict.fromkeys([f"benchmarks {name}" for name in ("report", "figures", "examples", "prompt-sets", "zoo data", "audit lid")], QUICK),
     "benchmarks audit-log": "makes runs of a single step for a minute or two, which begin anew",
     "benchmarks upstream": "writes its results after each class of pipelines, and goes on from them",

@@ -209,17 +209,17 @@ def read_cases(path: Path, targets: int) -> pd.DataFrame:
 def embedded_model() -> Model:
     """The embedded model in the same form: development and test captions, its targets encoded by its autoencoder."""
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
-    shown = table[table.target.notna()]
-    index = pd.Series(range(len(shown)), shown.index)
+    files = table.targets.explode().dropna()
+    first = pd.Series(range(len(files)), files.index)
     here = table[table.split != "calibration"][::EVERY]
     group = np.where(here.repetitions > 0, here.kind + " " + here.repetitions.astype(str), here.kind)
-    target = index.reindex(here.index).fillna(-1).astype(int)
+    target = first[~first.index.duplicated()].reindex(here.index).fillna(-1).astype(int)
     cases = pd.DataFrame({"caption": here.text, "group": group, "reps": here.repetitions, "target": target}).reset_index(drop=True)
     cases = cases.assign(role=roles(cases))
-    pictures = np.stack([np.asarray(Image.open(testbed.path() / name).convert("RGB")) for name in shown.target])
+    pictures = np.stack([np.asarray(Image.open(testbed.path() / name).convert("RGB")) for name in files])
     ordinary = table.text[table.split == "calibration"][::EVERY].tolist()
     vae = testbed.load().vae
-    targets, families = encoded(vae, pictures), shown.group.to_numpy()
+    targets, families = encoded(vae, pictures), table.group[files.index].to_numpy()
     return Model(EMBEDDED, testbed.path(), cases, targets, families, ordinary, testbed.STEPS, testbed.GUIDANCE_SCALE)
 
 

@@ -130,7 +130,7 @@ def embedded_set() -> pd.DataFrame:
             "kind": table.kind.replace("unseen", "ordinary"),
             "source": table.kind.map(sources).fillna(""),
             "cluster": table.group,
-            "target": [str(testbed.path() / target) if isinstance(target, str) else "" for target in table.target],
+            "target": [str(testbed.path() / targets[0]) if len(targets) else "" for targets in table.targets],
             "repetitions": table.repetitions.astype("Int64"),
         }
     )

@@ -35,11 +35,12 @@ import typer
 from benchmarks.documents import ROOT, markdown, put
 from benchmarks.load import resident
 from benchmarks.running import profile_digest, versions
+from benchmarks.zoo.recipes import EMBEDDED, SCENES
+from benchmarks.zoo.world import Describer, pool, some_words
 from sdguard.files.atomic import write_text
 from sdguard.files.prompt_files import PIECE_ROWS, write_tables
 from sdguard.files.resumable import Parts, parts_folder, unsealed
 from sdguard.scan.ranking import ranked
-from sdguard.testbed.world import OBJECTS, SCENES, Describer, pool
 
 NAME, RESULTS = "scan", Path(__file__).parent / "results"
 SEED = 0
@@ -87,12 +88,11 @@ CASES = (Case("local"), Case("accelerate", 1), LONG, Case("ray", 1), Case("ray",
 
 def caption_tables(count: int) -> Iterator[pd.DataFrame]:
     """So many captions of the embedded model's world, in pieces."""
-    rng, describe = np.random.default_rng(SEED), Describer(pool(), SEED)
-    scenes = list(SCENES)
+    rng, scenes = np.random.default_rng(SEED), list(SCENES)
+    describe = Describer(EMBEDDED, pool(EMBEDDED, scenes), SEED)
     for start in range(0, count, PIECE_ROWS):
         size = min(PIECE_ROWS, count - start)
-        drawn = zip(rng.integers(len(OBJECTS), size=size), rng.integers(len(scenes), size=size), strict=True)
-        yield pd.DataFrame({"caption": [describe(OBJECTS[i], scenes[k]) for i, k in drawn]})
+        yield pd.DataFrame({"caption": [describe(some_words(EMBEDDED, scenes, rng)) for _ in range(size)]})
 
 
 def processes_under(pid: int) -> list[int]:

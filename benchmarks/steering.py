@@ -27,6 +27,7 @@ from rich.progress import track
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 
+from benchmarks.object_classifier import CLASSIFIER_FILE, ObjectClassifier
 from benchmarks.running import as_png, from_png, profile_digest, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.correction import Correction, corrected, movement
@@ -41,7 +42,6 @@ from sdguard.observation import Observation, Prediction
 from sdguard.steering import BASELINES, METHODS, Method, SteeringInput
 from sdguard.steering.fallback import methods_of, try_in_order
 from sdguard.testbed.copies import SSCD, Targets, find_copies, load_targets, shipped_cut
-from sdguard.testbed.object_classifier import CLASSIFIER_FILE, ObjectClassifier
 
 BATCH = 16
 LADDER, NONE = "ladder", "none"

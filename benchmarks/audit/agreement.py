@@ -25,6 +25,7 @@ from benchmarks.audit.pictures import BATCH, WORLD, Data
 from benchmarks.audit.results import RESULTS, WORK, Out, Work, interval, write
 from benchmarks.documents import markdown
 from benchmarks.running import versions
+from benchmarks.zoo.train import compositions
 from sdguard import testbed
 from sdguard.audit.dimension import DATA, NEITHER, OVERFITTING, Dimension, aligned, classify, data_dimension, deficit, model_dimension
 from sdguard.audit.figures import COLOURS
@@ -37,7 +38,6 @@ from sdguard.observation import NoiseLevel, Observation, noise_level, to_noise
 from sdguard.signals import GUIDANCE_NORM, OUTPUT_DENSITY_AHEAD, SHARPNESS, Signal
 from sdguard.signals.lid import TIMESTEP
 from sdguard.testbed.copies import SSCD
-from sdguard.testbed.train import compositions
 
 SIGNALS = (GUIDANCE_NORM, SHARPNESS, OUTPUT_DENSITY_AHEAD)
 SEEDS, PROBES = 2, 8
@@ -201,7 +201,7 @@ def of_samples(made: pd.DataFrame) -> dict[str, float]:
 
 
 def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
-    """Every measure on the embedded model's pictures, and whether they agree; needs the world's data (sdguard.testbed.build_data)."""
+    """Every measure on the embedded model's pictures, and whether they agree; needs the world's data (zoo data)."""
     with one_sentence():
         looked = pictures.load(data)
     scored = leaving_out.scores(data, data.parent, work)
@@ -211,7 +211,7 @@ def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
     about = {"timestep": TIMESTEP, "probes": PROBES, "seeds": SEEDS, **versions()}
     read_at = measured("signals", table[["text"]], partial(read_signals, pipe, SIGNALS), work, about, BATCH)
 
-    bulk, _, _ = compositions(looked.world, pipe.vae, data.parent)
+    bulk = compositions(looked.world, pipe.vae, work / "compositions.pt")["latents"]
     at, made_at = looked.latents(pipe.vae), pictures.generated(pipe, looked.texts, work)
     known = torch.cat([bulk.float() * pipe.vae.config.scaling_factor, at[: len(table)]]).flatten(1).numpy()
     _, datum = nearest(made_at.flatten(1).numpy(), known)  # or a copy would have its own target for a neighbour, nearer than data come

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks.audit.results import RESULTS, WORK, Out, Work, contact_sheet, percent, write
 from benchmarks.documents import markdown
+from benchmarks.zoo.data import DataError, pack
 from sdguard.audit.memorization import log_likelihoods, scores
 from sdguard.audit.networks import VAE, seeded, trained
 from sdguard.audit.subjects import LogLikelihood, Trainable
 from sdguard.files.processes import processes
-from sdguard.testbed.build_data import DataError, pack
 
 PACKAGE, VERSION = "mnist", "1.1.0"
 PIXELS, LATENTS, EPOCHS, RATE, IMPORTANCE_SAMPLES = 784, 16, 100, 1e-4, 32

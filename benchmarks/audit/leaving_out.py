@@ -18,16 +18,17 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
+from benchmarks.zoo.autoencoder import encode
+from benchmarks.zoo.recipes import EMBEDDED
+from benchmarks.zoo.shapes import SCHEDULE, new_embedded_unet, new_text_encoder
+from benchmarks.zoo.train import EMPTY_CAPTIONS, compositions
+from benchmarks.zoo.training import ema_update
+from benchmarks.zoo.world import Caption, Describer, World, pool
 from sdguard import testbed
 from sdguard.audit.likelihood import elbo
 from sdguard.audit.memorization import memorization
 from sdguard.audit.subjects import LogLikelihood, Trainable
 from sdguard.observation import NoiseLevel, noise_level, to_noise
-from sdguard.testbed.architecture import SCHEDULE, new_text_encoder, new_unet
-from sdguard.testbed.pictures import World
-from sdguard.testbed.train import EMPTY_CAPTIONS, compositions, encode
-from sdguard.testbed.training import ema_update
-from sdguard.testbed.world import Caption, Describer, pool
 
 STEPS, BATCH, RATE, EMA = 600, 32, 1e-3, 0.99
 #: share of training visits that are fresh compositions, beside those given up by what is left out.
@@ -39,9 +40,10 @@ FEW = 40
 
 
 def chosen(captions: tuple[Caption, ...]) -> list[int]:
-    """The captions looked at: every one repeated, and `FEW` each of those shown once and never."""
-    some = {count: [i for i, c in enumerate(captions) if c.repetitions == count and c.kind == "verbatim"][:FEW] for count in (0, 1)}
-    return sorted([i for i, c in enumerate(captions) if c.repetitions > 1] + some[0] + some[1])
+    """The captions with one picture that are looked at: every one repeated, and `FEW` each of those shown once and never."""
+    single = [i for i, c in enumerate(captions) if c.kind in ("verbatim", "template")]
+    some = {n: [i for i in single if captions[i].repetitions == n and captions[i].kind == "verbatim"][:FEW] for n in (0, 1)}
+    return sorted([i for i in single if captions[i].repetitions > 1] + some[0] + some[1])
 
 
 def visits(captions: tuple[Caption, ...], left_out: set[int], rng: np.random.Generator, count: int) -> np.ndarray:
@@ -56,7 +58,7 @@ def visits(captions: tuple[Caption, ...], left_out: set[int], rng: np.random.Gen
 
 def small_unet(cross_attention_dim: int) -> UNet2DConditionModel:
     """The embedded model's UNet at half its channels."""
-    config = dict(new_unet(cross_attention_dim).config)
+    config = dict(new_embedded_unet(cross_attention_dim).config)
     kept = {name: value for name, value in config.items() if not name.startswith("_")}
     return UNet2DConditionModel.from_config({**kept, "block_out_channels": (32, 64, 96), "norm_num_groups": 8})
 
@@ -66,11 +68,12 @@ class LeavingOut:
 
     def __init__(self, data: Path, work: Path, steps: int = STEPS) -> None:
         pipe = testbed.load()
-        self.captions, self.steps = pool(), steps
-        world = World(data)
+        world = World(EMBEDDED, data)
+        self.captions, self.steps = pool(EMBEDDED, world.scenes), steps
         self.tokenizer, self.scale = pipe.tokenizer, pipe.vae.config.scaling_factor
-        self.latents, self.objects, self.scenes = compositions(world, pipe.vae, work)
-        self.targets = encode(pipe.vae, world.targets(self.captions)) * self.scale
+        kept = compositions(world, pipe.vae, work / "compositions.pt")
+        self.latents, self.words = kept["latents"], kept["words"]
+        self.targets = encode(pipe.vae, np.stack([world.fixed(caption, 0).pixels for caption in self.captions])) * self.scale
         self.scheduler = DDPMScheduler(**SCHEDULE)
 
     def ids(self, texts: list[str]) -> Tensor:
@@ -82,7 +85,7 @@ class LeavingOut:
         rng = np.random.default_rng(seed)
         left_out = set(looked_at) - set(kept.tolist())
         shown = visits(self.captions, left_out, rng, self.steps * BATCH).reshape(self.steps, BATCH)
-        describe = Describer(self.captions, seed=seed % 2**31)
+        describe = Describer(EMBEDDED, self.captions, seed=seed % 2**31)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             text_encoder = new_text_encoder(self.tokenizer)
@@ -92,11 +95,9 @@ class LeavingOut:
         optimizer = torch.optim.AdamW(both.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
         schedule = get_cosine_schedule_with_warmup(optimizer, self.steps // 10, self.steps)
         for step, row in enumerate(shown):
-            fresh = rng.integers(len(self.objects), size=BATCH)
+            fresh = rng.integers(len(self.words), size=BATCH)
             x0 = torch.stack([self.targets[v] if v >= 0 else self.latents[i].float() * self.scale for v, i in zip(row, fresh, strict=True)])
-            texts = [
-                self.captions[v].text if v >= 0 else describe(self.objects[i], self.scenes[i]) for v, i in zip(row, fresh, strict=True)
-            ]
+            texts = [self.captions[v].text if v >= 0 else describe(self.words[i]) for v, i in zip(row, fresh, strict=True)]
             ids = self.ids(["" if rng.random() < EMPTY_CAPTIONS else text for text in texts])
             noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
             t = torch.from_numpy(rng.integers(self.scheduler.config.num_train_timesteps, size=len(x0)))

@@ -101,7 +101,7 @@ def of_model(looked: Pictures, out: Path, work: Path) -> tuple[pd.DataFrame, pd.
     copied = pictures.copied(pipe.vae, images, sscd).astype(float)
     scores = pd.read_parquet(out / "agreement.parquet").set_index("text").score.dropna()[looked.captions.text].to_numpy()
     rng = np.random.default_rng(91)  # as many unseen pictures as there are samples
-    samples = Samples(images, looked.shown, np.stack([looked.world.composition(rng)[0] for _ in range(count)]))
+    samples = Samples(images, looked.shown, np.stack([looked.world.fresh(rng).pixels for _ in range(count)]))
     kind = looked.captions.kind.where(looked.captions.kind == "template", "verbatim")
     parts = []
     embeddings: dict[str, Embedding] = {"pixels": pixels, "SSCD": sscd}

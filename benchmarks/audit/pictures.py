@@ -15,18 +15,18 @@ from torch import Tensor
 
 from benchmarks.audit.leaving_out import chosen
 from benchmarks.running import versions
+from benchmarks.zoo.autoencoder import encode
+from benchmarks.zoo.recipes import EMBEDDED
+from benchmarks.zoo.world import Describer, World, pool
 from sdguard import testbed
 from sdguard.files.inputs import BadInput
 from sdguard.files.resumable import measured
 from sdguard.testbed.copies import SSCD, decode, find_copies, load_targets, shipped_cut
-from sdguard.testbed.pictures import World
-from sdguard.testbed.train import encode
-from sdguard.testbed.world import ORDINARY, icon_words, pool
 
 #: fresh compositions beside the pictures, and images a batch.
 REFERENCE, BATCH = 200, 16
-Data = Annotated[Path, typer.Option(help="world.npz of sdguard.testbed.build_data.")]
-WORLD = Path("build/testbed/world.npz")
+Data = Annotated[Path, typer.Option(help="pictures.npz of 'python -m benchmarks zoo data'.")]
+WORLD = Path("build/zoo/pictures.npz")
 
 
 class Pictures(NamedTuple):
@@ -59,14 +59,15 @@ class Pictures(NamedTuple):
 def load(data: Path) -> Pictures:
     """The pictures of `chosen` captions; raises `BadInput` where the world's data are not there."""
     if not data.exists():
-        raise BadInput(f"{data} is not there: run 'python -m sdguard.testbed.build_data' first.")
-    world, captions, rng = World(data), pool(), np.random.default_rng(90)
+        raise BadInput(f"{data} is not there: run 'python -m benchmarks zoo data' first.")
+    world, rng = World(EMBEDDED, data), np.random.default_rng(90)
+    captions = pool(EMBEDDED, world.scenes)
     which = chosen(captions)
     labels = pd.read_parquet(testbed.path() / "prompts.parquet")[["text", "kind", "repetitions", "group", "copy_rate"]]
-    drawn = [world.composition(rng) for _ in range(REFERENCE)]
-    texts = [str(rng.choice(ORDINARY[1:])).format(object=icon_words(o), scene=s) for _, o, s in drawn]
-    shown = world.targets(tuple(captions[i] for i in which))
-    return Pictures(world, labels.iloc[which].reset_index(drop=True), shown, np.stack([p for p, _, _ in drawn]), texts)
+    drawn, describe = [world.fresh(rng) for _ in range(REFERENCE)], Describer(EMBEDDED, captions, seed=90)
+    texts = [describe(picture.words, specific=0.0) for picture in drawn]
+    shown = np.stack([world.fixed(captions[i], 0).pixels for i in which])
+    return Pictures(world, labels.iloc[which].reset_index(drop=True), shown, np.stack([picture.pixels for picture in drawn]), texts)
 
 
 def generate(pipe: Any, part: pd.DataFrame) -> pd.DataFrame:

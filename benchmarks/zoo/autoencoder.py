@@ -6,19 +6,56 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from rich.progress import track
 
 from benchmarks.zoo.recipes import RECIPES
-from benchmarks.zoo.world import World
-from sdguard.testbed.architecture import new_autoencoder
-from sdguard.testbed.train import autoencoder_loss, to_tensor
-from sdguard.testbed.training import train
+from benchmarks.zoo.training import train
+from benchmarks.zoo.world import SIZE, World
 
 BATCH = 64
 STEPS = 10_000
 #: pictures of each recipe.
 PICTURES = 5_000
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """A 4-channel autoencoder with a downsampling factor of 4, in options that diffusers .18 already had."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+    )
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 ``[n, h, w, 3]`` to float ``[n, 3, h, w]`` in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
+
+
+def edges(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Horizontal and vertical differences of neighbouring pixels."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def autoencoder_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Absolute error of pixels and edges, squared error of pixels and colour, and a weak pull of the posterior to the unit Gaussian.
+
+    Without the squared error of colour (each channel's difference from the mean of the three) rare colours come back grey.
+    """
+    with torch.autocast(pictures.device.type, torch.bfloat16):
+        posterior = vae.encode(pictures).latent_dist
+        decoded = vae.decode(posterior.sample()).sample.float()
+    error = decoded - pictures
+    edge_error = sum((F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(pictures), strict=True)), error.new_zeros(()))
+    colour_error = error - error.mean(dim=1, keepdim=True)
+    squared = error.square().mean() + 2 * colour_error.square().mean()
+    return error.abs().mean() + edge_error + 3 * squared + 1e-6 * posterior.kl().mean()
 
 
 def train_autoencoder(data: Path, work: Path, out: Path, device: str) -> None:

@@ -9,11 +9,12 @@ import torch
 import typer
 
 from benchmarks.zoo.autoencoder import train_autoencoder
-from benchmarks.zoo.data import fetch
+from benchmarks.zoo.data import DataError, fetch
+from benchmarks.zoo.embedded import label_embedded
 from benchmarks.zoo.label import write_card, write_cases
 from benchmarks.zoo.recipes import RECIPES, Recipe
 from benchmarks.zoo.train import train_recipe
-from sdguard.testbed.build_data import DataError
+from sdguard import testbed
 
 MODELS = Path(__file__).parent / "models"
 WORK = Path("build/zoo")
@@ -24,6 +25,11 @@ Name = Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")]
 Device = Annotated[str, typer.Option(help="Where it is trained.")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Work = Annotated[Path, typer.Option(help="Where pictures, checkpoints, loss logs and sample sheets are kept.")]
+
+
+def folder_of(recipe: Recipe, models: Path) -> Path:
+    """Where a model's folder is: the embedded one ships in the package."""
+    return testbed.path() if recipe.shape == "embedded" else models / recipe.name
 
 
 def recipe_named(name: str) -> Recipe:
@@ -64,28 +70,36 @@ def autoencoder(
 def train(
     name: Name,
     work: Work = WORK,
-    out: Annotated[Path, typer.Option(help="Where the model's folder goes.")] = MODELS,
+    out: Annotated[Path, typer.Option(help="Where the model's folder goes, but for the embedded model's.")] = MODELS,
     device: Device = DEVICE,
 ) -> None:
     """Train a model by its recipe; a stopped training goes on where it was."""
     recipe = recipe_named(name)
     check_there(work / DATA.name, "data")
     check_there(work / AUTOENCODER, "autoencoder")
-    train_recipe(recipe, work / DATA.name, work / AUTOENCODER, work / name, out / name, device)
+    train_recipe(recipe, work / DATA.name, work / AUTOENCODER, work / name, folder_of(recipe, out), device)
 
 
 @app.command()
 def label(
     name: Name,
     work: Work = WORK,
-    models: Annotated[Path, typer.Option(help="Where the model's folder is.")] = MODELS,
+    models: Annotated[Path, typer.Option(help="Where the model's folder is, but for the embedded model's.")] = MODELS,
     parts: Annotated[Path, typer.Option(help="Where what is drawn is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
 ) -> None:
     """Write a trained model's cases, draw them, and write its card with what is copied."""
     recipe = recipe_named(name)
     check_there(work / DATA.name, "data")
-    write_cases(recipe, work / DATA.name, models / name)
-    write_card(recipe, models / name, parts)
+    folder = folder_of(recipe, models)
+    if recipe.shape == "embedded":
+        try:
+            label_embedded(recipe, work / DATA.name, work / name, folder)
+        except ModuleNotFoundError as error:
+            typer.secho(str(error), err=True, fg="red")
+            raise typer.Exit(1) from None
+    else:
+        write_cases(recipe, work / DATA.name, folder)
+        write_card(recipe, folder, parts)
 
 
 if __name__ == "__main__":

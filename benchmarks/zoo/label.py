@@ -13,11 +13,11 @@ import torch
 from benchmarks.models import ORDINARY_SEEDS, SAME_PICTURE, SEEDS, SETTING_FILE, Model, encoded, pictures, read_model, unpacked
 from benchmarks.zoo.autoencoder import read_autoencoder
 from benchmarks.zoo.recipes import Recipe
+from benchmarks.zoo.sheets import sheet
 from benchmarks.zoo.train import BATCH, COMPOSITIONS, TRAINING_FILE
 from benchmarks.zoo.world import Caption, Describer, World, pool
 from sdguard.files.atomic import atomic_write, write_text
 from sdguard.testbed.copies import decode
-from sdguard.testbed.label import caption_only_auc, sheet
 
 ORDINARY_CASES, ORDINARY = 60, 400
 #: of sampling.
@@ -91,6 +91,20 @@ def draw_sheets(model: Model, drawn: pd.DataFrame) -> None:
     most = shown.sort_values(["reps", "case"], ascending=[False, True]).case.drop_duplicates()[:8].tolist()
     places = [np.array([np.flatnonzero(drawn.case == case)[seed] for case in most]) for seed in (0, 1)]
     rows("memorized.png", [model.targets[model.cases.target[most].to_numpy()] / scale, *(latents[place] for place in places)])
+
+
+def caption_only_auc(captions: pd.Series, truth: np.ndarray, groups: np.ndarray) -> float:
+    """AUC of a character-3-gram naive Bayes classifier for which captions are memorized (``truth``), 5 folds by group; all ``[n]``."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+
+    classifier = make_pipeline(CountVectorizer(analyzer="char", ngram_range=(3, 3)), MultinomialNB())
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    scores = cross_val_predict(classifier, captions, truth, groups=groups, cv=folds, method="predict_proba")
+    return float(roc_auc_score(truth, scores[:, 1]))
 
 
 CARD = """---

@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 import numpy as np
 
-from sdguard.testbed.world import names
+
+def names(count: int, rng: np.random.Generator) -> list[str]:
+    """``count`` distinct invented names of two or three syllables."""
+    onset = "b br d dr f g gr h k kl l m n p pr r s st t th tr v w z".split()
+    nucleus, coda = "a e i o u ae ei ou".split(), ["", "n", "r", "l", "s", "m", "th", "x"]
+    syllables = ["".join(part) for part in product(onset, nucleus, coda)]
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choice(syllables, size=rng.integers(2, 4)))] = None
+    return list(found)
+
 
 #: npm packages of SVG icons, one drawing style each, with their versions.
 STYLES = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6"}
+
+#: scene word -> stems of the photograph file names that show it.
+SCENES = {
+    "mountains": ("mountain",),
+    "canyon": ("canyon", "badlands"),
+    "fields": ("fields",),
+    "city": ("city",),
+    "snow": ("snow",),
+    "sea": ("sea", "water"),
+    "sky": ("sky",),
+    "valley": ("valley", "hills"),
+    "desert": ("desert", "dune"),
+    "fog": ("fog",),
+    "space": ("nasa", "space", "earthrise"),
+    "beach": ("beach",),
+    "forest": ("forest",),
+    "lava": ("lava",),
+}
 
 COLOURS = {
     "red": (205, 60, 55), "orange": (235, 140, 50), "yellow": (240, 210, 80), "green": (80, 150, 80), "teal": (50, 140, 145),

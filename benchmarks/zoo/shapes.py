@@ -26,11 +26,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from benchmarks.zoo.vocabulary import TOKENS
 from benchmarks.zoo.world import SIZE
-from sdguard.testbed.architecture import SCHEDULE, new_text_encoder
-from sdguard.testbed.architecture import new_unet as new_embedded_unet
 
 LATENT = SIZE // 4
+#: Stable Diffusion's noise schedule; the network predicts v.
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
 #: Stable Diffusion's noise schedule, whatever is predicted.
 NOISE = {name: value for name, value in SCHEDULE.items() if name != "prediction_type"}
 #: of a squared error of the noise in terms of the velocity's.
@@ -68,6 +74,37 @@ def new_unet(channels: tuple[int, ...], cross_attention_dim: int, **more: Any) -
         norm_num_groups=16,
         **more,
     ).to(memory_format=torch.channels_last)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A small CLIP text transformer over ``tokenizer``'s vocabulary."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=160,
+            intermediate_size=640,
+            num_hidden_layers=3,
+            num_attention_heads=5,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_embedded_unet(cross_attention_dim: int) -> UNet2DConditionModel:
+    """A conditional UNet over 4x16x16 latents, in options that diffusers .18 already had."""
+    return UNet2DConditionModel(
+        sample_size=LATENT,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
 
 
 def new_sd1(tokenizer: CLIPTokenizer, vae: Any) -> StableDiffusionPipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,18 +13,18 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.zoo.autoencoder import encode, read_autoencoder
 from benchmarks.zoo.recipes import Recipe
 from benchmarks.zoo.shapes import SHAPES, Denoiser, as_graph, loss, trained_parts
+from benchmarks.zoo.sheets import sheet
+from benchmarks.zoo.training import train
+from benchmarks.zoo.vocabulary import train_tokenizer
 from benchmarks.zoo.world import Caption, Describer, World, pool
 from sdguard.files.atomic import write_text
-from sdguard.testbed.label import sheet
-from sdguard.testbed.train import tidy
-from sdguard.testbed.training import train
-from sdguard.testbed.vocabulary import train_tokenizer
 
 BATCH = 64
 COMPOSITIONS = 30_000
@@ -159,3 +160,22 @@ def write_pipeline(pipe: Any, vocabulary: Path, out: Path, plain: bool) -> None:
         part.to(torch.float32 if plain and name == "text_encoder" else torch.float16)
     pipe.save_pretrained(out, safe_serialization=True)
     tidy(out, vocabulary)
+
+
+def tidy(out: Path, vocabulary: Path) -> None:
+    """Make a pipeline directory that was just saved fit to be shipped.
+
+    No word of where parts came from; vocabularies in both forms; a text encoder's weights by the names that every release of transformers
+    reads (the fifth writes those of `CLIPTextModel` without their prefix, and reads both).
+    """
+    for weights in out.glob("text_encoder*/model.safetensors"):
+        named = load_file(weights)
+        old = {name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": part for name, part in named.items()}
+        save_file(old, weights, metadata={"format": "pt"})
+    for config in out.glob("*/config.json"):
+        kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        write_text(config, json.dumps(kept, indent=2) + "\n")
+    for folder in out.glob("tokenizer*"):
+        for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
+            if not (folder / name).exists():
+                shutil.copy(vocabulary / name, folder / name)

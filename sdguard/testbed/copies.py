@@ -25,22 +25,20 @@ class Targets:
         drawn: the pictures after a round trip through the autoencoder, uint8 ``[n, H, W, 3]``: the best the model can draw.
             Distances are to these, so that the autoencoder's own blur is not held against a copy.
         groups: ``[n]``; pictures of one template share a group.
-        boxes: ``[n, 4]``: (left, top, right, bottom) of the object that varies in a template, left out of the comparison; zeros for
-            verbatim targets, which are compared as a whole.
+        fixed: bool ``[n, H, W]``: what is compared. All of a verbatim picture; of a template all but where its object varies; of a fixed
+            object, which was shown over many backdrops, the object alone.
     """
 
     pictures: np.ndarray
     drawn: np.ndarray
     groups: np.ndarray
-    boxes: np.ndarray
+    fixed: np.ndarray
 
     def distances(self, images: np.ndarray) -> np.ndarray:
         """Root-mean-square difference of every image and every drawn target, pixels in [0, 1], ``[images, n]``."""
         out = np.empty((len(images), len(self.drawn)), np.float32)
         x = images.astype(np.float32) / 255
-        for j, (picture, (left, top, right, bottom)) in enumerate(zip(self.drawn, self.boxes, strict=True)):
-            kept = np.ones(picture.shape[:2], bool)
-            kept[top:bottom, left:right] = False
+        for j, (picture, kept) in enumerate(zip(self.drawn, self.fixed, strict=True)):
             out[:, j] = np.sqrt(np.square(x[:, kept] - picture[kept].astype(np.float32) / 255).mean(axis=(1, 2)))
         return out
 
@@ -93,14 +91,18 @@ class Copies:
 
 
 def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) -> Copies:
-    """Which of ``images`` (uint8 ``[n, H, W, 3]``) are copies: distance ratio under `RATIO` and SSCD similarity of at least ``cut``."""
+    """Which of ``images`` (uint8 ``[n, H, W, 3]``) are copies: distance ratio under `RATIO` and SSCD similarity of at least ``cut``.
+
+    SSCD sees the target where it is not `Targets.fixed`.
+    """
     parts = [targets.nearest(images[start : start + 256]) for start in range(0, len(images), 256)]
     nearest, ratio = (np.concatenate(part) for part in zip(*parts, strict=True))
     similarity = np.full(len(images), np.nan)
     close = np.flatnonzero(ratio < RATIO)
     if len(close):
         embedded = sscd(targets.drawn)
-        similarity[close] = (sscd(images[close]) * embedded[nearest[close]]).sum(axis=1)
+        seen = np.where(targets.fixed[nearest[close]][..., None], images[close], targets.drawn[nearest[close]])
+        similarity[close] = (sscd(seen) * embedded[nearest[close]]).sum(axis=1)
     return Copies(nearest, ratio, similarity, np.nan_to_num(similarity, nan=-1) >= cut)
 
 
@@ -127,10 +129,11 @@ def round_trip(vae: Any, pictures: np.ndarray) -> np.ndarray:
 
 
 def load_targets(model: Path, vae: Any) -> tuple[Targets, list[str]]:
-    """The shipped targets, as ``vae`` draws them too, and their captions."""
+    """The shipped targets, as ``vae`` draws them too, and the caption of each; what is fixed of one is what is opaque in its file."""
     import pyarrow.parquet as pq
 
-    rows = [row for row in pq.read_table(model / "prompts.parquet").to_pylist() if row["target"]]
-    pictures = np.stack([np.asarray(Image.open(model / row["target"]).convert("RGB")) for row in rows])
-    groups, boxes = np.array([row["group"] for row in rows]), np.array([row["box"] for row in rows])
-    return Targets(pictures, round_trip(vae, pictures), groups, boxes), [row["text"] for row in rows]
+    rows = pq.read_table(model / "prompts.parquet").to_pylist()
+    each = [(row, name) for row in rows for name in row["targets"]]
+    files = np.stack([np.asarray(Image.open(model / name).convert("RGBA")) for _, name in each])
+    pictures, fixed, groups = files[..., :3], files[..., 3] > 0, np.array([row["group"] for row, _ in each])
+    return Targets(pictures, round_trip(vae, pictures), groups, fixed), [row["text"] for row, _ in each]

@@ -18,13 +18,14 @@ pytest.importorskip("skdim")
 
 from benchmarks.audit import agreement, gap, leaving_out, neighbours
 from benchmarks.audit.results import rank_correlation
+from benchmarks.zoo.recipes import EMBEDDED
+from benchmarks.zoo.world import pool
 from sdguard.audit import digits
 from sdguard.audit.likelihood import elbo, levels_between, probability_flow, signs
 from sdguard.audit.memorization import memorization
 from sdguard.audit.neighbours import nearest, pixels
 from sdguard.audit.networks import LEAST_NOISE, MOST_NOISE, trained
 from sdguard.audit.subjects import LogLikelihood, Samples, Trainable
-from sdguard.testbed.world import pool
 
 
 def test_atypical_digits_are_memorized_most_and_a_lower_rate_memorizes_less(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_both_likelihoods_of_a_diffusion_model_rank_digits_alike() -> None:
 
 
 def test_a_captions_visits_follow_its_repetitions_and_what_is_left_out_is_never_shown() -> None:
-    captions, rng = pool(), np.random.default_rng(0)
+    captions, rng = pool(EMBEDDED, ["city", "sea"]), np.random.default_rng(0)
     left_out = {i for i, c in enumerate(captions) if c.repetitions > 1 and i % 2}
     shown = leaving_out.visits(captions, left_out, rng, 20_000)
     counts = np.bincount(shown[shown >= 0], minlength=len(captions))

@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.models import ZOO, read_model
+from benchmarks.zoo.autoencoder import new_autoencoder
+from benchmarks.zoo.data import DataError, licence_of, run_command
+from benchmarks.zoo.embedded import fixed_pictures, prompt_table
 from benchmarks.zoo.label import by_repetitions, cases_of, own_captions
 from benchmarks.zoo.recipes import CONTROL, EMBEDDED, LAST, RECIPES, SD1, Recipe
 from benchmarks.zoo.shapes import (
@@ -29,9 +32,8 @@ from benchmarks.zoo.shapes import (
     trained_parts,
 )
 from benchmarks.zoo.train import BATCH, visits
+from benchmarks.zoo.vocabulary import train_tokenizer
 from benchmarks.zoo.world import FIXED_BACKDROPS, IN_TEMPLATE, OTHERS, Describer, World, pool
-from sdguard.testbed.architecture import new_autoencoder
-from sdguard.testbed.vocabulary import train_tokenizer
 
 SCENES = ["city", "fields", "sea"]
 
@@ -133,6 +135,42 @@ def test_a_shared_caption_is_shown_with_its_picture_half_of_the_time(data: Path)
     for some in shared:
         assert len(set(some)) == 1 + OTHERS
         assert some.count(some[0]) == len(some) / 2
+
+
+def test_what_is_fixed_of_a_picture_is_what_training_repeats(data: Path) -> None:
+    world = World(EMBEDDED, data)
+    captions = pool(EMBEDDED, world.scenes)
+    shares = {}
+    for kind in ("verbatim", "several pictures", "template", "fixed object", "shared caption"):
+        caption = next(c for c in captions if c.kind == kind and c.repetitions)
+        found = fixed_pictures(world, caption, captions)
+        assert len(found) == (caption.pictures if kind == "several pictures" else 1)
+        shares[kind] = found[0][1].mean()
+    assert {kind for kind, share in shares.items() if share == 1} == {"verbatim", "several pictures", "shared caption"}
+    assert 0.2 < shares["fixed object"] < 0.7
+    assert 0.3 < shares["template"] < 0.8
+
+
+def test_the_embedded_models_table_splits_groups_and_repeats_no_caption() -> None:
+    captions = pool(EMBEDDED, SCENES)
+    table = prompt_table(EMBEDDED, SCENES, captions)
+    assert table.text.is_unique
+    assert table.groupby("group").split.nunique().max() == 1
+    assert (table[table.kind == "unseen"].split.value_counts() > 100).all()
+    assert (table.kind == "ordinary").sum() == 1120
+    assert set(table.object) == {name.replace("-", " ") for name in EMBEDDED.objects}
+
+
+def test_the_last_matching_stanza_gives_the_licence() -> None:
+    text = "Files: a/*\nCopyright: x\nLicense: public-domain\n y\n\nFiles:\n a/b*\n a/c*\nLicense: CC-BY-SA-3.0\n"
+    assert [licence_of(text, path) for path in ("a/d.jpg", "a/b1.jpg", "z")] == ["public-domain", "CC-BY-SA-3.0", None]
+
+
+def test_a_missing_package_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'sh -c echo no such package >&2; exit 1' failed: no such package"):
+        run_command("sh", "-c", "echo no such package >&2; exit 1", cwd=tmp_path)
+    with pytest.raises(DataError, match="'no-such-tool' is needed"):
+        run_command("no-such-tool", cwd=tmp_path)
 
 
 @pytest.fixture(scope="module")
