@@ -24,7 +24,7 @@ import torch
 import typer
 
 from benchmarks.kills import PROMPTS
-from benchmarks.readme import put
+from benchmarks.documents import put
 from benchmarks.running import versions
 from sdguard import GuardConfig, guard, testbed
 from sdguard.denoiser.loading import load_pipeline
@@ -120,7 +120,7 @@ def main(
         found = {"about": about, **judged(log, told, largest), "seconds": seconds}
     write_text(out / f"{NAME}.json", json.dumps(found, indent=1) + "\n")
     if out == RESULTS:
-        put(NAME, sentence(found), PAGE)
+        put(NAME, sentence(found))
     typer.echo(f"{sentence(found)} {seconds} seconds.")
     if any(found["wrong"].values()):
         raise typer.Exit(1)
