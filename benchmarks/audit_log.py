@@ -23,8 +23,8 @@ import pandas as pd
 import torch
 import typer
 
-from benchmarks.kills import PROMPTS
 from benchmarks.documents import put
+from benchmarks.kills import PROMPTS
 from benchmarks.running import versions
 from sdguard import GuardConfig, guard, testbed
 from sdguard.denoiser.loading import load_pipeline
