@@ -3,7 +3,7 @@
 * ``filmstrip.webp``, moving: what the denoiser promises step by step, unguarded and guarded, for a memorized prompt beside its training
   picture and for an ordinary one.
 * ``geometry.webp``: density, sharpness, dimension and agreement of both prompts.
-* ``demo.webp``: the sheet of ``make demo``.
+* ``demo.png``: the sheet of ``make demo``, to the bit.
 
 Prompts are those that the demo's page offers first, so that another embedded model brings its own. A figure that would say something
 untrue is not written: the command ends with exit code 1 where the unguarded picture is no copy, the guarded one is, or the ordinary ones
@@ -12,6 +12,7 @@ differ.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,15 +194,14 @@ def save(figure: Any, path: Path) -> None:
 
 
 def write_sheet(_: Model, path: Path) -> None:
-    """The sheet of ``make demo``, as WebP."""
+    """The sheet of ``make demo``."""
     with tempfile.TemporaryDirectory() as folder:
         demo.main(Path(folder), seed=SEED)
-        picture = Image.open(Path(folder) / "demo.png").convert("RGB")
-        picture.resize((picture.width * 3 // 4, picture.height * 3 // 4), Image.Resampling.LANCZOS).save(path, quality=85, method=6)
+        shutil.copy(Path(folder) / path.name, path)
 
 
 #: what draws each figure.
-FIGURES = {"filmstrip": write_filmstrip, "geometry": write_geometry, "demo": write_sheet}
+FIGURES = {"filmstrip.webp": write_filmstrip, "geometry.webp": write_geometry, "demo.png": write_sheet}
 
 
 def main(
@@ -215,4 +215,4 @@ def main(
             raise BadInput(f"There is no figure {unknown[0]!r}; there are {', '.join(FIGURES)}.")
         model = Model.load("embedded")
         for name in only or FIGURES:
-            FIGURES[name](model, out / f"{name}.webp")
+            FIGURES[name](model, out / name)
