@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-#: what the guard does to a flagged image (`GuardConfig.mode`).
+#: what the guard does to a flagged image (``GuardConfig.mode``).
 Mode = Literal["steer", "observe", "block"]
-#: what the false-positive rate is of (`GuardConfig.rate_per`).
+#: what the false-positive rate is of (``GuardConfig.rate_per``).
 RatePer = Literal["image", "prompt"]
-#: what becomes of an image that could not be judged or steered (`GuardConfig.on_failure`).
+#: what becomes of an image that could not be judged or steered (``GuardConfig.on_failure``).
 OnFailure = Literal["withhold", "pass", "raise"]
-#: what may be done where no profile of a model is known (`GuardConfig.on_unknown`).
+#: what may be done where no profile of a model is known (``GuardConfig.on_unknown``).
 OnUnknown = Literal["calibrate", "background", "first_call_only", "raise"]
 #: what a pipeline's weights may be cast to.
 Precision = Literal["float32", "float16", "bfloat16"]
