@@ -4,14 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo app test test-browser screenshots lint
+.PHONY: install demo app docs test test-browser screenshots lint
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[files,demo,bench,dev,browser]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[files,demo,bench,dev,docs,browser]'
 	touch $(STAMP)
 
 demo: install
@@ -26,12 +26,16 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2
 
+# without a network; a warning is an error, and so is a name in a docstring that is nothing
+docs: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet -b html docs build/docs
+
 app: install
 	$(BIN)/python app.py
 
 test-browser: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s tests/browser
 
-# the README's pictures of the page, from those that the browser tests took
+# the documentation's pictures of the page, from those that the browser tests took
 screenshots: test-browser
-	$(BIN)/python tests/browser/readme_pictures.py
+	$(BIN)/python tests/browser/pictures_of_the_page.py

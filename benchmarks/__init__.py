@@ -1,1 +1,1 @@
-"""Evidence: what is measured here is what README and the model card claim."""
+"""Evidence: what is measured here is what README, documentation and model card claim."""

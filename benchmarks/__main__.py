@@ -1,12 +1,17 @@
 """``python -m benchmarks NAME``: every benchmark under one roof; ``accelerate launch -m benchmarks NAME`` shares what can be shared."""
 
+import logging
+
 import typer
 
 from benchmarks import (
     audit,
+    audit_log,
     cures,
     detection,
     development,
+    examples,
+    figures,
     first_use,
     fuzz,
     kills,
@@ -33,6 +38,7 @@ app.command("first-use")(first_use.main)
 app.command("settings")(settings.main)
 app.command("fuzz")(fuzz.main)
 app.command("kills")(kills.main)
+app.command("audit-log")(audit_log.main)
 app.command("load")(load.main)
 app.command("scan")(scan.main)
 app.command("overhead")(overhead.main)
@@ -42,6 +48,10 @@ app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
 app.add_typer(zoo.app, name="zoo")
 app.command("report")(report.main)
+app.command("figures")(figures.main)
+app.command("examples")(examples.main)
 
 if __name__ == "__main__":
+    # verdicts by the thousand are what benchmarks are made of
+    logging.getLogger("sdguard").addFilter(lambda record: not hasattr(record, "sdguard"))
     app()

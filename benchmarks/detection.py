@@ -39,7 +39,7 @@ from benchmarks.statistics import estimates
 from sdguard import GuardConfig, Profile, testbed
 from sdguard.decision.cascade import judge
 from sdguard.denoiser.families import family_of
-from sdguard.denoiser.loading import default_setting, load_pipeline
+from sdguard.denoiser.loading import default_setting, load_for_runs
 from sdguard.denoiser.probe import probe_run
 from sdguard.files.atomic import write_text
 from sdguard.files.processes import processes
@@ -326,12 +326,12 @@ def main(
     state = processes()
     if (model == "embedded") == bool(prompts):
         raise typer.BadParameter("the embedded model brings its prompts; any other needs them", param_hint="--prompts")
-    pipe = load_pipeline(model).to(state.device)
+    pipe = load_for_runs(model)
     pipe.set_progress_bar_config(disable=True)
     setting = default_setting(model, steps, guidance)
     samples = given_samples(prompts, seeds) if prompts else embedded_samples(split)
     with state.main_process_first():
-        profile = profile_of(pipe, GuardConfig())
+        profile, _ = profile_of(pipe, GuardConfig())
     assert profile is not None  # calibrated where none was known
     about = configuration(model, pipe, profile, setting, state.device)
     task = Task(pipe, setting, profile, samples, about)

@@ -1,6 +1,6 @@
 """The guard on the embedded model's development split: what it flags, and what is still a copy after steering.
 
-``python -m benchmarks development`` writes ``benchmarks/results/development.json`` and prints the table of the README.
+``python -m benchmarks development`` writes ``benchmarks/results/development.json`` and prints the table of the documentation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 
 from benchmarks.running import as_png, profile_digest, versions
 from sdguard import GuardedPipeline, testbed
-from sdguard.denoiser.probe import BATCH_SIZE
+from sdguard.choices import BATCH_SIZE
 from sdguard.files.atomic import write_text
 from sdguard.files.processes import processes
 from sdguard.files.prompt_files import write_table

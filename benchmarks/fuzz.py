@@ -3,7 +3,7 @@
 ``python -m benchmarks fuzz --count N`` makes N cases in turn of each kind (`KINDS`): prompt files as many programs write them, misshapen or
 damaged; profiles, parts of long work and logs of scores that were damaged or changed; full disks; arguments of whatever takes some
 (`hostile_arguments`), on the embedded model. A case is known by its number: ``--first 41 --count 1`` makes case 41 again; ``--add`` puts a
-run of cases behind those that were run before. Writes ``results/fuzz.json`` and the README's sentence, and ends with exit code 1 if any
+run of cases behind those that were run before. Writes ``results/fuzz.json`` and the docs' sentence, and ends with exit code 1 if any
 outcome is one of `BAD`.
 """
 
@@ -31,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import hostile_arguments
+from benchmarks.documents import put
 from benchmarks.hostile_arguments import shipped
 from benchmarks.outcomes import (
     BAD,
@@ -48,7 +49,6 @@ from benchmarks.outcomes import (
     expect,
     refused_or,
 )
-from benchmarks.readme import put
 from benchmarks.running import versions
 from sdguard import Profile
 from sdguard.decision.cache import name_of
@@ -380,7 +380,7 @@ def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentence(found: dict[str, Any]) -> str:
-    """What the README says of the results."""
+    """What the documentation says of the results."""
     totals = {name: sum(row.get(name, 0) for row in found["rows"]) for name in (READ, REFUSED, UNKNOWN)}
     wrong = len(found["bad"])
     return (

@@ -48,6 +48,9 @@ CONFIG: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "calibration_prompts": ((None, ["a", "b", "c", "d"]), ("a cat", [], 5, [1, 2, 3, 4], [None] * 4)),
     "score_log": ((None, "log", Path("log")), (5, ["log"])),
     "log_prompts": ((True, False), ("no", None, 2)),
+    "audit_log": ((None, "log", Path("log")), (5, ["log"])),
+    "audit_log_bytes": ((1, 10**12), (0, -1, 1.5, True, None, "1", 1j)),
+    "on_verdict": ((None, print), ("print", 5)),
     "on_call": ((None, print), ("print", 5)),
 }
 

@@ -4,7 +4,7 @@ A command is run undisturbed first. Then, ``--trials`` times: it is killed at up
 run to its end. The files that it makes have to be those of the undisturbed run, to the byte where no time is recorded in them; nothing half
 written may be left; and no piece of work that was kept may be done again: of each kill, one that was under way is lost at most. What is
 written is seen by the renames that put a file in its place, whoever writes it. `DECISIONS` says of every command of ``sdguard`` and of
-``python -m benchmarks`` whether it is long. Writes ``results/kills.json`` and the README's sentence, and ends with exit code 1 if a trial
+``python -m benchmarks`` whether it is long. Writes ``results/kills.json`` and the docs' sentence, and ends with exit code 1 if a trial
 failed.
 """
 
@@ -32,7 +32,7 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.readme import put
+from benchmarks.documents import put
 from benchmarks.running import commands_of, versions
 from sdguard import calibrate
 from sdguard.audit import digits
@@ -94,7 +94,8 @@ DECISIONS: dict[str, Long | str] = {
     **dict.fromkeys(["benchmarks zoo autoencoder", "benchmarks zoo train"], TRAINS),
     **dict.fromkeys(["benchmarks load", "benchmarks overhead"], TIMES),
     **dict.fromkeys(["benchmarks fuzz", "benchmarks kills", "benchmarks matrix"], ANEW),
-    **dict.fromkeys([f"benchmarks {name}" for name in ("report", "prompt-sets", "zoo data", "audit lid")], QUICK),
+    **dict.fromkeys([f"benchmarks {name}" for name in ("report", "figures", "examples", "prompt-sets", "zoo data", "audit lid")], QUICK),
+    "benchmarks audit-log": "makes runs of a single step for a minute or two, which begin anew",
     "benchmarks upstream": "writes its results after each class of pipelines, and goes on from them",
     "benchmarks scan": "scans by 'sdguard scan', whose work goes on, and keeps what each case took",
     "benchmarks first-use": "counts one calibration after the other, and begins anew",
@@ -225,8 +226,8 @@ def timeless(path: Path) -> bytes:
 
 
 def without_times(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an object but for its times."""
-    return {name: value for name, value in fields.items() if "seconds" not in name}
+    """The fields of an object but for its times, and for the name that each image is given of its own."""
+    return {name: value for name, value in fields.items() if "seconds" not in name and name not in ("time", "id")}
 
 
 def made(folder: Path) -> dict[str, str]:
@@ -325,7 +326,7 @@ def every_command() -> list[str]:
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """What the README says of the results."""
+    """What the documentation says of the results."""
     rows = found["rows"]
     killed, again, wrong = (
         sum(row["killed"] for row in rows),

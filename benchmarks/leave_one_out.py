@@ -9,7 +9,7 @@ the tables alone.
 The zoo's control, which memorizes nothing, is measured and never chosen on.
 
 Writes ``results/leave-one-out.json`` (the table) and ``leave-one-out.parquet`` (a row a sample: numbers, and of its case the role, group
-and count; no caption, since those of a directory may not be ours to publish), and the README's tables: of rules, and of single signals,
+and count; no caption, since those of a directory may not be ours to publish), and the docs' tables: of rules, and of single signals,
 ranked. What is watched at later calls is not in them.
 """
 
@@ -32,8 +32,8 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.documents import ROOT, markdown, put
 from benchmarks.models import EMBEDDED, SAME_PICTURE, Model, development_models, embedded_model, pictures, read_model
-from benchmarks.readme import README, markdown, put
 from benchmarks.rules import (
     AHEAD,
     AT_START,
@@ -289,7 +289,7 @@ def counts(model: Readings) -> dict[str, Any]:
     return {**shown.to_dict("index"), "own": len(model.own), "shipped": len(model.shipped)}
 
 
-#: comparisons that the README shows, AUC / TPR at 1% false positives, and what it calls them.
+#: comparisons that the documentation shows, AUC / TPR at 1% false positives, and what it calls them.
 COLUMNS = {
     "never seen": "AUC / TPR at 1%, never seen",
     "never seen, cleaned": "never seen, cleaned",
@@ -299,8 +299,8 @@ COLUMNS = {
 }
 
 
-def readme_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table: what was chosen on the others, what ships, and what two finished pictures tell."""
+def brief_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The documentation's table: what was chosen on the others, what ships, and what two finished pictures tell."""
     lines = []
     for row in rows:
         if row["rule"] not in (CHOSEN, SHIPPED, ORACLE):
@@ -359,7 +359,7 @@ def ranking(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]
 
 
 def shown_signals(ranked: Mapping[str, Any]) -> list[str]:
-    """The signals that the README ranks: the free ones, those that ship, geometry, and the best of each kind that is bought."""
+    """The signals that the documentation ranks: the free ones, those that ship, geometry, and the best of each kind that is bought."""
     kinds = (PERSISTENCE, AT_START, AHEAD)
     best = [next(name for name in ranked if name in kind) for kind in kinds if any(name in kind for name in ranked)]
     chosen = {*FREE, *GEOMETRIC, *SHIPPED_NAMES.values(), *best}
@@ -367,7 +367,7 @@ def shown_signals(ranked: Mapping[str, Any]) -> list[str]:
 
 
 def ranking_table(ranked: Mapping[str, Mapping[str, Estimate]]) -> str:
-    """The README's table of single signals: their mean AUC with its interval, and the AUC on each model."""
+    """The documentation's table of single signals: their mean AUC with its interval, and the AUC on each model."""
     names = shown_signals(ranked)
     models = [name for name in ranked[names[0]] if name != MEAN] if names else []
     lines = [
@@ -401,7 +401,7 @@ def main(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
-    readme: Annotated[Path, typer.Option(help="The README whose table is written.")] = README,
+    root: Annotated[Path, typer.Option(help="Where README.md and docs/ lie, whose tables are written.")] = ROOT,
 ) -> None:
     """Choose on all models but one and measure on that one, in turn; under 'accelerate launch', processes share the work."""
     with one_sentence():
@@ -420,7 +420,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         write_table(samples(models), out / f"{NAME}.parquet")
         write_text(out / f"{NAME}.json", json.dumps({"about": about, "rows": rows}, indent=1))
-        shown = readme_table(rows)
+        shown = brief_table(rows)
         typer.echo(shown)
-        put(NAME, shown, readme)
-        put(RANKED, ranking_table(ranking(rows)), readme)
+        put(NAME, shown, root)
+        put(RANKED, ranking_table(ranking(rows)), root)

@@ -1,6 +1,6 @@
-"""The README's table of what is supported, from the results of the tests.
+"""The documentation's table of what is supported, from the results of the tests.
 
-``python -m benchmarks matrix`` runs ``tests/denoiser/test_families.py`` and puts between the README's markers, for each pipeline and
+``python -m benchmarks matrix`` runs ``tests/denoiser/test_families.py`` and puts between the documentation's markers, for each pipeline and
 scheduler, whether the invariants hold.
 """
 
@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pandas as pd
 
-from benchmarks.readme import README, put
+from benchmarks.documents import ROOT, put
 
 TEST = "test_the_guard_changes_the_flagged_row_and_nothing_else"
 
@@ -43,7 +43,7 @@ def main() -> None:
     """Run the tests and rewrite the table."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = str(README.parent / "tests" / "denoiser" / "test_families.py")
+        tests = str(ROOT / "tests" / "denoiser" / "test_families.py")
         subprocess.run([sys.executable, "-m", "pytest", "-q", tests, "-k", TEST, f"--junitxml={report}"], check=False)
         found = results(report)
     put("matrix", table(found))

@@ -1,4 +1,4 @@
-"""One page and the README's tables from the results that lie in ``benchmarks/results``; nothing is measured here.
+"""One page and the documentation's tables from the results that lie in ``benchmarks/results``; nothing is measured here.
 
 ``python -m benchmarks report`` writes ``report.html``, which holds its figures and needs no other file, and each figure as a PNG. What the
 page says stands in ``report.html.j2``.
@@ -31,14 +31,17 @@ from benchmarks import audit
 from benchmarks.cures import EMBEDDINGS, NEVER_SEEN
 from benchmarks.cures import GUARD as FROM_TEXT
 from benchmarks.detection import CAPTION, GUARD, RATE, RESULTS, values_of
+from benchmarks.documents import ROOT, markdown, put
+from benchmarks.leave_one_out import NAME as LEAVE_ONE_OUT
+from benchmarks.leave_one_out import SHIPPED
+from benchmarks.models import ZOO
 from benchmarks.published import Released, over_run, released
-from benchmarks.readme import README, markdown, put
 from benchmarks.statistics import roc_band
 from sdguard.files.atomic import write_text
 from sdguard.signals import SIGNALS, Signal
 
 UNSEEN, ORDINARY = "never-seen caption of the same make", "ordinary caption"
-#: detectors that the ROC figure and the README show; the page's tables have all.
+#: detectors that the ROC figure and the documentation show; the page's tables have all.
 SHOWN = (GUARD, "guidance_norm", "output_density_ahead", "lid_contrast", "sharpness", "low_noise_alignment", "attention_entropy", CAPTION)
 COLOURS = {"verbatim": "#c0392b", "template": "#e08e0b", UNSEEN: "#2563a8", ORDINARY: "#5b8c5a"}
 NAMES = {
@@ -287,8 +290,8 @@ def tables_of_detection(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return tables
 
 
-def readme_detection(rows: pd.DataFrame) -> str:
-    """The README's table: samples at the first call against never-seen captions of the same make."""
+def brief_detection(rows: pd.DataFrame) -> str:
+    """The documentation's table: samples at the first call against never-seen captions of the same make."""
     here = rows[(rows.level == "sample") & (rows.steps == "first") & (rows.negatives == UNSEEN)]
     lines = []
     for name in SHOWN:
@@ -317,8 +320,8 @@ def tables_of_steering(rows: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def readme_steering(rows: pd.DataFrame) -> str:
-    """The README's table: every method, gated."""
+def brief_steering(rows: pd.DataFrame) -> str:
+    """The documentation's table: every method, gated."""
     lines = []
     for row in rows[rows.gated].itertuples():
         copies = f"{row.copies_left_verbatim['share']:.1%} / {row.copies_left_template['share']:.1%}"
@@ -330,7 +333,7 @@ def readme_steering(rows: pd.DataFrame) -> str:
     )
 
 
-def readme_cures(found: dict[str, Any]) -> str:
+def brief_cures(found: dict[str, Any]) -> str:
     """A row a run, and for each model: memorized pictures shown and withheld, of all; the subject shown, of the others; evaluations.
 
     Methods that cure no sample of any model are marked as there for comparison only.
@@ -352,7 +355,7 @@ def readme_cures(found: dict[str, Any]) -> str:
     return markdown(header, [[name(row), *(cell(row.get(model)) for model in models)] for row in found["rows"]])
 
 
-def readme_guard(found: dict[str, Any]) -> str:
+def brief_guard(found: dict[str, Any]) -> str:
     """A row a model, of the guard from text and from embeddings: what it leaves, what of that it calls steered, what it withholds."""
     rows = {row["run"]: row for row in found["rows"]}
     guards = (rows[FROM_TEXT], rows[EMBEDDINGS])
@@ -384,8 +387,36 @@ def readme_guard(found: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
-def readme_overhead(found: dict[str, dict[str, Any]]) -> str:
-    """The README's table: every shape and path."""
+def brief_results(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
+    """A row a model of the zoo, which neither the decision nor the steering was chosen on: what is flagged, and what the guard leaves."""
+    runs = {row["run"]: row for row in found["rows"]}
+    zoo = {path.parent.name for path in ZOO.glob("*/model_index.json")}
+    lines = []
+    for row in rows:
+        name = row["left out"]
+        if row["rule"] != SHIPPED or name not in zoo:
+            continue
+        own, by_shipped = (row[f"{prompts}, checked"]["flagged"] for prompts in ("own", "shipped"))
+        flagged = [own["copies"], own["never seen, cleaned"], own["ordinary"], by_shipped["ordinary"]]
+        left = ["-"] * 3
+        if guarded := runs[FROM_TEXT].get(name):
+            memorized, withheld, kept = (guarded[what] for what in ("memorized", "withheld", "aligned"))
+            shown = [f"{each['share'] * each['of']:.0f} of {each['of']}" for each in (memorized, withheld)]
+            left = [*shown, f"{kept['share']:.0%} ({runs[NEVER_SEEN][name]['aligned']['share']:.0%})"]
+        lines.append([name, *("-" if math.isnan(value) else share(value) for value, _, _ in flagged), *left])
+    header = [
+        "",
+        "copies flagged",
+        "never-shown captions of the same make flagged",
+        "ordinary captions flagged",
+        "the same, by sdguard's prompts",
+    ]
+    header += ["memorized pictures left", "withheld", "subject kept (drawn unguarded, never-shown captions)"]
+    return markdown(header, lines)
+
+
+def brief_overhead(found: dict[str, dict[str, Any]]) -> str:
+    """The documentation's table: every shape and path."""
     lines = [
         [
             f"{shape}, {result['about']['height']} px",
@@ -401,15 +432,15 @@ def readme_overhead(found: dict[str, dict[str, Any]]) -> str:
     return markdown(["shape", "path", "wall time", "peak memory", "extra evaluations"], lines)
 
 
-def readme_development(figures: dict[str, float]) -> str:
-    """The README's table of the guard on the development split."""
+def brief_development(figures: dict[str, float]) -> str:
+    """The documentation's table of the guard on the development split."""
     shares = ("highest", "flagged that", "ordinary samples", "never-seen", "still", "withheld", "reworded", "names")
     lines = [[name, f"{v:.1%}" if any(part in name for part in shares) else f"{v:.3g}"] for name, v in figures.items() if name != "seeds"]
     return markdown(["", "measured"], lines)
 
 
-def readme_load(found: dict[str, Any]) -> str:
-    """The README's table of the demo's server under load."""
+def brief_load(found: dict[str, Any]) -> str:
+    """The documentation's table of the demo's server under load."""
     median, most = found["seconds a request, median and 95%"]
     lines = [
         [f"requests of {found['clients']} clients at once, {found['steps']} steps each", f"{found['requests']:,}"],
@@ -435,9 +466,9 @@ def load(results: Path, name: str) -> dict[str, Any] | None:
 def main(
     results: Annotated[Path, typer.Option(help="Where the results lie.")] = RESULTS,
     out: Annotated[Path, typer.Option(help="Where the page and its figures go.")] = RESULTS / "report",
-    readme: Annotated[Path, typer.Option(help="The README whose tables are written.")] = README,
+    root: Annotated[Path, typer.Option(help="Where README.md and docs/ lie, whose tables are written.")] = ROOT,
 ) -> None:
-    """Draw the page and the README's tables from the results."""
+    """Draw the page and the documentation's tables from the results."""
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {}
@@ -465,30 +496,32 @@ def main(
         tables["detectors"], tables["comparisons"] = [first, table_of_detectors(rows.detector)], others
         figures = pd.DataFrame([{"": name, "measured": shown(name, value)} for name, value in detection["figures"].items()])
         tables["decision"] = [opened("Figures", figures)]
-        put("detection", readme_detection(rows), readme)
+        put("detection", brief_detection(rows), root)
     if steering := load(results, "steering-test"):
         methods = pd.DataFrame(steering["rows"])
         draw("copies-against-alignment", draw_steering(methods))
         tables["steering"] = tables_of_steering(methods)
-        put("steering", readme_steering(methods), readme)
+        put("steering", brief_steering(methods), root)
     if development := load(results, "development"):
         names = {"copies_flagged": "copies flagged", "copies_left": "copies left", "evaluations": "extra evaluations"}
         tables["development"] = [opened("By kind and repetition count", pd.DataFrame(development["table"]).rename(columns=names))]
-        put("development", readme_development(development["figures"]), readme)
+        put("development", brief_development(development["figures"]), root)
     if cures := load(results, "cures"):
-        put("cures", readme_cures(cures), readme)
+        put("cures", brief_cures(cures), root)
     if guard := load(results, "cures-guard"):
-        put("cures-guard", readme_guard(guard), readme)
+        put("cures-guard", brief_guard(guard), root)
+        if chosen := load(results, LEAVE_ONE_OUT):
+            put("results", brief_results(chosen["rows"], guard), root)
     overhead = {path.stem.removeprefix("overhead-"): json.loads(path.read_text()) for path in sorted(results.glob("overhead-*.json"))}
     if overhead:
         paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])
         tables["overhead"] = [opened("By shape and path", paths[["shape", *paths.columns[:-1]]])]
-        put("overhead", readme_overhead(overhead), readme)
+        put("overhead", brief_overhead(overhead), root)
     if loaded := load(results, "load"):
-        put("load", readme_load(loaded), readme)
+        put("load", brief_load(loaded), root)
     for name, table_of in audit.TABLES.items():
         if found := load(results / "audit", name):
-            put(f"audit-{name}", table_of(found), readme)
+            put(f"audit-{name}", table_of(found), root)
     page = jinja2.Template(PAGE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     write_text(out / "report.html", page.render(about=about, pictures=pictures, tables=tables))
     typer.echo(f"{out / 'report.html'}")

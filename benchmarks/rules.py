@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.models import SAME_PICTURE
+from sdguard.choices import BATCH_SIZE
 from sdguard.decision.calibration import LOOKED_AT, split
 from sdguard.decision.cascade import CLIP, Cascade
 from sdguard.decision.profile import SAME_PICTURE as PICTURES_ALIKE
 from sdguard.decision.profile import Profile, ProfileError
-from sdguard.denoiser.probe import BATCH_SIZE
 
 #: promised false-positive rate, and that at which true positives are counted.
 RATE = 0.01

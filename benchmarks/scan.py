@@ -3,7 +3,7 @@
 Captions are drawn, by a seed, from the world of the embedded model, which scans them. ``LONG`` scans ``--captions`` of them, the others
 ``--few``; of each the captions a second, the resident memory of all its processes and what lies on disk are read at each tenth, then the
 seconds and the memory of ranking. One case loses a worker on the way. The ranking alone is measured on made-up rows as well. A run that is
-stopped goes on where it was, since a scan does, and what it took so far is kept. Writes ``results/scan.json`` and the README's table; ends
+stopped goes on where it was, since a scan does, and what it took so far is kept. Writes ``results/scan.json`` and the docs' table; ends
 with exit code 1 where a table has not each row once.
 """
 
@@ -32,8 +32,8 @@ import numpy as np
 import pandas as pd
 import typer
 
+from benchmarks.documents import ROOT, markdown, put
 from benchmarks.load import resident
-from benchmarks.readme import README, markdown, put
 from benchmarks.running import profile_digest, versions
 from sdguard.files.atomic import write_text
 from sdguard.files.prompt_files import PIECE_ROWS, write_tables
@@ -258,8 +258,8 @@ def signal_columns(ranked_table: Path) -> list[str]:
     return [str(name) for name in columns.column_name if str(name).endswith("_0") and name != "seed_0"]
 
 
-def readme_text(found: dict[str, Any]) -> str:
-    """The README's table, and what it comes to for a corpus."""
+def brief_text(found: dict[str, Any]) -> str:
+    """The documentation's table, and what it comes to for a corpus."""
     rows = [
         [
             case["case"],
@@ -299,7 +299,7 @@ def main(
     rows: Annotated[list[int] | None, typer.Option("--rank", help="Rows that the ranking alone is measured on.")] = None,
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks/scan"),
     out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
-    readme: Annotated[Path, typer.Option(help="The README whose table is written.")] = README,
+    root: Annotated[Path, typer.Option(help="Where README.md and docs/ lie, whose tables are written.")] = ROOT,
 ) -> None:
     """Scan many captions on every engine."""
     work.mkdir(parents=True, exist_ok=True)
@@ -315,7 +315,7 @@ def main(
         typer.echo(json.dumps(ranking[-1]))
     found = {"cases": cases, "ranking": ranking, "seed": SEED, "profile": profile_digest(), **versions()}
     write_text(out / f"{NAME}.json", json.dumps(found, indent=1))
-    put(NAME, readme_text(found), readme)
+    put(NAME, brief_text(found), root)
     if any(not case["rows"] == case["different rows"] == case["captions"] for case in cases):
         raise typer.Exit(1)
 

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks settings`` reads, in each setting, the first denoiser call of runs of held-out ordinary captions and of the test
 split's verbatim copies, as the guard does, all by the profile that ships: of all copies in the setting the model is meant for, else of two
-seeds a copied caption. It writes ``results/settings.json`` and the README's table, and fails where a setting would have been calibrated.
+seeds a copied caption. It writes ``results/settings.json`` and the docs' table, and fails where a setting would have been calibrated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import typer
 
 from benchmarks.detection import held_out
-from benchmarks.readme import README, markdown, put
+from benchmarks.documents import ROOT, markdown, put
 from benchmarks.running import profile_digest, versions
 from sdguard import testbed
 from sdguard.decision.calibration import calibrate, evenly
@@ -166,8 +166,8 @@ def first_use() -> dict[str, int]:
     return {"prompts": len(prompts), "scored": made.prompts, "evaluations": evaluations, "pictures": round(evaluations / 100)}
 
 
-def readme_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The README's table: settings in groups, the range of each figure over a group."""
+def brief_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The documentation's table: settings in groups, the range of each figure over a group."""
 
     def group(name: str) -> str:
         kinds = ("negative embeddings", "negative prompt", "another negative", "guidance", "bfloat16")
@@ -197,7 +197,7 @@ def readme_table(rows: Sequence[dict[str, Any]]) -> str:
 def main(
     out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
-    readme: Annotated[Path, typer.Option(help="The README whose table is written.")] = README,
+    root: Annotated[Path, typer.Option(help="Where README.md and docs/ lie, whose tables are written.")] = ROOT,
 ) -> None:
     """Measure the shipped profile in every setting."""
     ordinary = held_out().rename(columns={"prompt": "text"})
@@ -218,6 +218,6 @@ def main(
     about: dict[str, Any] = {"profile": profile_digest(), "rate": RATE, "first use": first_use(), **versions()}
     typer.echo(about["first use"])
     write_text(out / f"{NAME}.json", json.dumps({"about": about, "rows": rows}, indent=1))
-    shown = readme_table(rows)
+    shown = brief_table(rows)
     typer.echo(shown)
-    put(NAME, shown, readme)
+    put(NAME, shown, root)

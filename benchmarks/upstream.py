@@ -7,7 +7,7 @@ same. Tests that need a GPU skip. Those that need a hub, or hold a picture again
 their calls are compared all the same. Where a call differs the unguarded run is made once more; what does not repeat itself is left out.
 The tests import ``parameterized`` and ``requests_mock``, which sdguard does not.
 
-Writes ``results/upstream.json`` after each class, and in the end the README's table. A class that is there already, of the same versions,
+Writes ``results/upstream.json`` after each class, and in the end the docs' table. A class that is there already, of the same versions,
 is not run again unless ``--only`` names it. Ends with exit code 1 if a test fails guarded alone, or a call differs.
 """
 
@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from benchmarks.readme import README, markdown, put
+from benchmarks.documents import ROOT, markdown, put
 from benchmarks.running import versions
 from sdguard.cli.errors import one_sentence
 from sdguard.denoiser.families import FAMILIES
@@ -34,7 +34,6 @@ from sdguard.files.atomic import write_text
 from sdguard.files.inputs import BadInput
 
 NAME = "upstream"
-ROOT = Path(__file__).parents[1]
 #: how a class of tests names the pipeline class that it tests.
 TESTED = re.compile(r"^    pipeline_class = (\w+)$", re.MULTILINE)
 #: characters of a reason that are kept.
@@ -131,7 +130,7 @@ def measure(checkout: Path, pipeline: str, files: Sequence[Path]) -> dict[str, A
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The README's table and, below it, the tests that fail guarded alone, each with its reason."""
+    """The documentation's table and, below it, the tests that fail guarded alone, each with its reason."""
     counted = ("tests", "passed_unguarded", "passed_guarded", "calls", "identical")
     rows = [[f"`{name}`", *(str(row[column]) for column in counted)] for name, row in results.items()]
     rows.append(["all", *(str(sum(row[column] for row in results.values())) for column in counted)])
@@ -148,7 +147,7 @@ def main(
     checkout: Annotated[Path, typer.Option(help="A checkout of diffusers, as of its repository.")],
     only: Annotated[list[str] | None, typer.Option(help="A pipeline class whose tests run, again if they have; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(__file__).parent / "results",
-    readme: Annotated[Path, typer.Option(help="The README to put the table into.")] = README,
+    root: Annotated[Path, typer.Option(help="Where README.md and docs/ lie, whose table is written.")] = ROOT,
 ) -> None:
     """Run diffusers' own pipeline tests unguarded and guarded, and compare every call."""
     with one_sentence():
@@ -170,6 +169,6 @@ def main(
                 counts = {column: value for column, value in known[name].items() if isinstance(value, int)}
                 progress.console.print(f"{name}: {counts}", highlight=False)
                 progress.advance(task)
-        put(NAME, table(known), readme)
+        put(NAME, table(known), root)
     if any(row["fail_guarded"] or row["differ"] for row in known.values()):
         raise typer.Exit(1)

@@ -45,6 +45,8 @@ GROUPS = {
         "test_audit_memorization",
         "test_upstream",
         "test_imports",
+        "test_appending",
+        "test_audit_log",
     ),
     "targets": ("test_demo", "test_embedded", "test_testbed"),
     "signals": ("test_embedded_signals",),

@@ -38,7 +38,7 @@ def test_the_guard_does_not_know_the_demo(imported: list[list[str]]) -> None:
 #: the rooms, those that may import all the others first; a room imports downward only.
 ROOMS = (
     "cli", "demo", "audit", "testbed", "scan", "guarded", "steering", "explain", "decision", "signals", "geometry", "denoiser",
-    "correction", "observation", "noise", "words", "files",
+    "correction", "observation", "noise", "words", "files", "choices",
 )  # fmt: skip
 #: where the embedded model lies, which the package of the test bed says and imports nothing for.
 WHERE_THE_MODEL_LIES = ("denoiser", "testbed")

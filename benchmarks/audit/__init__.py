@@ -9,8 +9,8 @@ import typer
 from benchmarks.audit import agreement, density, gap, lid, neighbours, score
 
 CLAIMS = {"score": score, "gap": gap, "density": density, "lid": lid, "agreement": agreement, "neighbours": neighbours}
-#: what of each result stands in the README.
-TABLES = {name: claim.readme for name, claim in CLAIMS.items()}
+#: what of each result stands in the documentation.
+TABLES = {name: claim.brief for name, claim in CLAIMS.items()}
 
 app = typer.Typer(help="What the papers claim, measured on small models.")
 for name, claim in CLAIMS.items():

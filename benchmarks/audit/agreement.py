@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.audit import leaving_out, pictures
 from benchmarks.audit.pictures import BATCH, WORLD, Data
 from benchmarks.audit.results import RESULTS, WORK, Out, Work, interval, write
-from benchmarks.readme import markdown
+from benchmarks.documents import markdown
 from benchmarks.running import versions
 from sdguard import testbed
 from sdguard.audit.dimension import DATA, NEITHER, OVERFITTING, Dimension, aligned, classify, data_dimension, deficit, model_dimension
@@ -248,8 +248,8 @@ def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
     write("agreement", rows, figures, draw(table, fresh, made, correlated), out)
 
 
-def readme(figures: Mapping[str, Any]) -> str:
-    """The README's table."""
+def brief(figures: Mapping[str, Any]) -> str:
+    """The documentation's table."""
     every, repeated = figures["correlations"], figures["correlations among the repeated"]
     shown = ((every, "repetitions"), (every, "copy_rate"), (every, "score"), (repeated, "score"))
     rows = [

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.audit.results import RESULTS, WORK, Out, Work, percent, write
-from benchmarks.readme import markdown
+from benchmarks.documents import markdown
 from sdguard.audit import digits
 from sdguard.audit.density import concentration, log_volume_element, speed
 from sdguard.files.processes import processes
@@ -140,8 +140,8 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
     write("density", table.astype({"log_volume": np.float32}), figures, draw(table), out)
 
 
-def readme(figures: Mapping[str, Any]) -> str:
-    """The README's table."""
+def brief(figures: Mapping[str, Any]) -> str:
+    """The documentation's table."""
     rows = [
         [
             str(row["latents"]),

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.audit.results import RESULTS, WORK, Out, Work, contact_sheet, percent, write
-from benchmarks.readme import markdown
+from benchmarks.documents import markdown
 from sdguard.audit.memorization import log_likelihoods, scores
 from sdguard.audit.networks import VAE, seeded, trained
 from sdguard.audit.subjects import LogLikelihood, Trainable
@@ -122,8 +122,8 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
     write("gap", table.astype(dict.fromkeys(("score", "seen", "unseen"), np.float32)), figures, draw(table, shares, data), out)
 
 
-def readme(figures: Mapping[str, Any]) -> str:
-    """The README's table."""
+def brief(figures: Mapping[str, Any]) -> str:
+    """The documentation's table."""
     rows = [
         ["all, which is the train-test gap" if row["share"] == 1 else f"the least likely {percent(row['share'])}",
          str(row["points"]), f"{row['score']:.2f} ± {row['standard_error']:.2f}"]

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.audit.results import RESULTS, Out, write
-from benchmarks.readme import markdown
+from benchmarks.documents import markdown
 from sdguard.audit import manifolds
 from sdguard.audit.dimension import below, classify, data_dimension, model_dimension
 from sdguard.audit.figures import COLOURS
@@ -126,8 +126,8 @@ def main(out: Out = RESULTS) -> None:
     write("lid", table, {"rows": rows, "right": right, "noise level of the network": SIGMA}, draw(table, over_levels(network, drawn)), out)
 
 
-def readme(figures: Mapping[str, Any]) -> str:
-    """The README's table: one row a kind of point, for each score the model's dimension and the verdicts that are right."""
+def brief(figures: Mapping[str, Any]) -> str:
+    """The documentation's table: one row a kind of point, for each score the model's dimension and the verdicts that are right."""
     table = pd.DataFrame(figures["rows"])
     rows = []
     for (data, model), part in table.groupby(["dimension of the data", "of the model"], sort=False):

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.audit import pictures
 from benchmarks.audit.pictures import WORLD, Data, Pictures
 from benchmarks.audit.results import RESULTS, TOP, WORK, Out, Work, interval, rank_correlation, write
-from benchmarks.readme import markdown
+from benchmarks.documents import markdown
 from sdguard import testbed
 from sdguard.audit import digits
 from sdguard.audit.neighbours import Embedding, pixels, sample_ratio, second_ratio
@@ -128,8 +128,8 @@ def main(data: Data = WORLD, out: Out = RESULTS, work: Work = WORK) -> None:
     write("neighbours", table, {"tests": by_test}, draw(generated, training), out)
 
 
-def readme(figures: Mapping[str, Any]) -> str:
-    """The README's table."""
+def brief(figures: Mapping[str, Any]) -> str:
+    """The documentation's table."""
 
     def share(name: str) -> Callable[[Mapping[str, Any]], str]:
         return lambda test: f"{test[name]:.0%}"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.audit.results import RESULTS, TOP, WORK, Out, Work, contact_sheet, interval, rank_correlation, write
-from benchmarks.readme import markdown
+from benchmarks.documents import markdown
 from sdguard.audit import digits
 from sdguard.audit.memorization import memorization
 from sdguard.audit.neighbours import nearest, sample_ratio
@@ -127,8 +127,8 @@ def main(out: Out = RESULTS, work: Work = WORK) -> None:
     write("score", table, figures, draw(table, learning), out)
 
 
-def readme(figures: Mapping[str, Any]) -> str:
-    """The README's table of the memorization score."""
+def brief(figures: Mapping[str, Any]) -> str:
+    """The documentation's table of the memorization score."""
     rows = {
         "trainings": lambda m: str(m["trainings"]),
         "mean score, which is the train-test gap, nats": lambda m: f"{m['train-test gap (mean score)']:.1f}",

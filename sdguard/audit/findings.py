@@ -1,4 +1,4 @@
-"""The four audits as functions: from a subject to tables, a figure and a sentence; what `sdguard audit` and scripts call."""
+"""The four audits as functions: from a subject to tables, a figure and a sentence; what ``sdguard audit`` and scripts call."""
 
 from __future__ import annotations
 

@@ -1,23 +1,42 @@
-"""How a command ends where its input cannot be used."""
+"""How a command ends: its exit codes, and what it says where its input cannot be used."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-BAD_INPUT, WITHHELD = 1, 3
+
+class Exit(IntEnum):
+    """The exit codes of ``sdguard``; what each means is `MEANING`."""
+
+    DONE = 0
+    BAD_INPUT = 1
+    USAGE = 2
+    WITHHELD = 3
+    DISCOVERED = 4
+
+
+#: what a command's exit code says, wherever it is documented.
+MEANING: dict[Exit, str] = {
+    Exit.DONE: "done; images were delivered, steered ones included",
+    Exit.BAD_INPUT: "something given cannot be used, or a file cannot be written: one sentence says what, and nothing half written is left",
+    Exit.USAGE: "wrong usage: an unknown command or option, or a value that an option does not take",
+    Exit.WITHHELD: "generate: at least one image was withheld, or with --on-failure raise none was delivered because of one",
+    Exit.DISCOVERED: "scan --exit-code: a prompt was discovered, or could not be judged",
+}
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Ends the command with what went wrong in one sentence; with ``SDGUARD_DEBUG`` set, with the traceback.
 
-    The exit code is 3 where an image could not be delivered because it is memorized, else 1.
+    The exit code is that of a withheld image where an image could not be delivered because it is memorized.
     """
     from sdguard.files.atomic import CannotWrite
     from sdguard.guarded.run import MemorizationError
@@ -28,4 +47,4 @@ def one_sentence() -> Iterator[None]:
         if os.environ.get("SDGUARD_DEBUG"):
             raise
         Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
-        raise typer.Exit(WITHHELD if isinstance(error, MemorizationError) else BAD_INPUT) from None
+        raise typer.Exit(Exit.WITHHELD if isinstance(error, MemorizationError) else Exit.BAD_INPUT) from None

@@ -1,7 +1,6 @@
 """The command line: ``sdguard generate``, ``scan``, ``explain``, ``calibrate``, ``profiles``, ``audit``, ``demo``.
 
-Exit codes: 0 all images delivered, steered ones included; 1 bad input, nothing written; 2 wrong usage; 3 at least one image withheld, or
-with --on-failure raise none delivered because of one.
+Its exit codes are `sdguard.cli.errors.Exit`. What takes long to import is imported by the command that needs it, so that help is quick.
 """
 
 from __future__ import annotations
@@ -18,58 +17,92 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sdguard import __version__
+from sdguard.choices import BATCH_SIZE, Engine, Mode, OnFailure
 from sdguard.cli.audit import app as audit
-from sdguard.cli.errors import WITHHELD, one_sentence
+from sdguard.cli.errors import MEANING, Exit, one_sentence
+from sdguard.cli.options import (
+    Device,
+    Dtype,
+    FalsePositiveRate,
+    Guidance,
+    Height,
+    Model,
+    NegativePrompt,
+    ProfileFile,
+    SkipEmpty,
+    Steps,
+    Width,
+    run_setting,
+)
 from sdguard.cli.profiles import app as profiles
 from sdguard.cli.progress import progress_bars
-from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.files.inputs import BadInput
-from sdguard.guarded.config import GuardConfig
 
 SHOWN = 20
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Keep a text-to-image model from giving back training images.")
+EXIT_CODES = "\n\n".join(["Exit codes:", *(f"{code.value}  {meaning}" for code, meaning in MEANING.items())])
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(audit, name="audit")
 app.add_typer(profiles, name="profiles")
 
 
-@app.callback()
-def main() -> None:
+def show_version(asked: bool) -> None:
+    """Print the version, and end."""
+    if asked:
+        typer.echo(f"sdguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=EXIT_CODES)
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
     """Keep a text-to-image model from giving back training images."""
 
 
 @app.command("generate")
 def generate_command(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT...")],
-    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    model: Model = "embedded",
     seed: Annotated[int, typer.Option(help="Seed of the first image of each prompt; the next ones count up.")] = 0,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images per prompt.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    device: Device = None,
+    dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="Where images and report.json go.")] = Path("out"),
     compare: Annotated[bool, typer.Option("--compare", help="Add the unguarded twins and a side-by-side sheet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
-    mode: Annotated[str, typer.Option(help="steer, observe or block.")] = "steer",
-    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be flagged.")] = 0.01,
-    on_failure: Annotated[str, typer.Option(help="withhold, pass or raise, when steering does not pass verification.")] = "withhold",
+    mode: Annotated[Mode, typer.Option(help="What is done to a flagged image.")] = "steer",
+    fpr: FalsePositiveRate = 0.01,
+    on_failure: Annotated[OnFailure, typer.Option(help="What is done when steering does not pass verification.")] = "withhold",
     steering: Annotated[
-        list[str] | None, typer.Option(help="A steering method; repeat for a sequence of your own. [default: the profile's]")
+        list[str] | None,
+        typer.Option(help="A steering method; repeat for a sequence of your own.", show_default="the order of the profile"),
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="A profile file, in place of the one that is found or made.")] = None,
+    profile: ProfileFile = None,
 ) -> None:
     """Generate images under guard, print the verdicts, and write images and report.json."""
-    from sdguard.denoiser.loading import check_prompts, default_setting, load_pipeline
+    from sdguard.denoiser.loading import check_prompts, check_text, load_for_runs
     from sdguard.files.outputs import ensure_writable, save_pictures
+    from sdguard.guarded.config import GuardConfig
     from sdguard.guarded.generate import generate_guarded, picture_files, verdict_table
     from sdguard.guarded.pipeline import guard
 
     with one_sentence():
-        config = GuardConfig(mode, fpr, on_failure, profile, steering=steering)  # type: ignore[arg-type]
-        pipe = guard(load_pipeline(model), config)
+        config = GuardConfig(mode, fpr, on_failure, profile, steering=steering)
+        pipe = guard(load_for_runs(model, device, dtype), config)
         check_prompts(prompts, pipe.tokenizer)
+        check_text(negative_prompt or "", pipe.tokenizer, "negative prompt")
         ensure_writable(out)
         seeds = list(range(seed, seed + n))
-        images, twins, rows = generate_guarded(pipe, prompts, seeds, compare, **default_setting(model, steps, guidance))
+        setting = run_setting(model, steps, guidance, height, width, negative_prompt)
+        images, twins, rows = generate_guarded(pipe, prompts, seeds, compare, **setting)
         files = picture_files(images, twins)
         save_pictures(out, files, rows)
     if as_json:
@@ -78,24 +111,30 @@ def generate_command(
         Console().print(verdict_table(rows))
         Console().print(f"{len(files)} pictures and report.json in {out}/")
     if any(row["verdict"] == "withheld" for row in rows):
-        raise typer.Exit(WITHHELD)
+        raise typer.Exit(Exit.WITHHELD)
 
 
 @app.command("scan")
 def scan_command(
     file: Annotated[Path, typer.Argument(help="Prompts: text, one a line, or CSV, JSON lines, parquet; .gz of text.", metavar="FILE")],
     column: Annotated[
-        str | None, typer.Option(help="The column that holds the prompts. [default: prompt, caption or text, else the only one of text]")
+        str | None,
+        typer.Option(help="The column that holds the prompts.", show_default="prompt, caption or text, else the only one of text"),
     ] = None,
-    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows without text, and say how many.")] = False,
-    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    skip_empty: SkipEmpty = False,
+    model: Model = "embedded",
     seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 1,
     fdr: Annotated[float, typer.Option(help="Share of the discovered prompts that may be ordinary ones.")] = 0.05,
-    fpr: Annotated[float, typer.Option(help="Share of ordinary prompts that may be flagged, as for a guarded run.")] = 0.01,
+    fpr: FalsePositiveRate = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one denoiser batch.")] = BATCH_SIZE,
     out: Annotated[Path, typer.Option(help="Where the ranked table goes: .csv, .jsonl or .parquet.")] = Path("out/scan.csv"),
-    engine: Annotated[str, typer.Option(help="local, or ray for a cluster ($RAY_ADDRESS, else this machine).")] = "local",
-    profile: Annotated[Path | None, typer.Option(help="A profile file, in place of the one that is found or made.")] = None,
+    engine: Annotated[Engine, typer.Option(help="This machine, or a Ray cluster ($RAY_ADDRESS, else one on this machine).")] = "local",
+    profile: ProfileFile = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help=f"End with {Exit.DISCOVERED} where a prompt is discovered, or could not be judged.")
+    ] = False,
 ) -> None:
     """Rank the prompts of a file by memorization p-value without making pictures; a killed scan goes on where it stopped.
 
@@ -119,6 +158,8 @@ def scan_command(
             progress=partial(show, "scanning"),
             shown=SHOWN,
             skip_empty=skip_empty,
+            device=device,
+            dtype=dtype,
         )
     if found is None:
         return
@@ -137,6 +178,8 @@ def scan_command(
     ]
     for note in filter(None, notes):
         Console().print(escape(note), highlight=False)
+    if exit_code and (about.discovered or about.failed):
+        raise typer.Exit(Exit.DISCOVERED)
 
 
 def ranking(found: Any) -> Table:
@@ -153,22 +196,28 @@ def ranking(found: Any) -> Table:
 @app.command("explain")
 def explain_command(
     prompt: Annotated[str, typer.Argument(help="The prompt to explain.")],
-    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    model: Model = "embedded",
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: 10 embedded, 50 else]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. [default: 2.5 embedded, 7.5 else]")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    device: Device = None,
+    dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="Where explain.png and explain.json go.")] = Path("out"),
 ) -> None:
     """Show which words make a prompt pull, and where in the picture: unguarded picture and heat map go to explain.png."""
-    from sdguard.denoiser.loading import check_prompts, default_setting, load_pipeline
+    from sdguard.denoiser.loading import check_prompts, check_text, load_for_runs
     from sdguard.explain.explanation import explain, explanation_sheet, unguarded_picture
     from sdguard.files.outputs import ensure_writable, save_pictures
 
     with one_sentence():
-        pipe = load_pipeline(model)
+        pipe = load_for_runs(model, device, dtype)
         check_prompts([prompt], pipe.tokenizer)
+        check_text(negative_prompt or "", pipe.tokenizer, "negative prompt")
         ensure_writable(out)
-        setting = default_setting(model, steps, guidance)
+        setting = run_setting(model, steps, guidance, height, width, negative_prompt)
         found = explain(pipe, prompt, seed, **setting)
         picture = unguarded_picture(pipe, prompt, seed, **setting)
         save_pictures(out, {"explain.png": explanation_sheet(picture, found)}, asdict(found), "explain.json")
@@ -183,19 +232,21 @@ def explain_command(
 
 @app.command("calibrate")
 def calibrate_command(
-    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    model: Model = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="File of ordinary prompts, in place of those that come along.")] = None,
     memorized: Annotated[
         Path | None,
         typer.Option(help="File of prompts known to be memorized: the order of the steering methods is learnt from them."),
     ] = None,
-    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows of these files without text, and say how many.")] = False,
-    n: Annotated[int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.")] = None,
+    skip_empty: SkipEmpty = False,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.", show_default="all")
+    ] = None,
     fpr: Annotated[float, typer.Option(help="The false-positive rate the profile has to support.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next ones count up.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Where the profile goes. [default: the user's cache]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. [default: the weights' own]")] = None,
-    device: Annotated[str | None, typer.Option(help="What it runs on, as torch names it. [default: the GPU if there is one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the profile goes.", show_default="your cache")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
     lora: Annotated[str | None, typer.Option(help="A LoRA that the runs use: a file, a directory or a hub id.")] = None,
     lora_scale: Annotated[float, typer.Option(help="What they scale it by.")] = 1.0,
     from_log: Annotated[
@@ -249,7 +300,7 @@ def calibrate_command(
 
 @app.command("demo")
 def demo_command(
-    model: Annotated[str, typer.Option(help="'embedded', a pipeline directory, or a hub id.")] = "embedded",
+    model: Model = "embedded",
     host: Annotated[str, typer.Option(help="The address it listens at; by default nobody but this machine can reach it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port it listens at.")] = 7860,
 ) -> None:

@@ -44,12 +44,17 @@ def name_of(profile: Profile) -> str:
     return profile_name(profile.model, profile.prompts_digest, prompts_in(profile))
 
 
-def profile_name(model: dict[str, Any], prompts_digest: str, count: int) -> str:
-    """Denoiser, model and number of prompts; where those are of another list than sdguard's, of which."""
+def model_name(model: dict[str, Any]) -> str:
+    """A name for a model's `identity`: its denoiser, and a hash of the whole."""
     denoiser = re.sub(r"\W", "", str(model.get("denoiser", ""))) or "model"  # it becomes a file's name, and may come from anywhere
     digest = hashlib.sha256(json.dumps([FORMAT, model], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{denoiser}-{digest}"
+
+
+def profile_name(model: dict[str, Any], prompts_digest: str, count: int) -> str:
+    """The model's name and the number of prompts; where those are of another list than sdguard's, of which."""
     another = "" if not prompts_digest or is_shipped(prompts_digest, count) else f"-list-{prompts_digest[:6]}"
-    return f"{denoiser}-{digest}-{count}{another}"
+    return f"{model_name(model)}-{count}{another}"
 
 
 def prompts_in(profile: Profile) -> int:

@@ -16,10 +16,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 
+from sdguard.choices import BATCH_SIZE
 from sdguard.decision.cascade import BY_NAME, PLAN, Cascade, judge
 from sdguard.decision.identity import identity
 from sdguard.decision.profile import FORMAT, SAME_PICTURE, SERIES, Profile, digest_of
-from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
+from sdguard.denoiser.probe import read_prompts
 from sdguard.denoiser.reference_call import reference_timestep
 from sdguard.files.inputs import are_texts, shown
 from sdguard.files.resumable import Parts, run_pieces

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm.auto import tqdm
 
+from sdguard.choices import OnUnknown
 from sdguard.decision.background import in_background
 from sdguard.decision.cache import (
     alone,
@@ -40,9 +41,6 @@ from sdguard.denoiser.reference_call import has_text_encoders
 from sdguard.files.resumable import parts_folder
 
 logger = logging.getLogger(__name__)
-
-#: what may be done where no profile of a model is known.
-OnUnknown = Literal["calibrate", "background", "first_call_only", "raise"]
 
 #: ordinary prompts that a calibration on first use takes at most of those that come along.
 FIRST_USE_PROMPTS = 214
@@ -92,8 +90,24 @@ def profile_now(
     Raises:
         ProfileError: as `profile_for`, or none is known with ``"raise"``, or with the text encoders gone.
     """
+    return profile_of_model(pipe, identity_now(pipe, adapter_scale), given, on_unknown, prompts, adapter_scale)
+
+
+def identity_now(pipe: Any, adapter_scale: float | None) -> dict[str, Any]:
+    """The `identity` of a pipeline's model, whatever runs of other threads are under way."""
     with lock_of(denoiser_of(pipe)):  # a run of another thread scales LoRA in place
-        model = identity(pipe, adapter_scale)
+        return identity(pipe, adapter_scale)
+
+
+def profile_of_model(
+    pipe: Any,
+    model: dict[str, Any],
+    given: Profile | Path | str | None,
+    on_unknown: OnUnknown,
+    prompts: Sequence[str] | None,
+    adapter_scale: float | None,
+) -> Profile | None:
+    """`profile_now` of a pipeline whose model's identity is known."""
     if given is not None:
         profile = given if isinstance(given, Profile) else load_profile(profile_path(given))
         if carried := carried_over(pipe, model, [profile], prompts, adapter_scale):

@@ -7,28 +7,23 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
 from sdguard.decision.cache import name_of
 from sdguard.decision.profile import Profile, ProfileError
+from sdguard.files.appending import append_lines
 
 #: scores that a profile of traffic is made of at least.
 LEAST_SCORES = 100
 
 
 def append_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON line a row to a log, in one piece, so that processes may share it; raises `OSError`.
+    """Append one JSON line a row to a log, which processes may share; raises `CannotWrite`.
 
     A line that a full disk once cut off is ended first, so that it spoils no other.
     """
-    text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
-    with path.open("ab+") as file:
-        if file.seek(0, SEEK_END):
-            file.seek(-1, SEEK_END)
-            text = ("" if file.read(1) == b"\n" else "\n") + text
-        file.write(text.encode())
+    append_lines(path, (json.dumps(dict(row)) for row in rows))
 
 
 def logged_scores(path: Path, profile: Profile) -> list[float]:

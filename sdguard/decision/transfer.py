@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from scipy.stats import ks_2samp
 
+from sdguard.choices import BATCH_SIZE
 from sdguard.decision.calibration import deciding_values, evenly, joined
 from sdguard.decision.profile import Profile
-from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
+from sdguard.denoiser.probe import read_prompts
 
 #: ordinary prompts that are read, and the chance that a profile is dropped which does hold.
 CHECKED_PROMPTS, ERROR = 24, 0.05

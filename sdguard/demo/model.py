@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from sdguard import testbed
 from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.demo.streaming import stoppable
 from sdguard.demo.turns import Turns
 from sdguard.denoiser.families import denoiser_of
-from sdguard.denoiser.loading import default_setting, load_pipeline
+from sdguard.denoiser.loading import default_setting, load_for_runs
 from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.guarded.pipeline import guard
 from sdguard.testbed.copies import Targets, load_targets
@@ -53,7 +51,7 @@ class Model:
     @classmethod
     def load(cls, name: str) -> Model:
         """Load a model onto the fastest device there is; raises `BadInput` in one sentence."""
-        pipe = load_pipeline(name).to("cuda" if torch.cuda.is_available() else "cpu")
+        pipe = load_for_runs(name)
         guard(pipe)  # a class that is not supported is refused now
         stoppable(denoiser_of(pipe))
         defaults = default_setting(name, None, None)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from sdguard.files.inputs import BadInput
+from sdguard.choices import GUIDANCE_SCALE, STEPS, Precision
+from sdguard.files.inputs import BadInput, shown
+
+if TYPE_CHECKING:
+    import torch
 
 
 def load_pipeline(model: str) -> Any:
@@ -36,6 +40,41 @@ def load_pipeline(model: str) -> Any:
         raise BadInput(f"The model {model} could not be loaded: {first}") from None
 
 
+def load_for_runs(
+    model: str,
+    device: torch.device | str | None = None,
+    dtype: str | None = None,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+) -> Any:
+    """A pipeline (`load_pipeline`'s name) as runs use it: on a device, in a precision, with a LoRA (a file, folder or hub id).
+
+    By default it is on this process's GPU where there is one, and in the weights' own precision. It makes no difference whether runs scale
+    the LoRA by ``set_adapters`` or by their call.
+
+    Raises:
+        BadInput: one of these cannot be used; one sentence.
+    """
+    import torch
+
+    from sdguard.files.processes import processes
+
+    if dtype is not None and dtype not in get_args(Precision):
+        raise BadInput(f"dtype is {shown(dtype)}; it must be one of {', '.join(get_args(Precision))}.")
+    pipe, place = load_pipeline(model), processes().device if device is None else device
+    if lora is not None:
+        try:
+            pipe.load_lora_weights(lora)
+            pipe.set_adapters(pipe.get_active_adapters(), lora_scale)
+        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BadInput(f"The LoRA {lora} could not be loaded: {first}") from None
+    try:
+        return pipe.to(place, *([getattr(torch, dtype)] if dtype else []))
+    except (RuntimeError, AssertionError) as error:  # torch's, of a device that is none, or is not there
+        raise BadInput(f"The model cannot be put on the device {str(place)!r}: {str(error).splitlines()[0]}") from None
+
+
 def absent_parts(index: dict[str, Any]) -> dict[str, None]:
     """The parts that a pipeline was saved without, such as Stable Diffusion 3's third text encoder: diffusers asks to be told."""
     return {name: None for name, value in index.items() if value == [None, None]}
@@ -45,7 +84,7 @@ def default_setting(model: str, steps: int | None, guidance: float | None) -> di
     """Steps and guidance scale of a run, by default those the embedded model was made for, else Stable Diffusion's customary ones."""
     from sdguard import testbed
 
-    defaults = (testbed.STEPS, testbed.GUIDANCE_SCALE) if model == "embedded" else (50, 7.5)
+    defaults = (testbed.STEPS, testbed.GUIDANCE_SCALE) if model == "embedded" else (STEPS, GUIDANCE_SCALE)
     return {"num_inference_steps": steps or defaults[0], "guidance_scale": defaults[1] if guidance is None else guidance}
 
 
@@ -54,13 +93,18 @@ def check_prompts(prompts: list[str], tokenizer: Any) -> None:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise BadInput("There is no prompt to generate from: give at least one, and none that is empty.")
     for prompt in prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # as Python reads bytes that are no UTF-8
-            raise BadInput("The prompt holds half a character: its text is not valid Unicode.")
-        ids = tokenizer(prompt, truncation=False).input_ids
-        if len(ids) > tokenizer.model_max_length:
-            cut = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip()
-            window = tokenizer.model_max_length
-            raise BadInput(f"The prompt is {len(ids)} tokens long and the text encoder reads {window}: this part would be cut: {cut!r}.")
+        check_text(prompt, tokenizer)
+
+
+def check_text(text: str, tokenizer: Any, what: str = "prompt") -> None:
+    """Raise `BadInput` for a prompt, or whatever it is called, that is no text or that the text encoder would cut."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # as Python reads bytes that are no UTF-8
+        raise BadInput(f"The {what} holds half a character: its text is not valid Unicode.")
+    ids = tokenizer(text, truncation=False).input_ids
+    if len(ids) > tokenizer.model_max_length:
+        cut = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]).strip()
+        window = tokenizer.model_max_length
+        raise BadInput(f"The {what} is {len(ids)} tokens long and the text encoder reads {window}: this part would be cut: {cut!r}.")
 
 
 def are_truncated(prompts: list[str], tokenizer: Any) -> list[bool]:

@@ -21,9 +21,6 @@ from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation, Prediction
 
-#: prompts in one denoiser batch, where a caller does not say.
-BATCH_SIZE = 8
-
 
 class _Enough(BaseException):
     """Ends a probe run once everything has been observed; no `Exception`, which modular pipelines would log as an error of theirs."""

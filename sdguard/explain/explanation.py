@@ -17,6 +17,9 @@ from sdguard.explain.attribution import curvature_map, norm_gradient, norms_with
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
 
+#: pixels of the longer side of a picture on `explanation_sheet`, about which it has at least.
+LEAST_SIDE = 512
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -93,7 +96,9 @@ def unguarded_picture(pipe: Any, prompt: str, seed: int = 0, **setting: Any) -> 
 
 
 def explanation_sheet(picture: Image.Image, found: Explanation) -> Image.Image:
-    """The picture, and beside it the same under the heat of where the text pulls."""
+    """The picture, and beside it the same under the heat of where the text pulls; small ones are drawn some times larger."""
+    factor = max(1, round(LEAST_SIDE / max(picture.size)))
+    picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC)
     sheet = Image.new("RGB", (2 * picture.width, picture.height))
     sheet.paste(picture, (0, 0))
     sheet.paste(heat(picture, found.pull), (picture.width, 0))

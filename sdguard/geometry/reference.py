@@ -70,7 +70,7 @@ def estimate_ahead(observation: Observation, wanted: float = LOG_SNR, draw: int 
 
 
 def reference_end(observation: Observation, draw: int | None = None) -> Tensor:
-    """Where `ROLLOUT_STEPS` DDIM steps of the conditional branch end, ``[B, C, H, W]``, from the observation's own or another noise.
+    """Where ``ROLLOUT_STEPS`` DDIM steps of the conditional branch end, ``[B, C, H, W]``, from the observation's own or another noise.
 
     What the text draws by itself: no guidance can overshoot on so few steps, and none hides what is memorized. Cost: ``ROLLOUT_STEPS - 1``
     evaluations beside `estimate_at_start`, once a row.

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
-
-import torch
+from typing import NamedTuple
 
 from sdguard.decision.cache import alone, cache_folder, cache_path, cannot_be_written, keep_in_cache, name_of, told_of_cache, why_unwritable
 from sdguard.decision.calibration import calibrate, evenly, split
@@ -18,7 +16,7 @@ from sdguard.decision.known_profiles import known_profile
 from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.decision.profile import Profile, scores_needed
 from sdguard.decision.traffic import logged_scores, profile_of_traffic
-from sdguard.denoiser.loading import load_pipeline
+from sdguard.denoiser.loading import load_for_runs, load_pipeline
 from sdguard.files.inputs import BadInput
 from sdguard.files.outputs import ensure_writable
 from sdguard.files.processes import processes
@@ -26,9 +24,6 @@ from sdguard.files.prompt_files import prompts_by_row
 from sdguard.files.resumable import parts_folder
 from sdguard.guarded.config import GuardConfig
 from sdguard.steering.learning import learn_methods
-
-#: what a pipeline's weights may be cast to.
-Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class Calibrated(NamedTuple):
@@ -43,32 +38,6 @@ class Calibrated(NamedTuple):
 def scored_and_needed(count: int, false_positive_rate: float) -> tuple[int, int]:
     """How many of ``count`` prompts a calibration scores, and how many it has to for a threshold at this rate."""
     return len(split(count)[1]) if count >= 4 else 0, scores_needed(false_positive_rate)
-
-
-def load_for_calibration(
-    model: str, device: torch.device | str, dtype: str | None = None, lora: str | None = None, lora_scale: float = 1.0
-) -> Any:
-    """A pipeline (`load_pipeline`'s name) as its runs will use it: on a device, in a precision, with a LoRA (a file, folder or hub id).
-
-    It makes no difference whether the runs scale the LoRA by ``set_adapters`` or by their call.
-
-    Raises:
-        BadInput: one of these cannot be used; one sentence.
-    """
-    if dtype is not None and dtype not in get_args(Precision):
-        raise BadInput(f"--dtype is {dtype!r}; it must be one of {', '.join(get_args(Precision))}.")
-    pipe = load_pipeline(model)
-    if lora is not None:
-        try:
-            pipe.load_lora_weights(lora)
-            pipe.set_adapters(pipe.get_active_adapters(), lora_scale)
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BadInput(f"The LoRA {lora} could not be loaded: {first}") from None
-    try:
-        return pipe.to(device, *([getattr(torch, dtype)] if dtype else []))
-    except (RuntimeError, AssertionError) as error:  # torch's, of a device that is none, or is not there
-        raise BadInput(f"The model cannot be put on the device {str(device)!r}: {str(error).splitlines()[0]}") from None
 
 
 def calibrate_model(
@@ -97,7 +66,7 @@ def calibrate_model(
         out: where the profile goes; None for the user's cache.
         progress: called with what is being done, how many prompts are done and how many there are.
         skip_empty: leave out rows of these files without text, and have the log say how many.
-        dtype, device, lora, lora_scale: as `load_for_calibration`; by default the weights' own precision, and the GPU where there is one.
+        dtype, device, lora, lora_scale: as `load_for_runs`.
 
     Returns:
         None for all processes but the main one, where several share the work.
@@ -108,7 +77,7 @@ def calibrate_model(
     """
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     state = processes()
-    pipe = load_for_calibration(model, device or state.device, dtype, lora, lora_scale)
+    pipe = load_for_runs(model, device, dtype, lora, lora_scale)
     chosen = list(prompts_by_row(prompts, skip_empty=skip_empty).values()) if prompts else ordinary_prompts(pipe)
     if count is not None:
         if count > len(chosen):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from sdguard.choices import Mode, OnFailure, OnUnknown, RatePer
 from sdguard.decision.profile import Profile
-from sdguard.decision.store import OnUnknown
 from sdguard.files.inputs import are_texts, shown
 from sdguard.steering import METHODS
 from sdguard.steering.wording import Rewriter
@@ -17,10 +17,6 @@ from sdguard.steering.wording import Rewriter
 if TYPE_CHECKING:
     from sdguard.guarded.report import GuardReport
     from sdguard.observation import Observation
-
-Mode = Literal["steer", "observe", "block"]
-RatePer = Literal["image", "prompt"]
-OnFailure = Literal["withhold", "pass", "raise"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,14 @@ class GuardConfig:
         rewriter: gives wordings of a prompt, the most faithful first; they are tried, and verified, before sdguard's own.
         calibration_prompts: the ordinary prompts that the profile has to be made of, which then goes before one that came with the
             model. By default any; where one is made, those that come with the model or with sdguard.
-        score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what `sdguard calibrate
-            --from-log` makes a profile of. What cannot be written is logged and stops nothing.
-        log_prompts: whether its prompt stands there too.
+        score_log: a file that the score of each image is appended to, a JSON line each, without its prompt: what ``sdguard calibrate
+            --from-log`` makes a profile of. What cannot be written is logged and stops nothing.
+        log_prompts: whether prompts stand there too, in the audit log and in the log record of a verdict.
+        audit_log: a file that a record of each image is appended to, a JSON line each (`sdguard.guarded.audit_log`), whatever its
+            verdict. Where it cannot be written, nothing is delivered: a call raises `CannotWrite`, before it begins where it can be told.
+        audit_log_bytes: the size that it does not grow beyond: it is put aside before, as ``NAME.1``, ``NAME.2`` and so on.
+        on_verdict: called with the report of each image once its verdict is final, also of a call that an error ends. What it raises is
+            logged, and changes neither pictures nor verdicts.
         on_call: shown each denoiser call once the guard has acted on it, with the reports as they stand: what was judged, at the first
             call or a later one, and from then on a steered row under its steering. It moves nothing of the run and its evaluations
             are not counted; what it raises ends the run.
@@ -71,6 +72,9 @@ class GuardConfig:
     calibration_prompts: Sequence[str] | None = None
     score_log: Path | str | None = None
     log_prompts: bool = False
+    audit_log: Path | str | None = None
+    audit_log_bytes: int = 100_000_000
+    on_verdict: Callable[[GuardReport], None] | None = None
     on_call: Callable[[Observation, list[GuardReport]], None] | None = None
 
     def __post_init__(self) -> None:
@@ -97,11 +101,16 @@ class GuardConfig:
             raise TypeError(f"profile is {shown(self.profile)}; it must be a Profile, or the path or name of one.")
         if self.steering is not None and not are_texts(self.steering):
             raise TypeError(f"steering is {shown(self.steering)}; it must be a list of names.")
-        if not isinstance(self.score_log, Path | str | None):
-            raise TypeError(f"score_log is {shown(self.score_log)}; it must be the path of a file.")
+        for name in ("score_log", "audit_log"):
+            if not isinstance(getattr(self, name), Path | str | None):
+                raise TypeError(f"{name} is {shown(getattr(self, name))}; it must be the path of a file.")
+        if not isinstance(self.audit_log_bytes, int) or isinstance(self.audit_log_bytes, bool):
+            raise TypeError(f"audit_log_bytes is {shown(self.audit_log_bytes)}; it must be a whole number.")
+        if self.audit_log_bytes < 1:
+            raise ValueError(f"audit_log_bytes is {shown(self.audit_log_bytes)}; it must be at least 1.")
         if not isinstance(self.log_prompts, bool):
             raise TypeError(f"log_prompts is {shown(self.log_prompts)}; it must be True or False.")
-        for name in ("rewriter", "on_call"):
+        for name in ("rewriter", "on_call", "on_verdict"):
             if not (callable(getattr(self, name)) or getattr(self, name) is None):
                 raise TypeError(f"{name} is {shown(getattr(self, name))}; it must be something to call.")
         if self.steering is not None and not self.steering:

@@ -10,7 +10,8 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 
-from sdguard.denoiser.probe import BATCH_SIZE
+from sdguard.choices import BATCH_SIZE
+from sdguard.denoiser.probe import for_each
 from sdguard.guarded.pipeline import unguard
 from sdguard.guarded.report import GuardReport
 
@@ -20,7 +21,10 @@ COLOURS = {"clean": "green", "flagged": "yellow", "steered": "cyan", "withheld":
 def generate_guarded(
     pipe: Any, prompts: list[str], seeds: list[int], compare: bool = False, **setting: Any
 ) -> tuple[list[Any], list[Any], list[dict[str, Any]]]:
-    """Run a guarded pipeline over prompts x seeds: images, unguarded twins (empty unless ``compare``), report rows."""
+    """Run a guarded pipeline over prompts x seeds: images, unguarded twins (empty unless ``compare``), report rows.
+
+    ``setting`` goes to the pipeline, a single text or picture in it as one for each prompt.
+    """
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     images: list[Any] = []
     twins: list[Any] = []
@@ -30,7 +34,8 @@ def generate_guarded(
 
         def call(target: Any, some: list[tuple[str, int]] = some) -> Any:
             generators = [torch.Generator().manual_seed(seed) for _, seed in some]
-            return target([prompt for prompt, _ in some], generator=generators, **setting)
+            inputs = {name: for_each(len(some), value) for name, value in setting.items()}
+            return target([prompt for prompt, _ in some], generator=generators, **inputs)
 
         output = call(pipe)
         images.extend(output.images)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from diffusers import ClassifierFreeGuidance, ModularPipeline
@@ -18,9 +18,11 @@ from sdguard.denoiser.install import attached, wrapped
 from sdguard.denoiser.reference_call import same_texts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.guarded.arguments import lora_scale
+from sdguard.guarded.audit_log import append_records
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, profile_of
+from sdguard.guarded.verdicts import tell, tell_of_failure
 from sdguard.observation import Observation, Prediction
 
 #: where among the denoiser's arguments an IP-Adapter's pictures are.
@@ -55,6 +57,7 @@ class GuardedGuidance(ClassifierFreeGuidance):
         ValueError: in a run: it is no text-to-image run of a whole schedule, or has other prompts than said.
         ProfileError: in a run: the profile given is another model's, or calibration is forbidden and none is known.
         MemorizationError: in a run, with ``on_failure="raise"``.
+        CannotWrite: in a run: the audit log cannot be written.
     """
 
     def __init__(
@@ -110,7 +113,9 @@ class GuardedGuidance(ClassifierFreeGuidance):
     def __call__(self, data: list[Any]) -> Any:
         """Judge the step whose calls are over, and guide what comes of it."""
         assert self.hook is not None
-        for branch, prediction in zip(data, self.hook.judged(), strict=True):
+        with self.telling_of_failure():
+            judged = self.hook.judged()
+        for branch, prediction in zip(data, judged, strict=True):
             branch.noise_pred = prediction
         guided = super().__call__(data)
         self.hook.await_step()
@@ -120,8 +125,19 @@ class GuardedGuidance(ClassifierFreeGuidance):
         """The watcher of a run, from its first call. Cost: none where the profile is known, else `calibrate`'s, in runs of their own."""
         encoder = Encoder(self.pipe, self.inputs)
         prompts = self.prompts_of(encoder, first)
-        self.run = GuardedRun(self.guard, profile_of(self.pipe, self.guard, lora_scale(self.inputs)), prompts, encoder)
+        append_records(self.guard, ())  # as in a guarded pipeline's call
+        profile, model = profile_of(self.pipe, self.guard, lora_scale(self.inputs))
+        self.run = GuardedRun(self.guard, profile, prompts, encoder, model=model)
         return self.run
+
+    @contextmanager
+    def telling_of_failure(self) -> Iterator[None]:
+        """What is raised within the block ends the run: who is told of verdicts is told of those that there are."""
+        try:
+            yield
+        except BaseException:
+            tell_of_failure(self.guard, self.reports)
+            raise
 
     def prompts_of(self, encoder: Encoder, first: Observation) -> list[str | None]:
         """The prompt of each image; raises `ValueError` if they are not those of the run."""
@@ -245,11 +261,14 @@ class GuiderHook(DenoiserHook):
             @functools.wraps(original)
             def step(*args: Any, **kwargs: Any) -> Any:
                 self.detach()
-                output = self.wrap_step(original)(*args, **kwargs)
-                if self.record.timesteps[-1].item() == self.record.last_timestep:
-                    self.show_hidden_texts()
+                with self.guider.telling_of_failure():
+                    output = self.wrap_step(original)(*args, **kwargs)
+                    if self.record.timesteps[-1].item() == self.record.last_timestep:
+                        self.show_hidden_texts()
                 if self.guider.run and (withheld := self.guider.run.withheld):
                     output[0][withheld] = 0
+                if self.record.step + 1 == len(self.record.schedule):  # Heun's method goes through its last timestep twice
+                    tell(self.guider.guard, self.guider.reports)
                 return output
 
             return step

@@ -25,9 +25,11 @@ from sdguard.denoiser.reference_call import keep_null_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
 from sdguard.files.inputs import shown
 from sdguard.guarded.arguments import arguments_in, arguments_of, check, check_inputs, limits, lora_scale
+from sdguard.guarded.audit_log import append_records
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun, blank, profile_of
+from sdguard.guarded.verdicts import tell, tell_of_failure
 
 #: looked up at every call of `GuardedPipeline.encode_prompt`.
 signature_of = functools.cache(inspect.signature)
@@ -200,6 +202,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
             ValueError: an argument that would blind the guard, the message names it; and whatever the pipeline itself says of a wrong call.
             TypeError: ``guard`` is among the arguments, or the pipeline has been changed into one that cannot be guarded.
             MemorizationError: with ``on_failure="raise"``.
+            CannotWrite: the audit log cannot be written.
         """
         if "guard" in kwargs:
             raise TypeError("A call takes no guard: it is chosen where the pipeline is guarded, by sdguard.guard(pipe, GuardConfig(...)).")
@@ -210,7 +213,9 @@ class GuardedPipeline(wrapt.ObjectProxy):
         check_inputs(pipe, args, kwargs)
         encoder = Encoder(pipe, given)
         prompts = prompts_of(given)
-        run = GuardedRun(config, self.profile(given), prompts, encoder, limits(given))
+        append_records(config, ())  # a log that cannot be written is better told of now than when the pictures are there
+        profile, model = self.profile(given)
+        run = GuardedRun(config, profile, prompts, encoder, limits(given), model)
         try:
             with watched(encoder, run) as aside:
                 alone = {id(callback): beside(callback, aside) for callback in callbacks_in(given)}
@@ -219,17 +224,20 @@ class GuardedPipeline(wrapt.ObjectProxy):
             run.finish()
         except BaseException as error:
             run.abandon(error)
+            tell_of_failure(config, run.reports)
             raise
         finally:
             self._self_reports = run.reports
+        images = blank(output.images if given["return_dict"] else output[0], run.withheld)
+        tell(config, run.reports)
         if not given["return_dict"]:
-            return (blank(output[0], run.withheld), *output[1:])
-        output.images = blank(output.images, run.withheld)
+            return (images, *output[1:])
+        output.images = images
         output.guard = run.reports  # not those of the last call, which may be another thread's
         return output
 
-    def profile(self, given: dict[str, Any]) -> Profile | None:
-        """The profile of a run with these arguments: given, known, or made now; None where it goes on without."""
+    def profile(self, given: dict[str, Any]) -> tuple[Profile | None, str]:
+        """The profile of a run with these arguments, given, known, or made now, or None where it goes on without; and its model's name."""
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 

@@ -35,6 +35,15 @@ class GuardReport:
         error: why the image could not be judged, if so.
         judged_by: ``"profile NAME"``; or, where no profile of the model was known, that, and by what it was judged then.
         limits: what the call was given that moves the picture and is not judged, by name: pictures, masks, latents, callbacks.
+        id: the image's own, which no other has; the audit log has it too. Two reports that differ in it and in ``time`` alone are equal.
+        time: when its run began, UTC, as RFC 3339 writes it.
+        version: sdguard's.
+        model: the model's name: its denoiser and a hash of all that a profile hangs on (`sdguard.decision.identity`).
+        profile: the name of the profile that it was judged by; None without one.
+        false_positive_rate: the one it was held to, of images: with ``rate_per="prompt"`` the prompt's, divided among its images. None
+            without a profile, which alone can promise one.
+        seed: of the generator that its noise came from, where that was handed to the call fresh; where a batch had one generator, that
+            of the batch. Else None.
     """
 
     prompt: str | None
@@ -51,12 +60,29 @@ class GuardReport:
     error: str | None = None
     judged_by: str | None = None
     limits: list[str] = field(default_factory=list)
+    id: str = field(default="", compare=False)
+    time: str = field(default="", compare=False)
+    version: str = ""
+    model: str | None = None
+    profile: str | None = None
+    false_positive_rate: float | None = None
+    seed: int | None = None
 
     @property
     def reason(self) -> str:
         """The verdict in one plain sentence."""
+        return self.reason_with(texts=True)
+
+    @property
+    def reason_without_texts(self) -> str:
+        """The same without anything of the prompt: no words that were put in its place, and of an error its kind alone."""
+        return self.reason_with(texts=False)
+
+    def reason_with(self, texts: bool) -> str:
+        """The verdict in one plain sentence, with or without texts."""
         if self.error:
-            return f"Could not be judged ({self.error}); {'withheld' if self.verdict == 'withheld' else 'let through'}."
+            error = self.error if texts else self.error.partition(":")[0]
+            return f"Could not be judged ({error}); {'withheld' if self.verdict == 'withheld' else 'let through'}."
         if self.score is None:
             return "Not judged."
         if self.p_value is None:
@@ -76,7 +102,7 @@ class GuardReport:
                     way += f", {how['share']:.0%} of the way to ordinary prompts"
                 if "wording" in how:
                     lost = f" (without {', '.join(how['dropped'])})" if how.get("dropped") else ""
-                    way += f"{', ' if way else ''}reworded to “{how['wording']}”{lost}"
+                    way += f"{', ' if way else ''}reworded" + (f" to “{how['wording']}”{lost}" if texts else "")
                 unasked = "" if how.get("alignment", 0.0) is not None else "; whether it shows what was asked for is not known"
                 return f"Predicted to be memorized: {pull}; {way}, verified ahead and on the picture{unasked}."
         tried = len((self.steering or {}).get("attempts", []))

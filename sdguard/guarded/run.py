@@ -8,20 +8,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdguard import __version__
 from sdguard.correction import Correction
-from sdguard.decision.cache import name_of
+from sdguard.decision.cache import model_name, name_of
 from sdguard.decision.calibration import same_picture
 from sdguard.decision.cascade import judge
 from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
-from sdguard.decision.store import profile_now
+from sdguard.decision.store import identity_now, profile_of_model
 from sdguard.decision.traffic import append_scores
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.geometry.reference import LESS_NOISED_LOG_SNR, LOG_SNR, NOISED_LOG_SNR, recurrence, reference_end, timestep_at
@@ -42,13 +45,14 @@ LOOKS_LOG_SNR = (-3.3, -2.0)
 WITHOUT_PROFILE = "without a profile: whether two noises give one picture"
 
 
-def profile_of(pipe: Any, config: GuardConfig, adapter_scale: float | None = None) -> Profile | None:
-    """The profile that runs of a pipeline go by, LoRA scaled by ``adapter_scale`` where a call says so.
+def profile_of(pipe: Any, config: GuardConfig, adapter_scale: float | None = None) -> tuple[Profile | None, str]:
+    """The profile that runs of a pipeline go by, and its model's name, LoRA scaled by ``adapter_scale`` where a call says so.
 
-    None where none is known and ``config.on_unknown`` has it go on without; raises as `profile_now` does.
+    There is no profile where none is known and ``config.on_unknown`` has it go on without; raises as `profile_now` does.
     """
-    prompts = config.calibration_prompts
-    return profile_now(pipe, given=config.profile, on_unknown=config.on_unknown, prompts=prompts, adapter_scale=adapter_scale)
+    model = identity_now(pipe, adapter_scale)
+    profile = profile_of_model(pipe, model, config.profile, config.on_unknown, config.calibration_prompts, adapter_scale)
+    return profile, model_name(model)
 
 
 class MemorizationError(RuntimeError):
@@ -66,10 +70,19 @@ class GuardedRun:
     """The watcher of one guarded pipeline call; ``reports`` holds one `GuardReport` per image when it is over.
 
     Without a profile an image is flagged where two noises give one picture, and not steered.
+
+    Args:
+        model: the model's name, by default that in the profile, which is of it.
     """
 
     def __init__(
-        self, config: GuardConfig, profile: Profile | None, prompts: list[str | None], encoder: Encoder, limits: Sequence[str] = ()
+        self,
+        config: GuardConfig,
+        profile: Profile | None,
+        prompts: list[str | None],
+        encoder: Encoder,
+        limits: Sequence[str] = (),
+        model: str | None = None,
     ) -> None:
         self.config, self.profile, self.encoder = config, profile, encoder
         self.corrections: dict[int, Correction] = {}
@@ -87,9 +100,26 @@ class GuardedRun:
         judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
         self.rates = [self.rate_of(prompt, prompts) for prompt in prompts]
         thresholds = [profile.threshold(rate) if profile else SAME_PICTURE for rate in self.rates]
+        occasion: dict[str, Any] = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "version": __version__,
+            "model": model or (model_name(profile.model) if profile else None),
+            "profile": name_of(profile) if profile else None,
+        }
+        seeds = seeds_in(encoder.given.get("generator"), len(prompts))
         self._reports = [
-            GuardReport(prompt, row, threshold=threshold, judged_by=judged_by, limits=list(limits))
-            for row, (prompt, threshold) in enumerate(zip(prompts, thresholds, strict=True))
+            GuardReport(
+                prompt,
+                row,
+                threshold=threshold,
+                judged_by=judged_by,
+                limits=list(limits),
+                id=uuid4().hex,
+                seed=seed,
+                false_positive_rate=rate if profile else None,
+                **occasion,
+            )
+            for row, (prompt, threshold, rate, seed) in enumerate(zip(prompts, thresholds, self.rates, seeds, strict=True))
         ]
 
     @property
@@ -461,6 +491,21 @@ class GuardedRun:
             raise MemorizationError(f"Image {report.row}: {report.error or why}.", self.reports)
         if self.config.mode == "block" or self.config.on_failure == "withhold":
             report.verdict = "withheld"
+
+
+def seeds_in(generators: Any, images: int) -> list[int | None]:
+    """The seed of each image's noise, of the generators that a call is given; None where it has none, or one that was drawn from before."""
+    each = generators if isinstance(generators, list) else [generators] * images
+    seeds = {id(one): seed_of_fresh(one) for one in each}
+    return [seeds[id(one)] for one in each] if len(each) == images else [None] * images
+
+
+def seed_of_fresh(generator: Any) -> int | None:
+    """The seed of a generator from which nothing was drawn since; of anything else None."""
+    if not isinstance(generator, torch.Generator):
+        return None
+    seed = generator.initial_seed()
+    return seed if torch.equal(generator.get_state(), torch.Generator(generator.device).manual_seed(seed).get_state()) else None
 
 
 def of_size(pictures: Tensor, like: Tensor) -> Tensor:

@@ -9,11 +9,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from sdguard.choices import BATCH_SIZE
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
-from sdguard.denoiser.probe import BATCH_SIZE
 from sdguard.scan.scan import Batch, Row, batches_of, cache_key, cut, keep_batch, piece_name, rows_in, scan_batch
 
 #: bytes of prompts on their way to the workers, beyond which the file is read no further.
@@ -24,10 +22,10 @@ BATCHES, TURNS = 16, 64
 
 
 class Scanner:
-    """An actor of Ray Data: a pipeline of its own, on the GPU that Ray gave it if it did, and `scan_batch`."""
+    """An actor of Ray Data: a pipeline of its own, on the device that ``load`` puts it on, and `scan_batch`."""
 
     def __init__(self, load: Callable[[], Any], profile: Profile, batch_size: int, options: dict[str, Any]) -> None:
-        self.pipe = load().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipe = load()
         self.profile, self.batch_size, self.options = profile, batch_size, options
         profile_for(self.pipe, given=profile)
 

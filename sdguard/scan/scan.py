@@ -20,10 +20,11 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from sdguard.choices import BATCH_SIZE
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.loading import are_truncated
-from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
+from sdguard.denoiser.probe import read_prompts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.resumable import Parts
 from sdguard.guarded.config import GuardConfig

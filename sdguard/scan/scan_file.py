@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from accelerate.utils import broadcast_object_list
 
+from sdguard.choices import Engine
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
-from sdguard.denoiser.loading import load_pipeline
+from sdguard.denoiser.loading import load_for_runs
 from sdguard.files.inputs import BadInput
 from sdguard.files.outputs import ensure_writable
 from sdguard.files.processes import processes
@@ -26,8 +27,6 @@ from sdguard.files.resumable import Parts, parts_folder
 from sdguard.guarded.config import GuardConfig
 from sdguard.scan.ranking import Summary, import_duckdb, ranked
 from sdguard.scan.scan import Row, batches_of, cache_key, keep_batch, piece_name, scan_pieces
-
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,15 @@ def scan_file(
     progress: Callable[[int, int], None],
     shown: int,
     skip_empty: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> FileScan | None:
     """Scan the prompts of ``file`` and write the ranked table to ``out``; goes on where an earlier scan of the same was stopped.
 
     Where several processes share the work, ``progress`` (prompts done, prompts in all) counts for all of them, and all but the main one
     get None. ``skip_empty`` leaves out rows without text, and has the log say how many. So many rows of the table are ``shown`` in the
-    summary. Cost: as `scan`; the file is read twice, first to see that all of it can be used.
+    summary. ``device`` and ``dtype`` are those of `load_for_runs`; each worker of a cluster has a device of its own unless one is named.
+    Cost: as `scan`; the file is read twice, first to see that all of it can be used.
 
     Raises:
         ModuleNotFoundError: pandas, pyarrow or duckdb is missing; the message says which extra has them.
@@ -95,8 +97,8 @@ def scan_file(
     """
     if not 0 < fdr < 1:
         raise BadInput(f"--fdr is {fdr:g}; it must lie between 0 and 1.")
-    if engine not in ENGINES:
-        raise BadInput(f"--engine is {engine!r}; it must be 'local' or 'ray'.")
+    if engine not in get_args(Engine):
+        raise BadInput(f"engine is {engine!r}; it must be 'local' or 'ray'.")
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     import_pandas()
     import_duckdb()  # which the table needs: better said now than at the end
@@ -106,11 +108,12 @@ def scan_file(
     state = processes()
     if engine == "ray" and state.num_processes > 1:
         raise BadInput("--engine ray shares the work itself: run it without 'accelerate launch'.")
-    pipe = load_pipeline(model).to(state.device)
+    pipe = load_for_runs(model, device, dtype)
     found = broadcast_object_list([profile_for(pipe, given=profile) if state.is_main_process else None])[0]
     profile_for(pipe, given=found).allowed(false_positive_rate)
     ensure_writable(out.parent)
-    work, key = parts_folder(out), cache_key(found, seeds, false_positive_rate)
+    # what was done in another precision is not gone on from
+    work, key = parts_folder(out.with_name(f"{out.name}.{dtype}") if dtype else out), cache_key(found, seeds, false_positive_rate)
     parts = Parts(work, "pieces", key, ".parquet")
     known = broadcast_object_list([known_pieces(parts, sizes, work, key) if state.is_main_process else None])[0]
     left = {name: size for name, size in sizes.items() if name not in known}
@@ -126,7 +129,7 @@ def scan_file(
     if engine == "ray":
         from sdguard.scan.ray_engine import scan_pieces_with_ray
 
-        scanned = scan_pieces_with_ray(partial(load_pipeline, model), found, prompts.pieces, left, advance, **options)
+        scanned = scan_pieces_with_ray(partial(load_for_runs, model, device, dtype), found, prompts.pieces, left, advance, **options)
     else:
         scanned = scan_pieces(pipe, found, prompts.pieces(), left, advance, state=state, **options)
     for name, rows in scanned:

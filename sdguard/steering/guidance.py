@@ -39,7 +39,7 @@ def delayed(before: float, flagged: SteeringInput) -> list[Correction | None]:
 
 
 def repulsion_rule(original: Tensor, observation: Observation) -> Tensor:
-    """``eps_u + w (eps_+ - eps_u) - r (eps_- - eps_u)``, eps_- that of the ``original`` condition (2603.00133). Cost: 1 evaluation."""
+    """``eps_u + w (eps_+ - eps_u) - r (eps_- - eps_u)``, ``eps_-`` that of the ``original`` condition (2603.00133). Cost: 1 evaluation."""
     observation.count_nfe(1)
     negative = observation.conditional(observation.x, observation.timestep, original.unsqueeze(0))
     away = REPULSION * observation.guidance_scale * (negative - observation.eps_u)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from sdguard.choices import BATCH_SIZE
 from sdguard.decision.profile import MethodStatistics, Profile
-from sdguard.denoiser.probe import BATCH_SIZE, read_prompts
+from sdguard.denoiser.probe import read_prompts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.resumable import Parts, run_pieces
 from sdguard.geometry.reference import reference_end

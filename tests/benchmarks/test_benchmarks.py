@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import audit, detection, report
+from benchmarks.documents import ROOT, documents, put
 from benchmarks.published import over_run, released, similarity, ssim
-from benchmarks.readme import put
 from benchmarks.statistics import auc, bootstrap_weights, estimates, roc_band, true_positive_rate
 from sdguard.denoiser.probe import probe_run
 from sdguard.files.resumable import measured
@@ -292,31 +292,51 @@ def test_a_released_detector_is_a_function_of_its_row_and_costs_what_it_declares
         assert found[detector.name] == pytest.approx(expected, rel=1e-3, abs=1e-3), detector.name
 
 
-def test_a_table_takes_its_place_in_the_readme_and_nothing_else_moves(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
+@pytest.mark.parametrize("place", ["README.md", "docs/page.md"])
+def test_a_table_takes_its_place_in_the_document_that_has_it_and_nothing_else_moves(place: str, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    other, path = tmp_path / "docs" / "other.md", tmp_path / place
+    other.write_text("<!-- ones: python -m x -->\nanother\n<!-- /ones -->\n")
     path.write_text("before\n<!-- one: python -m x -->\nold\n<!-- /one -->\nafter\n")
-    put("one", "| new |", path)
-    put("one", "| newer |", path)
+    put("one", "| new |", tmp_path)
+    put("one", "| newer |", tmp_path)
     assert path.read_text() == "before\n<!-- one: python -m x -->\n| newer |\n<!-- /one -->\nafter\n"
-    with pytest.raises(ValueError, match="no place for the table 'two'"):
-        put("two", "", path)
+    assert other.read_text() == "<!-- ones: python -m x -->\nanother\n<!-- /ones -->\n"
+    with pytest.raises(ValueError, match="a place for the table 'two'"):
+        put("two", "", tmp_path)
 
 
-def test_the_readme_says_what_the_committed_results_say() -> None:
-    readme = report.README.read_text()
-    for name, draw in (("detection", report.readme_detection), ("steering-test", report.readme_steering)):
+def test_a_table_with_two_places_or_half_a_place_is_put_nowhere(tmp_path: Path) -> None:
+    path, other = tmp_path / "README.md", tmp_path / "docs" / "page.md"
+    other.parent.mkdir()
+    path.write_text("<!-- one: python -m x -->\nold\n")
+    with pytest.raises(ValueError, match="a place for the table 'one'"):
+        put("one", "new", tmp_path)
+    other.write_text("<!-- one: python -m x -->\nold\n<!-- /one -->\n")
+    with pytest.raises(ValueError, match=r"'one' has a place in each of README\.md, docs/page\.md"):
+        put("one", "new", tmp_path)
+    assert "new" not in path.read_text() + other.read_text()
+
+
+def test_the_documentation_says_what_the_committed_results_say() -> None:
+    text = "".join(path.read_text() for path in documents())
+    for name, draw in (("detection", report.brief_detection), ("steering-test", report.brief_steering)):
         found = report.load(report.RESULTS, name)
         assert found is not None
-        assert draw(pd.DataFrame(found["rows"])) in readme
+        assert draw(pd.DataFrame(found["rows"])) in text
     found = report.load(report.RESULTS, "development")
     assert found is not None
-    assert report.readme_development(found["figures"]) in readme
+    assert report.brief_development(found["figures"]) in text
+    guard, left_out = (report.load(report.RESULTS, name) for name in ("cures-guard", "leave-one-out"))
+    assert guard is not None
+    assert left_out is not None
+    assert report.brief_results(left_out["rows"], guard) in text
     overhead = {p.stem.removeprefix("overhead-"): json.loads(p.read_text()) for p in sorted(report.RESULTS.glob("overhead-*.json"))}
-    assert report.readme_overhead(overhead) in readme
+    assert report.brief_overhead(overhead) in text
     for name, table_of in audit.TABLES.items():
         found = report.load(report.RESULTS / "audit", name)
         assert found is not None
-        assert table_of(found) in readme
+        assert table_of(found) in text
 
 
 def headers(page: str) -> set[str]:
@@ -324,10 +344,13 @@ def headers(page: str) -> set[str]:
     return {html.unescape(re.split("[,:]", header)[0]) for header in re.findall("<th>(.+?)</th>", page)}
 
 
-def test_the_page_explains_every_column_and_leaves_a_readme_that_holds(tmp_path: Path) -> None:
-    shutil.copy(report.README, tmp_path)
-    report.main(report.RESULTS, tmp_path / "page", tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == report.README.read_text()
+def test_the_page_explains_every_column_and_leaves_documents_that_hold(tmp_path: Path) -> None:
+    for path in documents():
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    report.main(report.RESULTS, tmp_path / "page", tmp_path)
+    for path in documents():
+        assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), path
     page = (tmp_path / "page" / "report.html").read_text()
     terms = {term for terms in re.findall("<dt>(.+?)</dt>", page) for term in terms.split(", ")}
     plain = {"detector", "method", "kind", "repetitions", "samples", "measured", "shape", "peak gigabytes", "reads", "corrected form"}
@@ -338,7 +361,7 @@ def test_the_page_explains_every_column_and_leaves_a_readme_that_holds(tmp_path:
     assert not [cell for cell in re.findall("<td>(.*?)</td>", page) if "nan" in cell.lower()]
     for picture in (tmp_path / "page").glob("*.png"):
         assert base64.b64encode(picture.read_bytes()).decode() in page
-    report.main(tmp_path, tmp_path / "empty", tmp_path / "README.md")
+    report.main(tmp_path, tmp_path / "empty", tmp_path)
     assert "Nothing has been measured yet" in (tmp_path / "empty" / "report.html").read_text()
 
 

@@ -24,7 +24,7 @@ from benchmarks import cures
 from benchmarks.__main__ import app
 from benchmarks.cures import EMBEDDINGS, GUARD, NEVER_SEEN, RESEMBLES, UNGUARDED, Share, chosen, readable, summary, table
 from benchmarks.models import Model, pictures, roles, unpacked
-from benchmarks.report import readme_guard
+from benchmarks.report import brief_guard
 from benchmarks.subjects import GENERIC, LEVELS, asked_of, choices, encoded, errors, frames, places, subjects
 from sdguard import GuardConfig
 
@@ -210,10 +210,10 @@ def test_the_table_has_a_row_a_run_and_a_group_of_columns_a_model() -> None:
     json.dumps(rows, default=cures.as_json)
 
 
-def test_the_readmes_table_of_the_guard_has_a_row_a_model() -> None:
+def test_the_table_of_the_guard_has_a_row_a_model() -> None:
     rows = table({"one": {name: run() for name in (UNGUARDED, GUARD, EMBEDDINGS, NEVER_SEEN)}})
     found = json.loads(json.dumps({"about": {"models": {"one": {"memorized": 2}}}, "rows": rows}, default=cures.as_json))
-    line = readme_guard(found).splitlines()[-1]
+    line = brief_guard(found).splitlines()[-1]
     assert line.startswith("| one | 2 | ")
     assert " / " in line
 

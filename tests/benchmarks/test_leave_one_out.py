@@ -323,7 +323,7 @@ def test_the_command_measures_directories_and_writes_no_caption(folder: Path, tm
     readme = tmp_path / "README.md"
     places = [f"<!-- {name}: python -m benchmarks leave-one-out -->\n<!-- /{name} -->\n" for name in (NAME, RANKED)]
     readme.write_text("".join(places))
-    arguments = ["leave-one-out", str(folder), "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--readme", str(readme)]
+    arguments = ["leave-one-out", str(folder), "--out", str(tmp_path), "--work", str(tmp_path / "work"), "--root", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / f"{NAME}.json").read_text())

@@ -67,7 +67,7 @@ def test_the_tests_of_a_checkout_are_run_both_ways_and_not_again(tmp_path: Path,
     readme.write_text("<!-- upstream: ... -->\n<!-- /upstream -->\n")
     for _ in range(2):  # the second time nothing is left to be run
         with pytest.raises(typer.Exit):
-            upstream.main(checkout=tmp_path, only=None, out=tmp_path, readme=readme)
+            upstream.main(checkout=tmp_path, only=None, out=tmp_path, root=tmp_path)
         monkeypatch.setattr(upstream, "outcomes", None)
     written = json.loads((tmp_path / "upstream.json").read_text())
     row = written["pipelines"]["StableDiffusionPipeline"]

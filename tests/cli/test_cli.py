@@ -90,7 +90,6 @@ def test_a_withheld_image_has_its_own_exit_code(tmp_path: Path, memorized: dict[
         (["a cat", "--profile", "{another}"], "The profile is another model's: size is 64, the profile's is 999"),
         (["a cat", "--fpr", "0.0001"], "needs at least 9999 scored ordinary prompts"),
         (["a cat", "--steering", "prayer"], "steering has 'prayer'; there are rewording,"),
-        (["a cat", "--mode", "watch"], "it must be 'steer', 'observe' or 'block'"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -180,7 +179,6 @@ def test_prompts_that_were_set_aside_do_not_count_towards_a_rate(tmp_path: Path,
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--dtype", "int8"], "--dtype is 'int8'; it must be one of float32, float16, bfloat16"),
         (["--device", "abacus"], "The model cannot be put on the device 'abacus'"),
         (["--lora", "/no/such/lora"], "The LoRA /no/such/lora could not be loaded"),
     ],

@@ -1,5 +1,8 @@
 """Reports survive JSON and explain themselves."""
 
+from dataclasses import asdict, replace
+from typing import Any
+
 import pytest
 
 from sdguard.guarded.report import GuardReport
@@ -50,3 +53,20 @@ def test_a_withheld_image_says_what_was_tried() -> None:
     report = GuardReport("a cat", 0, "withheld", score=3.0, threshold=2.5, p_value=0.001, steering=steering)
     assert "2 corrections tried and none held; withheld" in report.reason
     assert "tried" not in GuardReport("a cat", 0, "withheld", score=3.0, threshold=2.5, p_value=0.001).reason
+
+
+def test_a_report_keeps_its_occasion_and_is_equal_to_one_of_another() -> None:
+    occasion = {"version": "1", "model": "m", "profile": "p", "false_positive_rate": 0.01, "seed": 7}
+    one, other = (GuardReport("a cat", 0, id=id, time=time, **occasion) for id, time in (("a", "now"), ("b", "then")))  # type: ignore[arg-type]
+    assert one == other
+    assert asdict(GuardReport.from_json(one.to_json())) == asdict(one)
+    assert one != replace(one, seed=8)
+
+
+@pytest.mark.parametrize("steering", [{"wording": "the heron", "dropped": ["snow"]}, {"method": "blend", "share": 0.5}])
+def test_a_reason_without_texts_has_nothing_of_the_prompt(steering: dict[str, Any]) -> None:
+    passed = {"passed": {"method": "rewording", **steering}}
+    report = GuardReport("a heron in snow", 0, "steered", score=3.0, threshold=2.5, p_value=0.001, steering=passed)
+    assert not any(word in report.reason_without_texts for word in ("heron", "snow"))
+    assert ("heron" in report.reason) == ("wording" in steering)
+    assert "verified ahead and on the picture." in report.reason_without_texts

@@ -316,7 +316,7 @@ def looked(second_prompt: bool, flagged: SteeringInput, methods: Any) -> list[Ou
 @pytest.fixture
 def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever configuration it was made for."""
-    monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
+    monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
 
 
 @pytest.mark.usefixtures("given_profile")
@@ -788,7 +788,7 @@ pipeline("An image of a squirrel in Picasso style").images[0]
 def our_readme() -> str:
     """The script under "One changed line"."""
     text = (Path(__file__).parents[2] / "README.md").read_text()
-    found = re.search(r"## One changed line\n+```python\n(.*?)```", text, re.DOTALL)
+    found = re.search(r"## One changed line\n+```python[^\n]*\n(.*?)```", text, re.DOTALL)
     assert found
     return found[1]
 

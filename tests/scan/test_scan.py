@@ -187,7 +187,7 @@ def test_an_interrupted_scan_goes_on(
 
 
 def test_the_profile_of_another_model_and_one_that_is_too_small_are_refused(tiny: Any, embedded: Any) -> None:
-    made = profile_of(tiny, GuardConfig(calibration_prompts=[f"a lion number {i}" for i in range(9)]))
+    made, _ = profile_of(tiny, GuardConfig(calibration_prompts=[f"a lion number {i}" for i in range(9)]))
     assert made is not None
     assert made.prompts == 6
     with pytest.raises(ProfileError, match="another model's"):
@@ -239,7 +239,6 @@ def test_a_text_file_is_ranked_by_line(prompts: dict[int, str], tmp_path: Path) 
         (["{prompts}", "--fdr", "0"], "--fdr is 0; it must lie between 0 and 1."),
         (["{prompts}", "--fpr", "1"], "false_positive_rate is 1.0; it must lie between 0 and 1."),
         (["{prompts}", "--fpr", "0.0001"], "needs at least 9999 scored ordinary prompts; this profile has 958."),
-        (["{prompts}", "--engine", "spark"], "--engine is 'spark'; it must be 'local' or 'ray'."),
         (["{prompts}", "--model", "/no/such/model"], "There is no model at /no/such/model"),
         (["{prompts}", "--profile", "{other}"], "another model's: weights of unet"),
     ],
@@ -378,13 +377,11 @@ def test_what_failed_in_a_whole_piece_is_tried_again(
 
 @pytest.mark.usefixtures("small_pieces")
 def test_a_file_that_changes_while_it_is_scanned_is_refused(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        scan_file, "load_pipeline", lambda model: listed.write_text(f'{listed.read_text()}"u","a cat"\n') and testbed.load()
-    )
+    monkeypatch.setattr(scan_file, "load_for_runs", lambda *_: listed.write_text(f'{listed.read_text()}"u","a cat"\n') and testbed.load())
     result = command(listed, "--out", tmp_path / "scan.csv")
     assert result.exit_code == 0, result.stderr  # what has come behind is left for another scan
     assert len(pd.read_csv(tmp_path / "scan.csv")) == 6
-    monkeypatch.setattr(scan_file, "load_pipeline", lambda model: listed.write_text("url,TEXT\nu,a cat\n") and testbed.load())
+    monkeypatch.setattr(scan_file, "load_for_runs", lambda *_: listed.write_text("url,TEXT\nu,a cat\n") and testbed.load())
     result = command(listed, "--out", tmp_path / "other.csv")
     assert result.exit_code == 1
     assert f"{listed} has changed while it was scanned" in result.stderr

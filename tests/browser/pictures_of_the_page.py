@@ -1,4 +1,4 @@
-"""The README's pictures of the demo, from the screenshots that the browser tests took: half the size, few enough bytes for a page."""
+"""The documentation's pictures of the demo, from the screenshots that the browser tests took: half the size, few enough bytes."""
 
 from pathlib import Path
 
