@@ -124,14 +124,11 @@ def write_filmstrip(model: Model, path: Path) -> None:
 
 
 def draw_density(axis: Axes, found: Landscape) -> None:
-    """log p around both samples, along the direction in which each is freest."""
-    for part, colour in zip(found.slices, (MEMORIZED_COLOUR, ORDINARY_COLOUR), strict=True):
-        axis.plot(part.offsets, part.heights[len(part.offsets) // 2], color=colour)
-    axis.set(
-        title="density: log p where the sample is freest",
-        xlabel="distance, in standard deviations of the noise",
-        ylabel="nats against the sample",
-    )
+    """Minus the log volume element of the denoised estimate at each call: how densely noises are mapped onto the picture."""
+    for values, colour in zip(found.density, (MEMORIZED_COLOUR, ORDINARY_COLOUR), strict=True):
+        axis.plot(found.timesteps, values, color=colour, marker="o", markersize=3)
+    axis.invert_xaxis()  # as the run goes
+    axis.set(title="density: how close together noises end up", xlabel="timestep, as the run goes", ylabel="minus log volume, nats")
 
 
 def draw_sharpness(axis: Axes, found: Landscape) -> None:
