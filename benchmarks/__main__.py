@@ -1,7 +1,5 @@
 """``python -m benchmarks NAME``: every benchmark under one roof; ``accelerate launch -m benchmarks NAME`` shares what can be shared."""
 
-import logging
-
 import typer
 
 from benchmarks import (
@@ -28,6 +26,7 @@ from benchmarks import (
     steering,
     upstream,
 )
+from benchmarks.running import print_no_verdicts
 from benchmarks.zoo import commands as zoo
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
@@ -56,6 +55,5 @@ app.command("figures")(figures.main)
 app.command("examples")(examples.main)
 
 if __name__ == "__main__":
-    # verdicts by the thousand are what benchmarks are made of
-    logging.getLogger("sdguard").addFilter(lambda record: not hasattr(record, "sdguard"))
+    print_no_verdicts()
     app()

@@ -25,7 +25,7 @@ import typer
 
 from benchmarks.documents import put
 from benchmarks.kills import PROMPTS
-from benchmarks.running import versions
+from benchmarks.running import print_no_verdicts, versions
 from sdguard import GuardConfig, guard, testbed
 from sdguard.denoiser.loading import load_pipeline
 from sdguard.files.atomic import write_text
@@ -113,7 +113,7 @@ def main(
     """Make many guarded runs under several processes into one audit log, and check it line by line."""
     about = {"runs": runs, "processes": processes, "largest": largest, "model": model, "versions": versions()}
     shares = [range(rank, runs, processes) for rank in range(processes)]
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(processes, get_context("spawn"), print_no_verdicts) as pool:
         log, began = Path(folder) / "audit.jsonl", time.monotonic()
         told = [name for names in pool.map(partial(run_many, model, log, largest), shares) for name in names]
         seconds = round(time.monotonic() - began)

@@ -211,5 +211,6 @@ def main(
         if unknown := [name for name in only or () if name not in FIGURES]:
             raise BadInput(f"There is no figure {unknown[0]!r}; there are {', '.join(FIGURES)}.")
         model = Model.load("embedded")
+        out.mkdir(parents=True, exist_ok=True)
         for name in only or FIGURES:
             FIGURES[name](model, out / name)

@@ -88,7 +88,7 @@ def generate_command(
     profile: ProfileFile = None,
 ) -> None:
     """Generate images under guard, print the verdicts, and write images and report.json."""
-    from sdguard.denoiser.loading import check_prompts, check_text, load_for_runs
+    from sdguard.denoiser.loading import check_prompts, load_for_runs
     from sdguard.files.outputs import ensure_writable, save_pictures
     from sdguard.guarded.config import GuardConfig
     from sdguard.guarded.generate import generate_guarded, picture_files, verdict_table
@@ -97,8 +97,7 @@ def generate_command(
     with one_sentence():
         config = GuardConfig(mode, fpr, on_failure, profile, steering=steering)
         pipe = guard(load_for_runs(model, device, dtype), config)
-        check_prompts(prompts, pipe.tokenizer)
-        check_text(negative_prompt or "", pipe.tokenizer, "negative prompt")
+        check_prompts(prompts, pipe.tokenizer, negative_prompt)
         ensure_writable(out)
         seeds = list(range(seed, seed + n))
         setting = run_setting(model, steps, guidance, height, width, negative_prompt)
@@ -208,14 +207,13 @@ def explain_command(
     out: Annotated[Path, typer.Option(help="Where explain.png and explain.json go.")] = Path("out"),
 ) -> None:
     """Show which words make a prompt pull, and where in the picture: unguarded picture and heat map go to explain.png."""
-    from sdguard.denoiser.loading import check_prompts, check_text, load_for_runs
+    from sdguard.denoiser.loading import check_prompts, load_for_runs
     from sdguard.explain.explanation import explain, explanation_sheet, unguarded_picture
     from sdguard.files.outputs import ensure_writable, save_pictures
 
     with one_sentence():
         pipe = load_for_runs(model, device, dtype)
-        check_prompts([prompt], pipe.tokenizer)
-        check_text(negative_prompt or "", pipe.tokenizer, "negative prompt")
+        check_prompts([prompt], pipe.tokenizer, negative_prompt)
         ensure_writable(out)
         setting = run_setting(model, steps, guidance, height, width, negative_prompt)
         found = explain(pipe, prompt, seed, **setting)

@@ -88,15 +88,19 @@ def default_setting(model: str, steps: int | None, guidance: float | None) -> di
     return {"num_inference_steps": steps or defaults[0], "guidance_scale": defaults[1] if guidance is None else guidance}
 
 
-def check_prompts(prompts: list[str], tokenizer: Any) -> None:
-    """Raise `BadInput` for no prompt at all, an empty one, one that is no text, or one that the text encoder would cut."""
+def check_prompts(prompts: list[str], tokenizer: Any, negative_prompt: str | None = None) -> None:
+    """Raise `BadInput` for no prompt at all, an empty one, one that is no text, or one that the text encoder would cut.
+
+    The negative prompt, where there is one, may be empty.
+    """
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise BadInput("There is no prompt to generate from: give at least one, and none that is empty.")
     for prompt in prompts:
-        check_text(prompt, tokenizer)
+        check_text(prompt, tokenizer, "prompt")
+    check_text(negative_prompt or "", tokenizer, "negative prompt")
 
 
-def check_text(text: str, tokenizer: Any, what: str = "prompt") -> None:
+def check_text(text: str, tokenizer: Any, what: str) -> None:
     """Raise `BadInput` for a prompt, or whatever it is called, that is no text or that the text encoder would cut."""
     if any("\ud800" <= character <= "\udfff" for character in text):  # as Python reads bytes that are no UTF-8
         raise BadInput(f"The {what} holds half a character: its text is not valid Unicode.")

@@ -97,14 +97,15 @@ class GuardedRun:
         self.watched: list[Tensor] = []
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
-        judged_by = ", ".join(filter(None, [f"profile {name_of(profile)}", profile.note])) if profile else WITHOUT_PROFILE
+        name = name_of(profile) if profile else None
+        judged_by = ", ".join(filter(None, [f"profile {name}", profile.note])) if profile else WITHOUT_PROFILE
         self.rates = [self.rate_of(prompt, prompts) for prompt in prompts]
         thresholds = [profile.threshold(rate) if profile else SAME_PICTURE for rate in self.rates]
         occasion: dict[str, Any] = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "version": __version__,
             "model": model or (model_name(profile.model) if profile else None),
-            "profile": name_of(profile) if profile else None,
+            "profile": name,
         }
         seeds = seeds_in(encoder.given.get("generator"), len(prompts))
         self._reports = [

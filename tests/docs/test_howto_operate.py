@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.examples import blocks
 from sdguard.cli.errors import MEANING
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto-operate.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.M | re.S)
+BLOCKS = [block.code for block in blocks(PAGE.read_text()) if block.language == "python"]
 
 
 def test_the_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
