@@ -417,5 +417,6 @@ def test_samples_of_the_embedded_model_are_labelled_by_seed_and_never_pool_their
     samples["guidance_norm"] = samples.positive + rng.normal(scale=0.1, size=len(samples))
     rows = pd.DataFrame(detection.compare(samples, {"guidance_norm": 0.0}))
     assert set(rows.negatives) == {report.UNSEEN, report.ORDINARY}
-    assert (rows.auc > 0.99).all()
+    # of a caption that is copied for some seeds only, the first few may not be copies
+    assert (rows.auc[(rows.level == "sample") | (rows.seeds == rows.seeds.max())] > 0.99).all()
     assert set(rows.seeds) == {1, 4, 16}

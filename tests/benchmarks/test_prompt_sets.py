@@ -139,7 +139,7 @@ def test_a_set_that_is_not_what_it_should_be_is_refused(about: PromptSet | None,
 def test_the_embedded_set_has_the_schema() -> None:
     table = embedded_set()
     assert tuple(table.columns) == COLUMNS
-    assert set(table.kind) == {"verbatim", "template", "ordinary"}
+    assert set(table.kind) == {"verbatim", "several pictures", "template", "fixed object", "shared caption", "ordinary"}
     assert (table.repetitions[table.kind != "ordinary"] > 0).all()
     assert ((table.source == "") == (table.kind != "ordinary")).all()
     assert all(Path(target).is_file() for target in table.target if target)

@@ -244,7 +244,7 @@ def test_every_command_that_runs_a_model_loads_it_in_one_place() -> None:
 
 
 def test_half_precision_is_scanned_as_such_and_does_not_go_on_from_another(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat\n")
+    (tmp_path / "prompts.txt").write_text("a lion in fog\n")
     scores = []
     for dtype in ("float32", "bfloat16"):
         out = tmp_path / f"{dtype}.jsonl"
