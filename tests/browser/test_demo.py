@@ -26,7 +26,7 @@ from sdguard.guarded.report import GuardReport
 
 Shot = Callable[[Page, str], None]
 Open = Callable[..., Page]
-MEMORIZED, TEMPLATE, ORDINARY = "panda at zoulpeith canyon, sticker", "frog at nathkaxti fields, sticker", "a zebra in fog"
+MEMORIZED, TEMPLATE, ORDINARY = "sunflower at Klaemzourfei lava, sticker", "panda at Basklomtrus canyon, album sleeve", "a lion in fog"
 
 
 @cache
@@ -154,7 +154,7 @@ def test_why_explains_and_an_edit_changes_the_verdict(page: Page, embedded: Any,
     report = report_of(embedded, MEMORIZED, mode="observe")
     for found in report.signals.values():
         expect(table).to_contain_text(f"{found['z']:+.1f}")
-    changed = "a panda in canyon"
+    changed = "a sunflower in lava"
     write(page, "edit-prompt", changed)
     assert said(page, "clean", "edit-result") == report_of(embedded, changed, mode="observe").reason
     expect(page.locator("#why-run")).to_be_enabled()
@@ -245,7 +245,7 @@ def test_a_file_over_the_limit_is_refused(page: Page, address: str, tmp_path: Pa
 def scan_for_long(page: Page, folder: Path) -> None:
     """Start a scan that takes minutes."""
     path = folder / "many.txt"
-    path.write_text("".join(f"a zebra in fog, number {i}\n" for i in range(4000)))
+    path.write_text("".join(f"a lion in fog, number {i}\n" for i in range(4000)))
     tab(page, "Scan")
     page.locator("#scan-file input[type=file]").set_input_files(path)
     expect(page.locator("#scan-file")).to_contain_text("many")
