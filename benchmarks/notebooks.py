@@ -16,7 +16,9 @@ from pathlib import Path
 import nbformat
 import numpy as np
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 from PIL import Image
+from traitlets.config import Config
 
 from benchmarks.documents import ROOT
 
@@ -25,35 +27,33 @@ SUFFIX = ".ipynb"
 LONGEST = 600
 TEXTS, PICTURE = ("text/plain", "text/html"), "image/png"
 
-Notebook = nbformat.NotebookNode
-
 
 def files(root: Path = ROOT) -> list[Path]:
     """The notebooks under ``docs/``."""
     return sorted((root / "docs").glob(f"*{SUFFIX}"))
 
 
-def read(path: Path) -> Notebook:
+def read(path: Path) -> NotebookNode:
     """A notebook; raises what nbformat does where the file is none."""
     return nbformat.read(path, as_version=4)
 
 
-def written(notebook: Notebook) -> str:
+def written(notebook: NotebookNode) -> str:
     """The text of its file."""
     return str(nbformat.writes(notebook)) + "\n"
 
 
-def prose(notebook: Notebook) -> str:
+def prose(notebook: NotebookNode) -> str:
     """What it says between its code, in Markdown."""
     return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
-def code_cells(notebook: Notebook) -> list[Notebook]:
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
     """Its cells of code."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def run(notebook: Notebook) -> Notebook:
+def run(notebook: NotebookNode) -> NotebookNode:
     """A notebook after a run: a copy with what its cells give now. They run in the working directory, in a new kernel of this Python.
 
     The kernel has one thread: the order of a reduction, and so its bits, hang on the number.
@@ -62,8 +62,16 @@ def run(notebook: Notebook) -> Notebook:
         CellExecutionError: a cell raises; the message has the cell and its traceback.
     """
     ran = copy.deepcopy(notebook)
-    folder = {"metadata": {"path": str(Path.cwd())}}
-    client = NotebookClient(ran, kernel_name="python3", timeout=LONGEST, resources=folder, coalesce_streams=True, record_timing=False)
+    client = NotebookClient(
+        ran,
+        kernel_name="python3",
+        timeout=LONGEST,
+        resources={"metadata": {"path": str(Path.cwd())}},
+        coalesce_streams=True,
+        record_timing=False,
+        # other users of the machine can listen to a kernel's ports
+        config=Config(KernelManager={"transport_encryption": "auto"}),
+    )
     client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = copy.deepcopy(notebook)
     for number, (cell, after) in enumerate(zip(code_cells(found), code_cells(ran), strict=True), start=1):
@@ -71,7 +79,7 @@ def run(notebook: Notebook) -> Notebook:
     return found
 
 
-def kept(outputs: list[Notebook]) -> Iterator[Notebook]:
+def kept(outputs: list[NotebookNode]) -> Iterator[NotebookNode]:
     """What stays of the outputs of a cell."""
     for output in outputs:
         if output.output_type == "stream":
@@ -82,7 +90,7 @@ def kept(outputs: list[Notebook]) -> Iterator[Notebook]:
             yield nbformat.from_dict({**output, "data": data})
 
 
-def texts(notebook: Notebook) -> list[list[str]]:
+def texts(notebook: NotebookNode) -> list[list[str]]:
     """For each cell of code, all that it has given as text."""
     return [
         [text for output in cell.outputs for text in ([output.text] if "text" in output else map(output.data.get, TEXTS)) if text]
@@ -90,7 +98,7 @@ def texts(notebook: Notebook) -> list[list[str]]:
     ]
 
 
-def pictures(notebook: Notebook) -> list[np.ndarray]:
+def pictures(notebook: NotebookNode) -> list[np.ndarray]:
     """The pictures that its cells have given, uint8 ``[H, W, 3]`` each."""
     shown = [output.data[PICTURE] for cell in code_cells(notebook) for output in cell.outputs if PICTURE in output.get("data", {})]
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")) for picture in shown]
