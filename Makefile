@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo app docs test test-browser screenshots lint
+.PHONY: install demo notebook app docs test test-browser screenshots lint
 
 install: $(STAMP)
 
@@ -16,6 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python -m sdguard.testbed.demo --out out
+
+# its cells anew, from the first to the last; what they give is kept in it
+notebook: install
+	$(BIN)/python -m benchmarks examples docs/notebook.ipynb
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -1,8 +1,8 @@
-"""The code in the README and the documentation: every Python block runs, and what it prints stands below it.
+"""The code in the README and the documentation: every Python block and notebook runs, and what it prints stands below it.
 
 The blocks of a page run in their order, in one namespace, in an empty folder, on the embedded model. A block that cannot is marked in its
 fence with the reason, ```` ```python not run: needs a GPU ````. What a block prints is the block after it, ```` ```text printed ````, which
-``python -m benchmarks examples`` writes anew, and a test compares.
+``python -m benchmarks examples`` writes anew, and a test compares. It does the same for notebooks (`benchmarks.notebooks`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from benchmarks import notebooks
 from benchmarks.documents import documents
 from sdguard.files.atomic import write_text
 
@@ -94,13 +95,22 @@ def elsewhere() -> Iterator[None]:
             os.environ.update(before)
 
 
+def anew(path: Path) -> tuple[str, int]:
+    """The text of a page or notebook with what its code gives now, and how many blocks or cells give something. Cost: all that they run."""
+    with elsewhere():
+        if path.suffix == notebooks.SUFFIX:
+            notebook = notebooks.run(notebooks.read(path))
+            return notebooks.written(notebook), sum(map(bool, notebooks.texts(notebook)))
+        printed = run(path.read_text(), str(path))
+        return filled(path.read_text(), printed), len(printed)
+
+
 def main(
     pages: Annotated[list[Path] | None, typer.Argument(help="Pages. [default: the README and all of the documentation]")] = None,
 ) -> None:
-    """Run the code in the README and the documentation, and write what it prints below it."""
-    for path in [page.resolve() for page in pages or documents()]:
-        with elsewhere():
-            printed = run(path.read_text(), str(path))
-        if printed:
-            write_text(path, filled(path.read_text(), printed))
-            typer.echo(f"{path.name}: {len(printed)} outputs")
+    """Run the code in the README and the documentation, and write what it prints below it, or into its notebook."""
+    for path in [page.resolve() for page in pages or [*documents(), *notebooks.files()]]:
+        text, outputs = anew(path)
+        if outputs:
+            write_text(path, text)
+            typer.echo(f"{path.name}: {outputs} outputs")

@@ -26,12 +26,14 @@ project = "sdguard"
 author = copyright = "sdguard contributors"
 version = release = sdguard.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = [f"generated/{name}" for name in generate.write(HERE / "generated")]
 html_theme = "furo"
 html_title = "sdguard"
 
 myst_heading_anchors = 3
+# a notebook is shown with the outputs that it was committed with, so that a build needs no model
+nb_execution_mode = "off"
 
 default_role = "py:obj"
 add_module_names = False

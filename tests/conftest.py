@@ -52,6 +52,7 @@ GROUPS = {
     "signals": ("test_embedded_signals",),
     "families": ("test_families",),
     "running": ("test_running",),
+    "notebooks": ("test_notebooks",),
 }
 
 

@@ -94,7 +94,7 @@ class Copies:
 def find_copies(images: np.ndarray, targets: Targets, sscd: SSCD, cut: float) -> Copies:
     """Which of ``images`` (uint8 ``[n, H, W, 3]``) are copies: distance ratio under `RATIO` and SSCD similarity of at least ``cut``.
 
-    SSCD sees the target where it is not `Targets.fixed`.
+    SSCD sees the target itself where that is not fixed (see `Targets`).
     """
     parts = [targets.nearest(images[start : start + 256]) for start in range(0, len(images), 256)]
     nearest, ratio = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -12,6 +12,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
+from benchmarks import notebooks
 from benchmarks.__main__ import app as benchmarks_app
 from benchmarks.documents import ROOT, documents
 from benchmarks.examples import PRINTED, Block, blocks, elsewhere, filled, run
@@ -19,6 +20,10 @@ from sdguard.cli.main import app as sdguard_app
 
 WORDS = 1000
 PAGES = {str(path.relative_to(ROOT)): path for path in documents()}
+#: what people read of each, notebooks among them.
+TEXTS = {name: path.read_text() for name, path in PAGES.items()} | {
+    str(path.relative_to(ROOT)): notebooks.prose(notebooks.read(path)) for path in notebooks.files()
+}
 PYTHON = [(name, block) for name, path in PAGES.items() for block in blocks(path.read_text()) if block.language == "python"]
 RUN = list(dict.fromkeys(name for name, block in PYTHON if not block.why_not_run))
 NOT_RUN = [(name, block) for name, block in PYTHON if block.why_not_run]
@@ -89,9 +94,9 @@ def commands(text: str) -> Iterator[tuple[Typer, list[str]]]:
                 yield app, shlex.split(line[found.end() :].replace("...", ""), comments=True)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", TEXTS)
 def test_the_commands_of_a_page_exist_with_their_options(name: str) -> None:
-    for app, words in commands(PAGES[name].read_text()):
+    for app, words in commands(TEXTS[name]):
         # help is printed where all before it can be read: the command and the names of its options
         result = CliRunner().invoke(app, [*words, "--help"])
         assert result.exit_code == 0, f"{' '.join(words)}: {result.output}"
@@ -111,9 +116,9 @@ def test_a_command_that_does_not_exist_would_be_seen() -> None:
     assert [CliRunner().invoke(app, [*words, "--help"]).exit_code for app, words in found] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", TEXTS)
 def test_modules_extras_and_targets_that_a_page_names_exist(name: str) -> None:
-    lines = list(commands_of_page(PAGES[name].read_text()))
+    lines = list(commands_of_page(TEXTS[name]))
     makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
     for line in lines:
         for module in re.findall(r"python3? -m ([\w.]+)", line):
@@ -125,12 +130,12 @@ def test_modules_extras_and_targets_that_a_page_names_exist(name: str) -> None:
                 assert re.search(rf"^{extra} = \[", project, re.MULTILINE), line
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", TEXTS)
 def test_links_within_the_repository_lead_to_files(name: str) -> None:
     made = ROOT / "docs" / "generated"
-    for target in re.findall(r"\]\(([^)\s#]+)(?:#[\w-]+)?\)", PAGES[name].read_text()):
+    for target in re.findall(r"\]\(([^)\s#]+)(?:#[\w-]+)?\)", TEXTS[name]):
         if "://" not in target:
-            path = (PAGES[name].parent / target).resolve()
+            path = (ROOT / name).parent.joinpath(target).resolve()
             assert path.exists() or made in path.parents, target
 
 
@@ -139,6 +144,6 @@ def test_every_page_has_its_place_in_the_documentation() -> None:
     listed = [
         line for path in PAGES.values() for block in blocks(path.read_text()) if "{toctree}" in block.note for line in block.code.split()
     ]
-    for name in PAGES:
+    for name in TEXTS:
         page = Path(name).relative_to("docs").with_suffix("") if name.startswith("docs/") else None
         assert page is None or str(page) == "index" or any(page.match(pattern) for pattern in listed), name
