@@ -60,12 +60,14 @@ def card(model: Model, found: Comparison, row: int) -> str:
     if found.done:
         report = found.reports[row]
         parts_below.append(elements.verdict(report))
+        plain, guarded = found.unguarded.evaluations[row], found.guarded.evaluations[row]
         parts_below.append(
             elements.facts(
                 [
                     ("p-value", f"{report.p_value:.3g}" if report.p_value is not None else "–"),
-                    ("denoiser evaluations", f"{found.unguarded.evaluations[row]} → {found.guarded.evaluations[row]}"),
-                    ("milliseconds" + (f", all {found.setting.images}" if found.setting.images > 1 else ""), cost(found)),
+                    ("denoiser evaluations", f"{plain} → {guarded}"),
+                    ("cost of the guard", cost(plain, guarded)),
+                    ("the two pictures", sameness(found, row)),
                     ("seed", str(found.setting.seed + row)),
                 ]
             )
@@ -85,8 +87,17 @@ def newest_estimate(course: Course, row: int) -> Image.Image | None:
     return course.estimates[max(course.estimates)] if course.estimates and row == 0 else None
 
 
-def cost(found: Comparison) -> str:
-    return f"{1000 * found.unguarded.seconds:,.0f} → {1000 * found.guarded.seconds:,.0f}"
+def cost(plain: int, guarded: int) -> str:
+    """What the guard took of a run of ``plain`` denoiser evaluations: as a share, since a run's seconds are the machine's."""
+    more = guarded - plain
+    return f"+{more} evaluation{'s' * (more != 1)}, {more / plain:.0%} of this run" if more else "none"
+
+
+def sameness(found: Comparison, row: int) -> str:
+    """Whether the two pictures are one, in words."""
+    if found.reports[row].verdict == "withheld":
+        return "the guarded one is withheld"
+    return "identical, bit by bit" if found.identical(row) else "differ"
 
 
 def nearest_picture(target: Image.Image, caption: str, found: Comparison, row: int) -> str:
@@ -143,7 +154,8 @@ def line_of(found: Comparison) -> str:
     """How far a comparison has come, in words."""
     calls = found.setting.steps
     if found.done:
-        return elements.status(f"Done: {cost(found)} milliseconds without and with the guard.".replace("→", "and"), "done")
+        plain, guarded = sum(found.unguarded.evaluations), sum(found.guarded.evaluations)
+        return elements.status(f"Done. Cost of the guard: {cost(plain, guarded)}.", "done")
     name, run, base = ("With", found.guarded, 0.5) if found.unguarded.images else ("Without", found.unguarded, 0.0)
     done = min(len(run.timesteps), calls)
     return elements.status(f"{name} the guard: denoiser call {done} of {calls}", "busy", base + 0.5 * done / calls)

@@ -278,6 +278,24 @@ def test_a_comparison_is_the_two_plain_calls(mode: str, model: Model, embedded: 
     assert len(events) > 2 * STEPS
 
 
+def test_the_cost_of_the_guard_is_a_share_of_the_run() -> None:
+    cost = pytest.importorskip("sdguard.demo.generate_tab").cost
+    assert cost(20, 24) == "+4 evaluations, 20% of this run"
+    assert cost(10, 11) == "+1 evaluation, 10% of this run"
+    assert cost(20, 20) == "none"
+
+
+def test_no_time_is_shown_and_an_ordinary_pair_is_said_to_be_one(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    generate_tab = pytest.importorskip("sdguard.demo.generate_tab")
+    other = Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0})
+    found = emitted(lambda emit: compare(other, Setting("a cat", steps=3, guidance=4.0), profile_for(tiny, 1e6), emit))[-1]
+    shown = generate_tab.result(other, found) + generate_tab.line_of(found)
+    assert "identical, bit by bit" in shown
+    assert "millisecond" not in shown
+    found.guarded.images[0] = Image.eval(found.guarded.images[0], lambda value: value ^ 1)
+    assert "identical" not in generate_tab.result(other, found)
+
+
 def test_a_course_ends_at_its_picture(model: Model, memorized: dict[str, Any]) -> None:
     found = emitted(lambda emit: compare(model, Setting(memorized["text"]), None, emit))[-1]
     for course in (found.unguarded, found.guarded):
