@@ -37,6 +37,11 @@ def status(text: str, kind: str = "hint", done: float | None = None) -> str:
     return f'<div class="sg-status sg-{kind}" role="{role}" aria-live="polite"><span>{escape(text)}</span>{bar}</div>'
 
 
+def lesson(text: str) -> str:
+    """What a tab teaches, in one sentence."""
+    return f'<p class="sg-lesson">{escape(text)}</p>'
+
+
 def hint(text: str) -> str:
     """What a pane says before there is something to see in it."""
     return f'<div class="sg-empty">{escape(text)}</div>'

@@ -24,6 +24,10 @@ from sdguard.guarded.run import MemorizationError
 from sdguard.steering import METHODS
 from sdguard.testbed.copies import RATIO
 
+LESSON = (
+    "Some prompts bring back a training picture whatever the noise: the guard sees it before the first denoising step and steers away, "
+    "and every other picture stays as it is, bit by bit."
+)
 EMPTY = "Press Generate: the picture without the guard and the one with it appear here, with a slider between them."
 EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised estimate, and what is watched for free."
 
@@ -163,15 +167,17 @@ def line_of(found: Comparison) -> str:
 
 def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) -> list[Any]:
     """Lay the tab out; returns its `controls`, whose setting the other tabs share."""
+    gr.HTML(elements.lesson(LESSON))
     with gr.Row(elem_classes="sg-columns"):
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(elem_classes="sg-ask"):
             box.render()
             start, stop = run_buttons("Generate", "generate")
-            example_chips(model.examples, box)
-            setting = controls(model)
-        with gr.Column(scale=8, min_width=300):
+        with gr.Column(elem_classes="sg-answer"):
             line = gr.HTML(elements.status("Choose an example or write a prompt, then press Generate."), elem_id="generate-status")
             shown = gr.HTML(elements.hint(EMPTY), elem_id="generate-result")
+        with gr.Column(elem_classes="sg-more"):
+            example_chips(model.examples, box)
+            setting = controls(model)
     with gr.Column(elem_classes="sg-section"):
         gr.HTML("<h3>While it ran</h3>")
         ran = gr.HTML(elements.hint(EMPTY_COURSE), elem_id="generate-course")

@@ -14,6 +14,10 @@ from sdguard.demo.model import Model
 from sdguard.demo.page import WORK, Updates, page_updates, prompt_box, run_buttons, setting_of, stops
 from sdguard.demo.settings import MOST_STEPS, whole
 
+LESSON = (
+    "A memorized picture is the top of a spike of the density that the model has learnt, from which every way leads down; around an "
+    "ordinary one there is room for others as likely."
+)
 EMPTY = (
     "Press Measure: the spectrum of the Hessian, how many directions each prompt leaves free, its output density, "
     "and log p around the finished sample."
@@ -82,25 +86,30 @@ def drawn(found: Landscape) -> str:
 
 def tab(model: Model, prompts: tuple[str, str], own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out; ``prompts`` are a memorized and an ordinary one to begin with."""
-    with gr.Row(elem_classes="sg-columns"):
-        memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
-        ordinary = prompt_box("geometry-second", "Second prompt, ordinary", prompts[1], None)
-        steps = model.defaults["num_inference_steps"]
-        step = gr.Slider(
-            1,
-            MOST_STEPS if steps > 50 else steps,
-            round(0.7 * steps),
-            step=1,
-            label="Denoiser call",
-            info="For the spectrum and the density.",
-            min_width=200,
-        )
-    start, stop = run_buttons("Measure", "geometry")
-    line = gr.HTML(
-        elements.status("Both prompts start from the same noise. Seed, steps and guidance are those of the Generate tab."),
-        elem_id="geometry-status",
-    )
-    shown = gr.HTML(elements.hint(EMPTY), elem_id="geometry-result")
+    gr.HTML(elements.lesson(LESSON))
+    steps = model.defaults["num_inference_steps"]
+    with gr.Row(elem_classes="sg-columns sg-wide"):
+        with gr.Column(elem_classes="sg-ask"):
+            with gr.Row():
+                memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
+                ordinary = prompt_box("geometry-second", "Second prompt, ordinary", prompts[1], None)
+            start, stop = run_buttons("Measure", "geometry")
+        with gr.Column(elem_classes="sg-answer"):
+            line = gr.HTML(
+                elements.status("Both prompts start from the same noise. Seed, steps and guidance are those of the Generate tab."),
+                elem_id="geometry-status",
+            )
+            shown = gr.HTML(elements.hint(EMPTY), elem_id="geometry-result")
+        with gr.Column(elem_classes="sg-more"):
+            step = gr.Slider(
+                1,
+                MOST_STEPS if steps > 50 else steps,
+                round(0.7 * steps),
+                step=1,
+                label="Denoiser call",
+                info="For the spectrum and the density.",
+                elem_id="geometry-call",
+            )
 
     def run(request: gr.Request, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, first, *values)

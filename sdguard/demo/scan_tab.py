@@ -16,6 +16,10 @@ from sdguard.demo.settings import MOST_SEEDS, SUFFIXES, uploaded_prompts
 from sdguard.files.prompt_files import write_table
 from sdguard.scan.scan import power_note
 
+LESSON = (
+    "A whole list is judged without making a single picture, and ranked, so that of all that is called discovered no more than the share "
+    "you choose is ordinary in the long run."
+)
 EMPTY = "Choose a file of prompts and press Scan: they appear here, the most suspicious first. No pictures are made."
 #: rows on the page; the files have all.
 SHOWN = 200
@@ -58,21 +62,23 @@ def summary(found: Scanned) -> str:
 
 def tab(model: Model, own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out."""
+    gr.HTML(elements.lesson(LESSON))
     with gr.Row(elem_classes="sg-columns"):
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(elem_classes="sg-ask"):
             file = gr.File(label="Prompts", file_count="single", type="filepath", height=150, elem_id="scan-file")
-            seeds = gr.Slider(1, MOST_SEEDS, 1, step=1, label="Seeds a prompt")
-            fdr = gr.Slider(1, 50, 5, step=1, label="False discovery rate, %", info="The share of discoveries that may be ordinary.")
             start, stop = run_buttons("Scan", "scan")
-            files = gr.File(
-                label="Ranked table: CSV and JSON", file_count="multiple", interactive=False, visible=False, elem_id="scan-downloads"
-            )
-        with gr.Column(scale=8, min_width=300):
+        with gr.Column(elem_classes="sg-answer"):
             line = gr.HTML(
                 elements.status(f"One prompt a line, or a column called prompt, caption or text: {', '.join(SUFFIXES)}, 2 MB at most."),
                 elem_id="scan-status",
             )
             shown = gr.HTML(elements.hint(EMPTY), elem_id="scan-result")
+            files = gr.File(
+                label="Ranked table: CSV and JSON", file_count="multiple", interactive=False, visible=False, elem_id="scan-downloads"
+            )
+        with gr.Column(elem_classes="sg-more"):
+            seeds = gr.Slider(1, MOST_SEEDS, 1, step=1, label="Seeds a prompt", elem_id="scan-seeds")
+            fdr = gr.Slider(1, 50, 5, step=1, label="False discovery rate, %", info="The share of discoveries that may be ordinary.")
 
     def run(request: gr.Request, own: Any, uploaded: Any, count: Any, percent: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)

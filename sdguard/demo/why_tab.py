@@ -15,6 +15,10 @@ from sdguard.demo.why_run import Why, judge_edit, why
 from sdguard.explain.explanation import heat
 from sdguard.guarded.report import GuardReport
 
+LESSON = (
+    "A memorized prompt pulls harder than ordinary ones do: here is which of its words pull, where in the picture, and how little of the "
+    "wording has to change to let go."
+)
 EMPTY = "Press Explain: the words by how much they are to blame, the place in the picture, and every signal that was read appear here."
 EMPTY_EDIT = "Explain a prompt first; then change a word of it here and see the verdict change."
 
@@ -63,15 +67,17 @@ def or_dash(value: float | None, form: str) -> str:
 def tab(model: Model, box: gr.Textbox, own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out."""
     reference = gr.State(None)
+    gr.HTML(elements.lesson(LESSON))
     with gr.Row(elem_classes="sg-columns"):
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(elem_classes="sg-ask"):
             box.render()
             start, stop = run_buttons("Explain", "why")
+        with gr.Column(elem_classes="sg-answer"):
             line = gr.HTML(elements.status("Seed, steps and guidance are those of the Generate tab."), elem_id="why-status")
+            shown = gr.HTML(elements.hint(EMPTY), elem_id="why-result")
+        with gr.Column(elem_classes="sg-more"):
             edit = prompt_box("edit", "Change a word", "", "The verdict follows as you type; no picture is made.")
             verdict = gr.HTML(elements.hint(EMPTY_EDIT), elem_id="edit-result")
-        with gr.Column(scale=8, min_width=300):
-            shown = gr.HTML(elements.hint(EMPTY), elem_id="why-result")
 
     def run(request: gr.Request, own: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, *values)

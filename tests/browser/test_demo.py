@@ -79,6 +79,13 @@ def generate(page: Page, prompt: str, verdict: str) -> str:
     return said(page, verdict)
 
 
+def top(page: Page, selector: str) -> float:
+    """How far down the page something stands."""
+    box = page.locator(selector).bounding_box()
+    assert box is not None, selector
+    return box["y"]
+
+
 def overflow(page: Page) -> int:
     """By how many pixels the page is wider than the window."""
     return page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
@@ -359,12 +366,17 @@ def test_a_phones_width(opened: Open, listed: Path, shot: Shot) -> None:
         assert box["x"] + box["width"] <= 390
         assert box["height"] >= 36
     assert overflow(page) <= 0
+    assert top(page, "#generate-run") < top(page, "#generate-result") < top(page, ".sg-examples")
     shot(page, "phone-generate")
-    for name, run, there in (("Why", "#why-run", "#why-result table"), ("Geometry", "#geometry-run", "#geometry-result .sg-quad")):
+    for name, run, there, other in (
+        ("Why", "#why-run", "#why-result table", "#edit-prompt"),
+        ("Geometry", "#geometry-run", "#geometry-result .sg-quad >> nth=0", "#geometry-call"),
+    ):
         tab(page, name)
         page.locator(run).click()
-        page.locator(there).first.wait_for()
+        page.locator(there).wait_for()
         assert overflow(page) <= 0, name
+        assert top(page, run) < top(page, there) < top(page, other), name
         shot(page, f"phone-{name.lower()}")
     tab(page, "Scan")
     page.locator("#scan-file input[type=file]").set_input_files(listed)
@@ -372,10 +384,12 @@ def test_a_phones_width(opened: Open, listed: Path, shot: Shot) -> None:
     page.locator("#scan-run").click()
     page.locator("#scan-result tbody tr").first.wait_for()
     assert overflow(page) <= 0
+    assert top(page, "#scan-run") < top(page, "#scan-result") < top(page, "#scan-seeds")
     shot(page, "phone-scan")
     tab(page, "Calibrate")
     page.locator("#calibrate-result svg").wait_for()
     assert overflow(page) <= 0
+    assert top(page, "#calibrate-run") < top(page, "#calibrate-result") < top(page, "#calibrate-back")
     shot(page, "phone-calibrate")
 
 
