@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,7 +10,7 @@ import pandas as pd
 
 from sdguard.demo import elements
 from sdguard.demo.model import Model
-from sdguard.demo.page import WORK, Updates, own_folder, page_updates, path_of, run_buttons, setting_of, share, stops
+from sdguard.demo.page import QUICK, WORK, Updates, own_folder, page_updates, path_of, run_buttons, setting_of, share, stops
 from sdguard.demo.scan_run import Scanned, scan_prompts
 from sdguard.demo.settings import MOST_SEEDS, SUFFIXES, uploaded_prompts
 from sdguard.files.prompt_files import write_table
@@ -31,6 +31,13 @@ def save_table(table: pd.DataFrame) -> list[str]:
     write_table(table, folder / "scan.csv")
     table.to_json(folder / "scan.json", orient="records", indent=1, double_precision=15)
     return [str(folder / "scan.csv"), str(folder / "scan.json")]
+
+
+def save_list(prompts: Sequence[str]) -> str:
+    """Prompts as a text file of one a line among the app's own files."""
+    path = own_folder() / "example-list.txt"
+    path.write_text("\n".join(prompts) + "\n")
+    return str(path)
 
 
 def shown_table(table: pd.DataFrame) -> str:
@@ -66,6 +73,11 @@ def tab(model: Model, own_profile: Any, controls: list[Any]) -> None:
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(elem_classes="sg-ask"):
             file = gr.File(label="Prompts", file_count="single", type="filepath", height=150, elem_id="scan-file")
+            if model.listed:
+                example = gr.Button(
+                    f"Take an example list of {len(model.listed)} prompts", variant="secondary", size="sm", elem_id="scan-example"
+                )
+                example.click(lambda: save_list(model.listed), None, file, queue=False, **QUICK)
             start, stop = run_buttons("Scan", "scan")
         with gr.Column(elem_classes="sg-answer"):
             line = gr.HTML(

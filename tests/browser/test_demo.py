@@ -22,6 +22,7 @@ from playwright.sync_api import Page, expect
 
 from browser.conftest import Server
 from sdguard import GuardConfig, guard, testbed
+from sdguard.demo.model import embedded_list
 from sdguard.guarded.report import GuardReport
 
 Shot = Callable[[Page, str], None]
@@ -212,6 +213,15 @@ def test_a_file_is_ranked_and_downloaded(page: Page, listed: Path, tmp_path: Pat
         assert list(table.prompt) == rows.locator("td:nth-child(2)").all_inner_texts()
     assert overflow(page) <= 0
     shot(page, "scan")
+
+
+def test_the_example_list_is_one_press_away(page: Page) -> None:
+    tab(page, "Scan")
+    page.locator("#scan-example").click()
+    expect(page.locator("#scan-file")).to_contain_text("example-list")
+    page.locator("#scan-run").click()
+    expect(page.locator("#scan-result tbody tr")).to_have_count(len(embedded_list()))
+    expect(page.locator("#scan-result tbody tr").first).to_contain_text("discovered")
 
 
 @pytest.mark.parametrize(

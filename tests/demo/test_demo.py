@@ -34,7 +34,7 @@ from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.app import Shield, names_of
 from sdguard.demo.comparison import Comparison, compare
 from sdguard.demo.landscape import REACH, Landscape, landscape, potential, slice_of
-from sdguard.demo.model import Model, embedded_examples
+from sdguard.demo.model import Model, embedded_captions, embedded_examples, embedded_list
 from sdguard.demo.profiles import find_or_make_profile, make_profile, profile_known
 from sdguard.demo.scan_run import scan_prompts
 from sdguard.demo.settings import LARGEST_BODY, Setting, uploaded_prompts
@@ -417,6 +417,16 @@ def test_the_examples_are_of_every_kind() -> None:
     examples = embedded_examples()
     assert list(dict.fromkeys(example.kind for example in examples)) == ["verbatim", "template", "ordinary", "near miss"]
     assert len({example.text for example in examples}) == len(examples)
+
+
+def test_a_scan_of_the_example_list_discovers_what_is_memorized(model: Model) -> None:
+    save_list = pytest.importorskip("sdguard.demo.scan_tab").save_list
+    memorized = {text for kind in ("verbatim", "template") for text in embedded_captions(kind)[:3]}
+    prompts = uploaded_prompts(save_list(embedded_list()))
+    assert prompts.tolist() == sorted(prompts)
+    assert len(memorized & set(prompts)) == len(memorized) == 6
+    events = emitted(lambda emit: scan_prompts(model, prompts, 1, 0.05, 0.01, None, emit))
+    assert set(events[-1].table.prompt[events[-1].table.discovered]) == memorized
 
 
 # geometry
