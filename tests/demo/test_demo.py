@@ -30,6 +30,7 @@ from sdguard import GuardConfig, Profile, guard, testbed
 from sdguard.cli.main import app
 from sdguard.decision.calibration import evenly
 from sdguard.decision.model_folder import PROFILE_FILE
+from sdguard.decision.profile import SERIES
 from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.app import Shield, names_of
 from sdguard.demo.comparison import Comparison, compare
@@ -41,7 +42,7 @@ from sdguard.demo.settings import LARGEST_BODY, Setting, uploaded_prompts
 from sdguard.demo.streaming import Emit, Progress, Stopped, stoppable, streamed
 from sdguard.demo.why_run import Why, why
 from sdguard.denoiser.install import lock_of
-from sdguard.explain.explanation import explain
+from sdguard.explain.explanation import Explanation, explain
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.report import GuardReport
 from sdguard.testbed.copies import Targets
@@ -373,6 +374,55 @@ def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any
     generator = torch.Generator().manual_seed(1)
     expected = guard(embedded, GuardConfig("observe"))(memorized["text"], generator=generator, **CALL).guard[0]
     assert (found.report.verdict, found.report.score, found.report.signals) == (expected.verdict, expected.score, expected.signals)
+
+
+def test_why_says_what_steering_does_of_a_flagged_prompt(model: Model, embedded: Any, memorized: dict[str, Any]) -> None:
+    seed = memorized["copied_seeds"][0]
+    found = emitted(lambda emit: why(model, Setting(memorized["text"], seed), None, emit))[-1]
+    expected = guard(embedded, GuardConfig())(memorized["text"], generator=torch.Generator().manual_seed(seed), **CALL).guard[0]
+    assert found.steered == expected
+    assert emitted(lambda emit: why(model, Setting(ORDINARY), None, emit))[-1].steered is None
+
+
+def steered_with(**passed: Any) -> GuardReport:
+    return GuardReport("panda at qux canyon", 0, "steered", 6.0, 2.9, 0.001, steering={"passed": passed, "attempts": [passed]})
+
+
+@pytest.mark.parametrize(
+    ("blame", "report", "says", "crossed"),
+    [
+        ([0.1, 0.0, 0.9, 0.2], steered_with(method="rewording", wording="a panda", dropped=["qux"]), "agree: “qux” pulls most", ["Qux,"]),
+        (
+            [0.9, 0.0, 0.1, 0.2],
+            steered_with(method="rewording", wording="a panda", dropped=["qux"]),
+            "“panda”, stays: blame is of the guidance norm",
+            ["Qux,"],
+        ),
+        (
+            [0.9, 0.0, 0.1, 0.2],
+            steered_with(method="rewording", wording="a photo of <b>", dropped=[]),
+            "no word goes. The same words",
+            [],
+        ),
+        ([0.9, 0.0, 0.1, 0.2], steered_with(method="neutral blend", share=0.4), "Steered by neutral blend", []),
+        (
+            [0.9, 0.0, 0.1, 0.2],
+            GuardReport("x", 0, "withheld", 6.0, steering={"passed": None, "attempts": [{}, {}]}),
+            "No correction held (2 tried)",
+            [],
+        ),
+    ],
+)
+def test_blame_and_steering_agree_or_it_is_said_why_not(
+    blame: list[float], report: GuardReport, says: str, crossed: list[str], profile: Profile
+) -> None:
+    explained = pytest.importorskip("sdguard.demo.why_tab").explained
+    flagged = GuardReport("panda at qux canyon", 0, "flagged", 6.0, 2.9, 0.001, series={name: [1.0] for name in SERIES})
+    explanation = Explanation("panda at Qux, canyon", 0, 1.0, ["panda", "at", "Qux,", "canyon"], blame, blame, 1.0, [[0.0]], [[0.0]])
+    page = explained(Why(Setting(explanation.prompt), explanation, flagged, Image.new("RGB", (8, 8)), profile, report))
+    assert says in page
+    assert re.findall("<s>(.*?)</s>", page) == crossed
+    assert "<b>" not in page
 
 
 def test_a_scan_counts_what_is_done_and_ranks(model: Model, memorized: dict[str, Any], tmp_path: Path) -> None:
