@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import Future
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sdguard.demo import calibrate_tab, generate_tab, geometry_tab, scan_tab, why_tab
 from sdguard.demo.clients import Listeners
+from sdguard.demo.comparison import Comparison
 from sdguard.demo.model import Model
+from sdguard.demo.opening import begin_opening, opening_prompts
 from sdguard.demo.page import INTERNAL, ROOM, prompt_box
 from sdguard.demo.settings import LARGEST_BODY, LARGEST_FILE
 
@@ -136,8 +139,8 @@ class Page(gr.Blocks):
             raise gr.Error(INTERNAL, print_exception=False) from None
 
 
-def build(model: Model) -> gr.Blocks:
-    """The page on a model."""
+def build(model: Model, opening: Future[list[Comparison]] | None = None) -> gr.Blocks:
+    """The page on a model, which opens on ``opening`` once that is there."""
     with Page(title="sdguard", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(HEADER)
         own_profile = gr.State(None)
@@ -148,7 +151,7 @@ def build(model: Model) -> gr.Blocks:
         why_box.unrender()
         with gr.Tabs(elem_classes="sg-tabs"):
             with gr.Tab("Generate", id="generate"):
-                setting = generate_tab.tab(model, box, own_profile, why_box)
+                setting = generate_tab.tab(model, box, own_profile, why_box, page.load, opening)
             with gr.Tab("Why", id="why"):
                 why_tab.tab(model, why_box, own_profile, setting)
             with gr.Tab("Geometry", id="geometry"):
@@ -188,7 +191,7 @@ def few_heaps() -> None:
 
 def launch(model: Model, host: str, port: int, wait: bool = True) -> gr.Blocks:
     """Serve the page on a model, until it is interrupted where ``wait``, else from threads beside this one; returns the page."""
-    page = build(model)
+    page = build(model, begin_opening(model) if opening_prompts(model) else None)
     page.queue(max_size=ROOM["concurrency_limit"], api_open=False)
     page.launch(
         server_name=host,

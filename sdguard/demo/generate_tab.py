@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -15,7 +18,7 @@ from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.clients import Left, client_of, heard
 from sdguard.demo.comparison import Comparison, Course, compare
 from sdguard.demo.model import Model
-from sdguard.demo.page import ROOM, WORK, Updates, example_chips, page_updates, run_buttons, sentence, setting_of, stops
+from sdguard.demo.page import QUICK, ROOM, WORK, Updates, example_chips, page_updates, run_buttons, sentence, setting_of, stops
 from sdguard.demo.profiles import profile_known
 from sdguard.demo.settings import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Setting
 from sdguard.demo.streaming import streamed
@@ -29,6 +32,7 @@ LESSON = (
     "and every other picture stays as it is, bit by bit."
 )
 EMPTY = "Press Generate: the picture without the guard and the one with it appear here, with a slider between them."
+COMING = "A memorized and an ordinary prompt are being run, once since this server was started: what comes out appears here."
 EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised estimate, and what is watched for free."
 
 
@@ -154,6 +158,16 @@ def course(found: Comparison) -> str:
     return f'<div class="sg-strips">{strips}</div><div class="sg-charts">{"".join(drawn)}</div>'
 
 
+def opened(model: Model, found: Sequence[Comparison]) -> str:
+    """What the page opens on: a memorized prompt's comparison beside an ordinary one's."""
+    titles = ("A memorized prompt", "An ordinary prompt")
+    cards = "".join(
+        f"<section><h3>{title}</h3><p>{escape(each.setting.prompt)}</p>{card(model, each, 0)}</section>"
+        for title, each in zip(titles, found, strict=True)
+    )
+    return f'<div class="sg-opening">{cards}</div>'
+
+
 def line_of(found: Comparison) -> str:
     """How far a comparison has come, in words."""
     calls = found.setting.steps
@@ -165,8 +179,14 @@ def line_of(found: Comparison) -> str:
     return elements.status(f"{name} the guard: denoiser call {done} of {calls}", "busy", base + 0.5 * done / calls)
 
 
-def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) -> list[Any]:
-    """Lay the tab out; returns its `controls`, whose setting the other tabs share."""
+def tab(
+    model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox, load: Any, opening: Future[list[Comparison]] | None
+) -> list[Any]:
+    """Lay the tab out; returns its `controls`, whose setting the other tabs share.
+
+    ``load`` is the event of a page that is opened, on which it shows ``opening``, or once that is there, unless something was run by then.
+    """
+    begun = gr.State(False)
     gr.HTML(elements.lesson(LESSON))
     with gr.Row(elem_classes="sg-columns"):
         with gr.Column(elem_classes="sg-ask"):
@@ -174,7 +194,8 @@ def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) ->
             start, stop = run_buttons("Generate", "generate")
         with gr.Column(elem_classes="sg-answer"):
             line = gr.HTML(elements.status("Choose an example or write a prompt, then press Generate."), elem_id="generate-status")
-            shown = gr.HTML(elements.hint(EMPTY), elem_id="generate-result")
+            front = gr.HTML(elements.hint(COMING), elem_id="generate-opening", visible=opening is not None)
+            shown = gr.HTML("" if opening else elements.hint(EMPTY), elem_id="generate-result")
         with gr.Column(elem_classes="sg-more"):
             example_chips(model.examples, box)
             setting = controls(model)
@@ -186,14 +207,38 @@ def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) ->
         asked = setting_of(model, *values)
 
         def view(found: Comparison) -> Updates:
-            updates: Updates = {line: line_of(found), shown: result(model, found), ran: course(found)}
+            away = gr.HTML(visible=False)
+            updates: Updates = {line: line_of(found), front: away, shown: result(model, found), ran: course(found)}
             return {**updates, why_box: found.setting.prompt} if found.done else updates
 
+        yield {begun: True}
         yield from page_updates(request, model, lambda emit: compare(model, asked, own, emit), view, line, own_profile, (start, stop))
 
-    gr.on([start.click, box.submit], run, [own_profile, box, *setting], [line, shown, ran, own_profile, why_box, start, stop], **WORK)
+    changed = [line, front, shown, ran, own_profile, why_box, begun, start, stop]
+    gr.on([start.click, box.submit], run, [own_profile, box, *setting], changed, **WORK)
     stops(stop)
+    if opening is not None:
+        show_opening(model, opening, load, begun, front, ran)
     return setting
+
+
+def show_opening(model: Model, opening: Future[list[Comparison]], load: Any, begun: gr.State, front: gr.HTML, ran: gr.HTML) -> None:
+    """Let a page that is opened show ``opening`` at once, or as soon as it is there; not where a run has ``begun``."""
+    clock = gr.Timer(1.0)
+
+    @functools.cache
+    def drawn() -> Updates:
+        if opening.exception() is not None:
+            return {front: elements.hint(EMPTY)}
+        found = opening.result()
+        return {front: opened(model, found), ran: course(found[0])}
+
+    def look(begun: bool) -> Updates:
+        if begun:
+            return {clock: gr.Timer(active=False), front: gr.HTML(visible=False)}
+        return {clock: gr.Timer(active=False), **drawn()} if opening.done() else {clock: gr.skip()}
+
+    gr.on([load, clock.tick], look, begun, [clock, front, ran], queue=False, **QUICK)
 
 
 def png(image: Image.Image) -> str:

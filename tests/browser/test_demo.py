@@ -20,7 +20,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Page, expect
 
-from browser.conftest import Server
+from browser.conftest import PHONE, Server
 from sdguard import GuardConfig, guard, testbed
 from sdguard.demo.model import embedded_list
 from sdguard.guarded.report import GuardReport
@@ -124,6 +124,31 @@ def test_a_prompt_gets_the_librarys_verdict(
     expect(page.locator("#generate-course .sg-strip li")).to_have_count(2 * (testbed.STEPS + 1))
     assert overflow(page) <= 0
     shot(page, f"generate-{verdict}-{prompt.split()[0]}")
+
+
+def test_the_page_opens_on_a_result_that_was_made_once(opened: Open, server: Server, embedded: Any, shot: Shot) -> None:
+    page = opened()
+    front = page.locator("#generate-opening")
+    said(page, "clean", "generate-opening")
+    memorized, ordinary = (front.locator("section > p").nth(i).inner_text() for i in range(2))
+    assert said(page, "steered", "generate-opening") == report_of(embedded, memorized).reason
+    assert said(page, "clean", "generate-opening") == report_of(embedded, ordinary).reason
+    pictures = [
+        front.get_by_alt_text(f"{which}: {ordinary}, seed 0", exact=True).get_attribute("src") for which in ("guarded", "unguarded")
+    ]
+    assert pictures[0] == pictures[1]
+    expect(front.locator(".sg-facts").last).to_contain_text("identical, bit by bit")
+    expect(page.locator("#generate-course .sg-strip li")).to_have_count(2 * (testbed.STEPS + 1))
+    shot(page, "opening")
+    assert overflow(page) <= 0
+    before = sum(server.process.cpu_times()[:2])
+    other = opened(PHONE)
+    said(other, "steered", "generate-opening")
+    assert sum(server.process.cpu_times()[:2]) - before < 2  # a comparison takes more
+    assert overflow(other) <= 0
+    shot(other, "phone-opening")
+    generate(other, ordinary, "clean")
+    expect(other.locator("#generate-opening")).to_be_hidden()
 
 
 def test_the_slider_is_moved_by_keyboard(page: Page) -> None:

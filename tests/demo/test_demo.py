@@ -36,10 +36,12 @@ from sdguard.demo.app import Shield, names_of
 from sdguard.demo.comparison import Comparison, compare
 from sdguard.demo.landscape import REACH, Landscape, landscape, potential, slice_of
 from sdguard.demo.model import Model, embedded_captions, embedded_examples, embedded_list
+from sdguard.demo.opening import begin_opening, make_opening, opening_prompts
 from sdguard.demo.profiles import find_or_make_profile, make_profile, profile_known
 from sdguard.demo.scan_run import scan_prompts
 from sdguard.demo.settings import LARGEST_BODY, Setting, uploaded_prompts
 from sdguard.demo.streaming import Emit, Progress, Stopped, stoppable, streamed
+from sdguard.demo.turns import Client, Turns
 from sdguard.demo.why_run import Why, why
 from sdguard.denoiser.install import lock_of
 from sdguard.explain.explanation import Explanation, explain
@@ -461,6 +463,46 @@ def test_work_holds_nothing_of_the_model_where_it_rests(model: Model, tmp_path: 
     make_profile(model, [f"a cat number {i}" for i in range(9)], 0.4, emit)
     words = ["Scanning", "Making the picture", "Leaving out one word after the other", "Calibrating"]
     assert free == dict.fromkeys(words, True)
+
+
+def test_the_opening_is_a_copy_that_was_steered_and_an_ordinary_pair_that_is_one(model: Model) -> None:
+    memorized, ordinary = make_opening(model)
+    assert [memorized.setting.prompt, ordinary.setting.prompt] == opening_prompts(model)
+    assert (memorized.reports[0].verdict, memorized.copied(0)) == ("steered", (True, False))
+    assert (ordinary.reports[0].verdict, ordinary.copied(0), ordinary.identical(0)) == ("clean", (False, False), True)
+    assert emitted(lambda emit: compare(model, ordinary.setting, None, emit))[-1].reports == ordinary.reports
+
+
+def test_the_opening_waits_for_its_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdguard.demo.opening.compare", lambda model, setting, own, emit: emit(setting.prompt))
+    other = replace(model, turns=Turns())
+    entered, leave = threading.Event(), threading.Event()
+
+    def work(emit: Emit) -> None:
+        entered.set()
+        leave.wait(10)
+
+    thread = threading.Thread(target=other.turns.taken(Client("1.2.3.4", "a"), work), args=(print,))
+    thread.start()
+    assert entered.wait(5)
+    opening = begin_opening(other)
+    time.sleep(0.2)
+    assert not opening.done()
+    leave.set()
+    assert opening.result(5) == opening_prompts(model)
+    thread.join()
+
+
+def test_an_opening_that_fails_is_no_end_of_the_page(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("sdguard.demo.opening.compare", fail)
+    assert isinstance(begin_opening(model).exception(5), RuntimeError)
+
+
+def test_of_a_model_of_which_nothing_is_known_nothing_is_run_unasked(tiny: Any) -> None:
+    assert opening_prompts(Model("tiny", tiny, {}, examples=embedded_examples())) == []
 
 
 def test_the_examples_are_of_every_kind() -> None:
