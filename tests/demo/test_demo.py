@@ -226,6 +226,13 @@ def test_a_body_is_taken_up_to_its_limit(declared: bool) -> None:
     assert "default-src 'self'" in refused.headers["content-security-policy"]
 
 
+def test_only_who_is_named_may_show_the_page_in_a_frame() -> None:
+    app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("in"))])
+    policies = [TestClient(Shield(app, **named)).get("/").headers["content-security-policy"] for named in ({}, {"frames": "*"})]
+    assert [policy.rpartition("; ")[2] for policy in policies] == ["frame-ancestors 'self'", "frame-ancestors *"]
+    assert "default-src 'self'" in policies[1]
+
+
 @pytest.mark.parametrize(
     ("host", "asked", "status"),
     [("127.0.0.1", "evil.example", 400), ("127.0.0.1", "localhost:7860", 200), ("0.0.0.0", "demo.example", 200)],
