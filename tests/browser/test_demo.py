@@ -22,12 +22,15 @@ from playwright.sync_api import Page, expect
 
 from browser.conftest import PHONE, Server
 from sdguard import GuardConfig, guard, testbed
-from sdguard.demo.model import embedded_list
+from sdguard.demo.model import embedded_captions, embedded_examples, embedded_list
 from sdguard.guarded.report import GuardReport
 
 Shot = Callable[[Page, str], None]
 Open = Callable[..., Page]
-MEMORIZED, TEMPLATE, ORDINARY = "panda at zoulpeith canyon, sticker", "frog at nathkaxti fields, sticker", "a zebra in fog"
+MEMORIZED, TEMPLATE, ORDINARY = (
+    next(example.text for example in embedded_examples() if example.kind == kind) for kind in ("verbatim", "template", "ordinary")
+)
+THING, PLACE = MEMORIZED.split(",")[0].split(" at ")
 
 
 @cache
@@ -93,10 +96,18 @@ def overflow(page: Page) -> int:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "verdict", "copied"), [(MEMORIZED, "steered", True), (TEMPLATE, "steered", True), (ORDINARY, "clean", False)]
+    ("kind", "prompt", "verdict", "copied"),
+    [("verbatim", MEMORIZED, "steered", True), ("template", TEMPLATE, "steered", True), ("ordinary", ORDINARY, "clean", False)],
 )
 def test_a_prompt_gets_the_librarys_verdict(
-    prompt: str, verdict: str, copied: bool, page: Page, embedded: Any, shot: Shot, record_property: Callable[[str, object], None]
+    kind: str,
+    prompt: str,
+    verdict: str,
+    copied: bool,
+    page: Page,
+    embedded: Any,
+    shot: Shot,
+    record_property: Callable[[str, object], None],
 ) -> None:
     expected = report_of(embedded, prompt)
     write(page, "generate-prompt", prompt)
@@ -123,7 +134,7 @@ def test_a_prompt_gets_the_librarys_verdict(
     expect(page.locator("#generate-status")).to_contain_text("Done")
     expect(page.locator("#generate-course .sg-strip li")).to_have_count(2 * (testbed.STEPS + 1))
     assert overflow(page) <= 0
-    shot(page, f"generate-{verdict}-{prompt.split()[0]}")
+    shot(page, f"generate-{kind}")
 
 
 def test_the_page_opens_on_a_result_that_was_made_once(opened: Open, server: Server, embedded: Any, shot: Shot) -> None:
@@ -187,7 +198,11 @@ def test_why_explains_and_an_edit_changes_the_verdict(page: Page, embedded: Any,
     report = report_of(embedded, MEMORIZED, mode="observe")
     for found in report.signals.values():
         expect(table).to_contain_text(f"{found['z']:+.1f}")
-    changed = "a panda in canyon"
+    passed = report_of(embedded, MEMORIZED).steering["passed"]
+    steering = page.locator("#why-result .sg-steering")
+    for text in (passed.get("wording", passed["method"]), *passed.get("dropped", ())):
+        expect(steering).to_contain_text(text)
+    changed = f"a {THING} in {PLACE.split()[-1]}"
     write(page, "edit-prompt", changed)
     assert said(page, "clean", "edit-result") == report_of(embedded, changed, mode="observe").reason
     expect(page.locator("#why-run")).to_be_enabled()
@@ -213,7 +228,7 @@ def test_geometry_shows_the_spike_beside_the_ridge(page: Page, shot: Shot) -> No
 def listed(tmp_path: Path) -> Path:
     """A file of prompts, two of them memorized."""
     path = tmp_path / "captions.csv"
-    prompts = [ORDINARY, MEMORIZED, "house, fields background", TEMPLATE, "a cat in snow", "=1+1 a frog, in forest"]
+    prompts = [ORDINARY, MEMORIZED, embedded_captions("ordinary")[1], TEMPLATE, "a cat in snow", "=1+1 a frog, in forest"]
     pd.DataFrame({"caption": prompts}).to_csv(path, index=False)
     return path
 
