@@ -335,7 +335,7 @@ def main(
     setting = default_setting(model, steps, guidance)
     samples = given_samples(prompts, seeds) if prompts else embedded_samples(split)
     with state.main_process_first():
-        profile, _ = profile_of(pipe, GuardConfig())
+        profile = profile_of(pipe, GuardConfig())
     assert profile is not None  # calibrated where none was known
     about = configuration(model, pipe, profile, setting, state.device)
     task = Task(pipe, setting, profile, samples, about)

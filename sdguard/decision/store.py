@@ -90,24 +90,7 @@ def profile_now(
     Raises:
         ProfileError: as `profile_for`, or none is known with ``"raise"``, or with the text encoders gone.
     """
-    return profile_of_model(pipe, identity_now(pipe, adapter_scale), given, on_unknown, prompts, adapter_scale)
-
-
-def identity_now(pipe: Any, adapter_scale: float | None) -> dict[str, Any]:
-    """The `identity` of a pipeline's model, whatever runs of other threads are under way."""
-    with lock_of(denoiser_of(pipe)):  # a run of another thread scales LoRA in place
-        return identity(pipe, adapter_scale)
-
-
-def profile_of_model(
-    pipe: Any,
-    model: dict[str, Any],
-    given: Profile | Path | str | None,
-    on_unknown: OnUnknown,
-    prompts: Sequence[str] | None,
-    adapter_scale: float | None,
-) -> Profile | None:
-    """`profile_now` of a pipeline whose model's identity is known."""
+    model = identity_now(pipe, adapter_scale)
     if given is not None:
         profile = given if isinstance(given, Profile) else load_profile(profile_path(given))
         if carried := carried_over(pipe, model, [profile], prompts, adapter_scale):
@@ -133,6 +116,12 @@ def profile_of_model(
     if known is None and on_unknown != "first_call_only":
         raise ProfileError("No profile is known for this model, and none can be made without its text encoders: calibrate before they go.")
     return known
+
+
+def identity_now(pipe: Any, adapter_scale: float | None) -> dict[str, Any]:
+    """The `identity` of a pipeline's model, whatever runs of other threads are under way."""
+    with lock_of(denoiser_of(pipe)):  # a run of another thread scales LoRA in place
+        return identity(pipe, adapter_scale)
 
 
 def carried_over(

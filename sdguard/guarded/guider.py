@@ -21,7 +21,7 @@ from sdguard.guarded.arguments import lora_scale
 from sdguard.guarded.audit_log import append_records
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
-from sdguard.guarded.run import GuardedRun, profile_of
+from sdguard.guarded.run import GuardedRun, model_of, profile_of
 from sdguard.guarded.verdicts import tell, tell_of_failure
 from sdguard.observation import Observation, Prediction
 
@@ -126,8 +126,9 @@ class GuardedGuidance(ClassifierFreeGuidance):
         encoder = Encoder(self.pipe, self.inputs)
         prompts = self.prompts_of(encoder, first)
         append_records(self.guard, ())  # as in a guarded pipeline's call
-        profile, model = profile_of(self.pipe, self.guard, lora_scale(self.inputs))
-        self.run = GuardedRun(self.guard, profile, prompts, encoder, model=model)
+        scale = lora_scale(self.inputs)
+        profile = profile_of(self.pipe, self.guard, scale)
+        self.run = GuardedRun(self.guard, profile, prompts, encoder, model=model_of(self.pipe, profile, scale))
         return self.run
 
     @contextmanager

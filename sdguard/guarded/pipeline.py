@@ -28,7 +28,7 @@ from sdguard.guarded.arguments import arguments_in, arguments_of, check, check_i
 from sdguard.guarded.audit_log import append_records
 from sdguard.guarded.config import GuardConfig, check_config
 from sdguard.guarded.report import GuardReport
-from sdguard.guarded.run import GuardedRun, blank, profile_of
+from sdguard.guarded.run import GuardedRun, blank, model_of, profile_of
 from sdguard.guarded.verdicts import tell, tell_of_failure
 
 #: looked up at every call of `GuardedPipeline.encode_prompt`.
@@ -214,8 +214,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
         encoder = Encoder(pipe, given)
         prompts = prompts_of(given)
         append_records(config, ())  # a log that cannot be written is better told of now than when the pictures are there
-        profile, model = self.profile(given)
-        run = GuardedRun(config, profile, prompts, encoder, limits(given), model)
+        profile = self.profile(given)
+        run = GuardedRun(config, profile, prompts, encoder, limits(given), model_of(pipe, profile, lora_scale(given)))
         try:
             with watched(encoder, run) as aside:
                 alone = {id(callback): beside(callback, aside) for callback in callbacks_in(given)}
@@ -236,8 +236,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
         output.guard = run.reports  # not those of the last call, which may be another thread's
         return output
 
-    def profile(self, given: dict[str, Any]) -> tuple[Profile | None, str]:
-        """The profile of a run with these arguments, given, known, or made now, or None where it goes on without; and its model's name."""
+    def profile(self, given: dict[str, Any]) -> Profile | None:
+        """The profile of a run with these arguments: the one given, a known one or one made now, or None where it goes on without."""
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 

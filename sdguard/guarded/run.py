@@ -24,7 +24,7 @@ from sdguard.decision.cache import model_name, name_of
 from sdguard.decision.calibration import same_picture
 from sdguard.decision.cascade import judge
 from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
-from sdguard.decision.store import identity_now, profile_of_model
+from sdguard.decision.store import identity_now, profile_now
 from sdguard.decision.traffic import append_scores
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.geometry.reference import LESS_NOISED_LOG_SNR, LOG_SNR, NOISED_LOG_SNR, recurrence, reference_end, timestep_at
@@ -45,14 +45,19 @@ LOOKS_LOG_SNR = (-3.3, -2.0)
 WITHOUT_PROFILE = "without a profile: whether two noises give one picture"
 
 
-def profile_of(pipe: Any, config: GuardConfig, adapter_scale: float | None = None) -> tuple[Profile | None, str]:
-    """The profile that runs of a pipeline go by, and its model's name, LoRA scaled by ``adapter_scale`` where a call says so.
+def profile_of(pipe: Any, config: GuardConfig, adapter_scale: float | None = None) -> Profile | None:
+    """The profile that runs of a pipeline go by, LoRA scaled by ``adapter_scale`` where a call says so.
 
-    There is no profile where none is known and ``config.on_unknown`` has it go on without; raises as `profile_now` does.
+    None where none is known and ``config.on_unknown`` has it go on without; raises as `profile_now` does.
     """
-    model = identity_now(pipe, adapter_scale)
-    profile = profile_of_model(pipe, model, config.profile, config.on_unknown, config.calibration_prompts, adapter_scale)
-    return profile, model_name(model)
+    return profile_now(
+        pipe, given=config.profile, on_unknown=config.on_unknown, prompts=config.calibration_prompts, adapter_scale=adapter_scale
+    )
+
+
+def model_of(pipe: Any, profile: Profile | None, adapter_scale: float | None = None) -> str:
+    """The name of a pipeline's model: the profile's, unless there is none or it was made with other adapters."""
+    return model_name(profile.model if profile and not profile.note else identity_now(pipe, adapter_scale))
 
 
 class MemorizationError(RuntimeError):
@@ -72,7 +77,7 @@ class GuardedRun:
     Without a profile an image is flagged where two noises give one picture, and not steered.
 
     Args:
-        model: the model's name, by default that in the profile, which is of it.
+        model: the model's name (`model_of`); by default that of the profile's.
     """
 
     def __init__(

@@ -36,11 +36,12 @@ class Targets:
 
     def distances(self, images: np.ndarray) -> np.ndarray:
         """Root-mean-square difference of every image and every drawn target, pixels in [0, 1], ``[images, n]``."""
-        out = np.empty((len(images), len(self.drawn)), np.float32)
-        x = images.astype(np.float32) / 255
-        for j, (picture, kept) in enumerate(zip(self.drawn, self.fixed, strict=True)):
-            out[:, j] = np.sqrt(np.square(x[:, kept] - picture[kept].astype(np.float32) / 255).mean(axis=(1, 2)))
-        return out
+        x = images.reshape(len(images), -1).astype(np.float64)
+        kept = np.repeat(self.fixed.reshape(len(self.fixed), -1), images.shape[-1], axis=1).astype(np.float64)
+        drawn = kept * self.drawn.reshape(len(self.drawn), -1)
+        # |x - p|^2 over what is kept, in whole numbers under 2^53 and therefore exact
+        squared = np.square(x) @ kept.T - 2 * x @ drawn.T + np.square(drawn).sum(axis=1)
+        return np.asarray(np.sqrt(squared / kept.sum(axis=1)) / 255)
 
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Index of each image's nearest target, and its distance over that to the nearest target of another group."""

@@ -51,7 +51,7 @@ from sdguard.testbed.copies import Targets
 
 STEPS, GUIDANCE = testbed.STEPS, testbed.GUIDANCE_SCALE
 CALL: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-ORDINARY = "a zebra in fog"
+ORDINARY = "a lion in fog"
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def pipe(request: pytest.FixtureRequest, embedded: Any) -> Any:
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles that are given are taken for any run."""
-    monkeypatch.setattr(guider_module, "profile_of", lambda pipe, config, adapter_scale: (config.profile, "model"))
+    monkeypatch.setattr(guider_module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
 
 
 def call(pipe: Any, prompts: list[str] = PROMPTS, output_type: str = "np", **extra: Any) -> Any:

@@ -36,7 +36,7 @@ through_data = HIDDEN["data"]
 def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The profile that is given is taken for any run."""
     for module in (pipeline_module, guider_module):
-        monkeypatch.setattr(module, "profile_of", lambda pipe, config, adapter_scale: (config.profile, "model"))
+        monkeypatch.setattr(module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +162,7 @@ def test_of_several_those_that_are_not_known_any_more_are_not_clean(pipe: Any) -
 
 def test_on_a_cpu_each_is_judged_at_its_call(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline_module, "profile_of", lambda pipe, config, adapter_scale: (config.profile, "model"))
+    monkeypatch.setattr(pipeline_module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
     _, weak, strong, threshold = case(pipe)
     seen, unseen = (written(guarded(pipe, threshold), {0: strong, 1: weak}, way) for way in (Tensor.copy_, through_data))
     unseen_each, seen_each = ([asdict(replace(report, id="", time="")) for report in output.guard] for output in (unseen, seen))

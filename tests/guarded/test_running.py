@@ -316,7 +316,7 @@ def looked(second_prompt: bool, flagged: SteeringInput, methods: Any) -> list[Ou
 @pytest.fixture
 def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever configuration it was made for."""
-    monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
 
 
 @pytest.mark.usefixtures("given_profile")

@@ -32,7 +32,7 @@ def pipe(embedded: Any) -> Any:
 @pytest.fixture
 def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever model it was made for."""
-    monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
 
 
 @pytest.mark.parametrize("name", PIPELINES)

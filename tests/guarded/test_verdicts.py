@@ -18,6 +18,8 @@ from families import PROMPTS, build, call, modular, profile_for, reworded
 
 import sdguard
 from sdguard import GuardConfig, GuardedGuidance, GuardReport, MemorizationError
+from sdguard.decision.cache import model_name
+from sdguard.decision.identity import identity
 from sdguard.denoiser.probe import quiet
 from sdguard.files.atomic import CannotWrite
 from sdguard.guarded import guider as guider_module
@@ -37,7 +39,7 @@ def pipe(embedded: Any) -> Any:
 def _given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Profiles that are given are taken for any run."""
     for module in (pipeline_module, guider_module):
-        monkeypatch.setattr(module, "profile_of", lambda pipe, config, adapter_scale: (config.profile, "Model-01234567"))
+        monkeypatch.setattr(module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_every_image_has_a_record_that_says_what_its_report_says(pipe: Any, log:
         assert shared == {name: getattr(report, name) for name in shared}
         assert record["delivered"] == (report.verdict == "clean")
         assert record["prompt_sha256"] == hashlib.sha256(str(report.prompt).encode()).hexdigest()
-    assert {record["model"] for record in found} == {"Model-01234567"}
+    assert {record["model"] for record in found} == {model_name(NONE.model)}
     assert [record["seed"] for record in found] == [7 + i for i in range(len(PROMPTS))] * 2
     assert len({record["id"] for record in found}) == len(found)
 
@@ -282,4 +284,6 @@ def test_a_rate_is_that_of_the_image_and_is_promised_by_a_profile_alone(pipe: An
     output = call(guarded(pipe, mode="observe", profile=NONE, false_positive_rate=0.1, rate_per="prompt"), ["a cat", "a cat", "a dog"])
     assert [report.false_positive_rate for report in output.guard] == [0.05, 0.05, 0.1]
     output = call(guarded(pipe, mode="observe", on_unknown="first_call_only"))
-    assert {(report.false_positive_rate, report.profile, report.model) for report in output.guard} == {(None, None, "Model-01234567")}
+    assert {(report.false_positive_rate, report.profile, report.model) for report in output.guard} == {
+        (None, None, model_name(identity(pipe)))
+    }

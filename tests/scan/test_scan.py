@@ -187,7 +187,7 @@ def test_an_interrupted_scan_goes_on(
 
 
 def test_the_profile_of_another_model_and_one_that_is_too_small_are_refused(tiny: Any, embedded: Any) -> None:
-    made, _ = profile_of(tiny, GuardConfig(calibration_prompts=[f"a lion number {i}" for i in range(9)]))
+    made = profile_of(tiny, GuardConfig(calibration_prompts=[f"a lion number {i}" for i in range(9)]))
     assert made is not None
     assert made.prompts == 6
     with pytest.raises(ProfileError, match="another model's"):
