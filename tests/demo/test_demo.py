@@ -31,10 +31,10 @@ from sdguard.cli.main import app
 from sdguard.decision.calibration import evenly
 from sdguard.decision.model_folder import PROFILE_FILE
 from sdguard.decision.profile import SERIES
-from sdguard.demo import charts, elements, signal_views
+from sdguard.demo import charts, elements, geometry_charts, signal_views
 from sdguard.demo.app import Shield, names_of
 from sdguard.demo.comparison import Comparison, compare
-from sdguard.demo.landscape import REACH, Landscape, landscape, potential, slice_of
+from sdguard.demo.landscape import REACH, SIDE, Landscape, Slice, landscape, potential, slice_of
 from sdguard.demo.model import Model, embedded_captions, embedded_examples, embedded_list
 from sdguard.demo.opening import begin_opening, make_opening, opening_prompts
 from sdguard.demo.profiles import find_or_make_profile, make_profile, profile_known
@@ -549,6 +549,32 @@ def test_a_slice_of_a_gaussian_is_its_log_density(sharpness: tuple[float, float]
     assert found.steepness == pytest.approx(sharpness, rel=0.01)
     assert found.rest < 0.01
     assert found.offsets[[0, -1]].tolist() == pytest.approx([-REACH, REACH])
+
+
+@pytest.mark.parametrize(("sharpness", "widths"), [((1.0, 1.0), (2.35, 2.35)), ((0.2, 1.0), (5.27, 2.35))])
+def test_a_peak_is_drawn_as_wide_and_as_high_as_it_is(sharpness: tuple[float, float], widths: tuple[float, float]) -> None:
+    offsets = np.linspace(-REACH, REACH, SIDE)
+    down, right = np.meshgrid(offsets, offsets, indexing="ij")
+    cut = Slice(offsets, -(right**2 * sharpness[0] + down**2 * sharpness[1]) / 2, 0.0, sharpness)
+    drawn = geometry_charts.refined(cut)
+    middle = len(drawn) // 2
+    spacing = 2 * REACH / (len(drawn) - 1)
+    assert drawn.max() == pytest.approx(drawn[middle, middle]) == pytest.approx(1)
+    for line, width in zip((drawn[middle], drawn[:, middle]), widths, strict=True):
+        assert (line > 0.5).sum() * spacing == pytest.approx(width, abs=1.01 * spacing)  # full width at half maximum
+    shown = geometry_charts.surface(cut, "peak", "sg-red", 2.0)
+    heights = [float(value) for value in re.findall(r"--up:([\d.]+)", shown)]
+    assert max(heights) == pytest.approx(0.5, abs=0.05)  # half of what the scale goes to
+    assert statistics.median(heights) < 0.01
+
+
+def test_what_is_over_the_scale_is_cut_off_there() -> None:
+    offsets = np.linspace(-REACH, REACH, SIDE)
+    rising = Slice(offsets, np.tile(3 * offsets, (SIDE, 1)), 0.0, (0.0, 0.0))
+    shown = geometry_charts.surface(rising, "cliff", "sg-red", 2.0)
+    assert max(float(value) for value in re.findall(r"--up:([\d.]+)", shown)) == 1.0
+    ups = [float(y) for path in re.findall(r' d="M([^"]*)Z"', shown) for _, y in (corner.split() for corner in path.split("L"))]
+    assert min(ups) >= 14.0
 
 
 def test_a_potential_of_a_mixture_is_its_log_density() -> None:
