@@ -74,7 +74,7 @@ def card(model: Model, found: Comparison, row: int) -> str:
                 [
                     ("p-value", f"{report.p_value:.3g}" if report.p_value is not None else "–"),
                     ("denoiser evaluations", f"{plain} → {guarded}"),
-                    ("cost of the guard", cost(plain, guarded)),
+                    ("cost", cost(plain, guarded)),
                     ("the two pictures", sameness(found, row)),
                     ("seed", str(found.setting.seed + row)),
                 ]

@@ -12,7 +12,9 @@ from sdguard.demo.charts import WIDTH, Line, chart, figure, svg_path, tick_label
 from sdguard.demo.landscape import Slice
 
 #: of a surface: points a side as drawn, an odd number, and pixels that it is high.
-DRAWN, TALL = 41, 170.0
+DRAWN, TALL = 61, 170.0
+#: share of a surface's height under which it is drawn as its floor, in one piece.
+FLAT = 0.003
 
 
 def spectrum_chart(
@@ -42,7 +44,8 @@ def surface(cut: Slice, name: str, colour: str, most: float) -> str:
     """A slice's density as a surface seen from above, the sample in the middle: linear from 0, cut off at ``most`` times the sample's."""
     heights = np.minimum(refined(cut), most)
     n = len(heights)
-    wide, deep, nought = 185.0 / (n - 1), 62.0 / (n - 1), TALL + 14.0
+    wide, deep = 185.0 / (n - 1), 62.0 / (n - 1)
+    nought = max(TALL - 34.0, *(heights[i, j] / most * TALL - (i + j) * deep for i in range(n) for j in range(n))) + 14
 
     def at(i: int, j: int, height: float) -> tuple[float, float]:
         return WIDTH / 2 + (j - i) * wide, nought + (i + j) * deep - height / most * TALL
@@ -56,11 +59,14 @@ def surface(cut: Slice, name: str, colour: str, most: float) -> str:
     foot, head = (at(n - 1, 0, value)[1] for value in (0.0, most))
     parts.append(f'<line class="sg-grid" x1="{left:.1f}" x2="{left:.1f}" y1="{foot:.1f}" y2="{head:.1f}"/>')
     parts.append(f'<text class="sg-label" x="4" y="{head - 14:.1f}">p over the sample’s</text>')
+    floor = [at(*corner, 0.0) for corner in ((0, 0), (0, n - 1), (n - 1, n - 1), (n - 1, 0))]
+    parts.append(f'<path class="sg-quad {colour}" style="--up:0" d="{svg_path(floor)}Z"/>')
     for i in range(n - 1):
         for j in range(n - 1):
             corners = [at(*each, float(heights[each])) for each in ((i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j))]
             share = float(heights[i : i + 2, j : j + 2].mean()) / most
-            parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{svg_path(corners)}Z"/>')
+            if share > FLAT:
+                parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{svg_path(corners)}Z"/>')
     x, y = at(n // 2, n // 2, float(heights[n // 2, n // 2]))
     parts.append(f'<circle class="sg-sample" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
     under = at(n - 1, n - 1, 0.0)[1]

@@ -515,7 +515,9 @@ def test_of_a_model_of_which_nothing_is_known_nothing_is_run_unasked(tiny: Any) 
 def test_the_examples_are_of_every_kind() -> None:
     examples = embedded_examples()
     assert list(dict.fromkeys(example.kind for example in examples)) == ["verbatim", "template", "ordinary", "near miss"]
-    assert len({example.text for example in examples}) == len(examples)
+    assert len({example.text for example in examples}) == len(examples) == 8
+    thing = examples[0].text.split(" at ")[0]
+    assert thing in next(example.text for example in examples if example.kind == "ordinary")
 
 
 def test_a_scan_of_the_example_list_discovers_what_is_memorized(model: Model) -> None:
@@ -565,7 +567,7 @@ def test_a_peak_is_drawn_as_wide_and_as_high_as_it_is(sharpness: tuple[float, fl
     shown = geometry_charts.surface(cut, "peak", "sg-red", 2.0)
     heights = [float(value) for value in re.findall(r"--up:([\d.]+)", shown)]
     assert max(heights) == pytest.approx(0.5, abs=0.05)  # half of what the scale goes to
-    assert statistics.median(heights) < 0.01
+    assert min(heights) == 0  # the floor
 
 
 def test_what_is_over_the_scale_is_cut_off_there() -> None:
