@@ -75,7 +75,7 @@ def card(model: Model, found: Comparison, row: int) -> str:
                     ("p-value", f"{report.p_value:.3g}" if report.p_value is not None else "–"),
                     ("denoiser evaluations", f"{plain} → {guarded}"),
                     ("cost", cost(plain, guarded)),
-                    ("the two pictures", sameness(found, row)),
+                    ("pictures", sameness(found, row)),
                     ("seed", str(found.setting.seed + row)),
                 ]
             )
@@ -104,7 +104,7 @@ def cost(plain: int, guarded: int) -> str:
 def sameness(found: Comparison, row: int) -> str:
     """Whether the two pictures are one, in words."""
     if found.reports[row].verdict == "withheld":
-        return "the guarded one is withheld"
+        return "one is withheld"
     return "identical, bit by bit" if found.identical(row) else "differ"
 
 

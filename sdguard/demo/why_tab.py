@@ -78,7 +78,7 @@ def explained(found: Why) -> str:
         f'<p class="sg-note">Each word’s share of the norm’s gradient on the token embeddings; the rest lies on end and padding.{agreement}'
         f'</p>{steering}<h3>Where in the picture</h3><div class="sg-maps">{"".join(maps)}</div>'
         f"<h3>What the guard measured</h3>{signal_views.signals_table(found.report, found.profile)}"
-        '<p class="sg-note">z-scores are in standard deviations of ordinary prompts; evaluations are beyond the run’s own.</p>'
+        '<p class="sg-note">z-scores: in standard deviations of ordinary prompts; costs: in denoiser evaluations beyond the run’s own.</p>'
     )
 
 

@@ -95,6 +95,12 @@ def overflow(page: Page) -> int:
     return page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
 
 
+def cut_off(page: Page) -> int:
+    """By how many pixels the widest table that is to be seen has to be scrolled."""
+    wider = "tables => Math.max(0, ...tables.map(table => table.scrollWidth - table.clientWidth))"
+    return page.locator(".sg-table:visible").evaluate_all(wider)
+
+
 @pytest.mark.parametrize(
     ("kind", "prompt", "verdict", "copied"),
     [("verbatim", MEMORIZED, "steered", True), ("template", TEMPLATE, "steered", True), ("ordinary", ORDINARY, "clean", False)],
@@ -427,6 +433,7 @@ def test_a_phones_width(opened: Open, listed: Path, shot: Shot) -> None:
         page.locator(there).wait_for()
         assert overflow(page) <= 0, name
         assert top(page, run) < top(page, there) < top(page, other), name
+        assert cut_off(page) == 0, name
         shot(page, f"phone-{name.lower()}")
     tab(page, "Scan")
     page.locator("#scan-file input[type=file]").set_input_files(listed)
@@ -434,6 +441,7 @@ def test_a_phones_width(opened: Open, listed: Path, shot: Shot) -> None:
     page.locator("#scan-run").click()
     page.locator("#scan-result tbody tr").first.wait_for()
     assert overflow(page) <= 0
+    assert cut_off(page) == 0
     assert top(page, "#scan-run") < top(page, "#scan-result") < top(page, "#scan-seeds")
     shot(page, "phone-scan")
     tab(page, "Calibrate")
