@@ -29,7 +29,7 @@ from sdguard.testbed.copies import RATIO
 
 LESSON = (
     "Some prompts bring back a training picture whatever the noise: the guard sees it before the first denoising step and steers away, "
-    "and every other picture stays as it is, bit by bit."
+    "and a picture that is not flagged stays as it is, bit by bit."
 )
 EMPTY = "Press Generate: the picture without the guard and the one with it appear here, with a slider between them."
 COMING = "A memorized and an ordinary prompt are being run, once since this server was started: what comes out appears here."

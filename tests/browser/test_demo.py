@@ -204,7 +204,7 @@ def test_why_explains_and_an_edit_changes_the_verdict(page: Page, embedded: Any,
     report = report_of(embedded, MEMORIZED, mode="observe")
     for found in report.signals.values():
         expect(table).to_contain_text(f"{found['z']:+.1f}")
-    passed = report_of(embedded, MEMORIZED).steering["passed"]
+    passed = (report_of(embedded, MEMORIZED).steering or {})["passed"]
     steering = page.locator("#why-result .sg-steering")
     for text in (passed.get("wording", passed["method"]), *passed.get("dropped", ())):
         expect(steering).to_contain_text(text)
