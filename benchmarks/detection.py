@@ -79,14 +79,18 @@ class Task:
 
 
 def embedded_samples(split: str) -> pd.DataFrame:
-    """The embedded model's captions of a split, all labelled seeds of those that are copied or serve as negatives, one of the others."""
+    """The embedded model's captions of a split, all labelled seeds of those that are copied or serve as negatives, one of the others.
+
+    Samples of never-seen captions that are copies of another caption's picture are neither, and left out.
+    """
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
     table = pd.concat([prompt_sets.embedded_set(), table[["split", "copied_seeds", "copy_rate", "seeds"]]], axis=1)
     table = table[table.split == split]
     every = [(i, seed) for i, row in table.iterrows() for seed in range(row.seeds if row.copy_rate or row.kind == "ordinary" else 1)]
     samples = table.loc[[i for i, _ in every]].reset_index(drop=True).assign(seed=[seed for _, seed in every])
     samples["positive"] = [seed in copied for seed, copied in zip(samples.seed, samples.copied_seeds, strict=True)]
-    return samples.drop(columns=["split", "copied_seeds", "seeds", "target"])
+    neither = samples.positive & (samples.kind == "ordinary")
+    return samples[~neither].drop(columns=["split", "copied_seeds", "seeds", "target"]).reset_index(drop=True)
 
 
 def given_samples(files: Sequence[Path], seeds: int) -> pd.DataFrame:

@@ -49,7 +49,7 @@ from sdguard.steering import SteeringInput
 from sdguard.steering.fallback import Outcome
 
 SIZE = 16
-PROMPTS = ["a cat", "a dog in forest", "a fox at belen sky, poster"]
+PROMPTS = ["a lion", "a frog in forest", "an owl at belen sky, poster"]
 
 
 def vae(channels: int = 4, **extra: Any) -> AutoencoderKL:

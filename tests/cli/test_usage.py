@@ -179,7 +179,7 @@ def test_a_negative_prompt_moves_the_picture_and_not_the_judgement(tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--negative-prompt", "cat " * 40], "The negative prompt is 42 tokens long"),
+        (["--negative-prompt", "owl " * 40], "The negative prompt is 42 tokens long"),
         (["--device", "abacus"], "The model cannot be put on the device 'abacus'"),
     ],
 )

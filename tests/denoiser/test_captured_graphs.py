@@ -30,7 +30,7 @@ DENOISERS = ("unet", "transformer")
 @pytest.fixture(autouse=True)
 def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever model it was made for."""
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
 
 
 def one_buffer(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ PLAIN = (
 @pytest.fixture
 def given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever model it was made for."""
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def reading_cost(name: str) -> int:
 @pytest.mark.parametrize("pipe", CASES, indirect=True, ids=str)
 def test_the_guard_changes_the_flagged_row_and_nothing_else(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "try_in_order", reworded)
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     plain = call(pipe).images
     denoiser = denoiser_of(pipe)
     before = [vars(denoiser).get(name) for name in ("forward", "_diffusers_hook")]
@@ -184,7 +184,7 @@ def flagged_all() -> Profile:
 @pytest.mark.parametrize("method", ["embedding descent", "rewording", "SAIL", "attractive-repulsive guidance", "guidance delay"])
 @pytest.mark.parametrize("pipe", [(name, None) for name in PLAIN if name != "StableDiffusionPipeline"], indirect=True, ids=str)
 def test_methods_steer_families_with_a_pooled_embedding_or_a_mask(pipe: Any, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     profile = flagged_all() if method in ("embedding descent", "guidance delay", "SAIL") else profile_for(1e-9)
     profile = replace(profile, values={**profile.values, "guidance_norm": [1e-9] * 99 + [1e9], "reference_agreement": [2.0] * 100})
     if method in ("rewording", "attractive-repulsive guidance"):
@@ -220,7 +220,7 @@ def test_a_captured_call_is_evaluated_again_as_it_was(pipe: Any) -> None:
 def test_a_run_without_guidance_pays_one_evaluation_where_the_guard_reads(
     name: str, guidance_scale: float, embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build(name, embedded.tokenizer)
     arguments = {"num_inference_steps": 4, "output_type": "np", **PIPELINES[name][1](), "guidance_scale": guidance_scale}
@@ -490,7 +490,7 @@ def test_text_encoders_may_be_dropped_once_the_guarded_pipeline_has_encoded(name
 @pytest.mark.parametrize("name", ["FluxPipeline", "FluxImg2ImgPipeline"])
 def test_branches_that_are_two_calls_are_recognised(name: str, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flux under true guidance: rows that are left alone keep their bits, a steered one goes the way of its new prompt."""
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build(name, embedded.tokenizer)
     true: dict[str, Any] = {"negative_prompt": ["a cow"] * 3, "true_cfg_scale": 3.0}
@@ -516,7 +516,7 @@ def in_threads(*jobs: Any) -> list[Any]:
 
 
 def test_two_threads_with_a_pipeline_each_do_not_mix(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipes = [build(name, embedded.tokenizer) for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")]
     guarded = [sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))) for pipe in pipes]
     alone = [call(pipe).images for pipe in pipes]
@@ -527,7 +527,7 @@ def test_two_threads_with_a_pipeline_each_do_not_mix(embedded: Any, monkeypatch:
 
 
 def test_two_guarded_pipelines_and_a_plain_one_may_share_a_denoiser(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     first = build("StableDiffusionPipeline", embedded.tokenizer)
     others = [diffusers.StableDiffusionPipeline(**first.components, requires_safety_checker=False) for _ in range(2)]
     for other in others:
@@ -584,7 +584,7 @@ def test_without_any_signal_the_network_is_still_heard(prediction_type: str) -> 
 
 
 def test_a_compiled_denoiser_is_guarded(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     monkeypatch.setattr(run_module, "try_in_order", reworded)
     pipe = build("StableDiffusionPipeline", embedded.tokenizer)
     pipe.unet = torch.compile(one_block(), backend="eager")
@@ -601,7 +601,7 @@ def test_a_compiled_denoiser_is_guarded(embedded: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*PLAIN, "StableDiffusionUpscalePipeline", *(name for name in PIPELINES if name.startswith("Flux"))])
 def test_half_precision(name: str, dtype: torch.dtype, embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipe = build(name, embedded.tokenizer).to(dtype)
     plain = call(pipe).images
     clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
@@ -613,7 +613,7 @@ def test_half_precision(name: str, dtype: torch.dtype, embedded: Any, monkeypatc
 def test_a_scheduler_changed_and_a_denoiser_swapped_after_guarding_are_those_that_run(
     embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipe = build("StableDiffusionPipeline", embedded.tokenizer)
     guarded: Any = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))
     before = call(guarded).images
@@ -629,7 +629,7 @@ def test_a_scheduler_changed_and_a_denoiser_swapped_after_guarding_are_those_tha
 
 
 def test_the_callback_of_the_user_sees_the_guarded_latents(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipe = build("StableDiffusionXLPipeline", embedded.tokenizer)
     seen: list[int] = []
 

@@ -23,7 +23,7 @@ from sdguard.guarded import run as run_module
 @pytest.fixture(autouse=True)
 def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever model it was made for; what is flagged is reworded."""
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     monkeypatch.setattr(run_module, "try_in_order", reworded)
 
 

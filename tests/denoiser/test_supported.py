@@ -90,7 +90,7 @@ class Renames(diffusers.StableDiffusionPipeline):
 def test_a_call_that_hands_on_its_arguments_is_read_by_the_call_it_hands_them_to(
     kind: Any, return_dict: bool, embedded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     pipe = kind(**build("StableDiffusionPipeline", embedded.tokenizer).components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     guarded = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6)))
@@ -104,7 +104,7 @@ def test_a_call_that_hands_on_its_arguments_is_read_by_the_call_it_hands_them_to
 
 
 def test_what_is_made_of_a_supported_class_is_guarded_as_that(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: (self.guard_config.profile, "model"))
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
     whole = build("StableDiffusionPipeline", embedded.tokenizer)
     pipe = Ours(**whole.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

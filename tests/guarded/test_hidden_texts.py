@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pytest
 import torch
-from families import build, call, modular, profile_for
+from families import PROMPTS, build, call, modular, profile_for
 from torch import Tensor
 
 import sdguard
@@ -63,7 +63,7 @@ def written(pipe: Any, texts: dict[int, Tensor], way: Way = through_data, **extr
         return values
 
     callback = {"callback_on_step_end": write, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    return call(pipe, ["a cat"] * 3, generator=seeds(), **callback, **extra)
+    return call(pipe, PROMPTS[1:2] * 3, generator=seeds(), **callback, **extra)
 
 
 def guarded(pipe: Any, threshold: float = 1e6, mode: Any = "steer", **config: Any) -> Any:
@@ -243,7 +243,7 @@ def test_a_guider_withholds_it_too(embedded: Any, monkeypatch: pytest.MonkeyPatc
         guider = Writes(pipe, guard=GuardConfig(profile=profile_for(threshold)), guidance_scale=4.0)
         pipe.update_components(guider=guider)
         sized = {"height": 16, "width": 16, "num_inference_steps": 4}
-        return pipe(prompt=["a cat"] * 3, generator=seeds(), **sized, output_type="latent", output="images"), guider
+        return pipe(prompt=PROMPTS[1:2] * 3, generator=seeds(), **sized, output_type="latent", output="images"), guider
 
     found: list[Tensor] = []
     run(torch.zeros(0), lambda held, values: found.append(held.clone()))

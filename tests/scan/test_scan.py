@@ -45,12 +45,12 @@ def profile() -> Profile:
 
 @pytest.fixture(scope="module")
 def prompts() -> dict[int, str]:
-    """Some captions of the development split: those that training showed most often, between ordinary ones."""
+    """Some captions of the development split: such as are copied from any noise, between ordinary ones."""
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
     table = table[table.split == "development"]
-    most = table[table.repetitions == table.repetitions.max()].text.tolist()[:MEMORIZED]
+    copied = table[table.copy_rate == 1].text.tolist()[:MEMORIZED]
     ordinary = table[table.kind == "ordinary"].text.tolist()[:ORDINARY]
-    return dict(enumerate([*ordinary[:2], *most, *ordinary[2:]]))
+    return dict(enumerate([*ordinary[:2], *copied, *ordinary[2:]]))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Every signal on the model that ships: how samples that are copies read against never-seen captions of the same make.
 
-The bounds lie far below what ``python -m benchmarks detection`` measures. Signals that are weak there, or of the other sign, are bounded
-as that: whoever makes them better will have to say so here.
+The bounds lie far below what ``python -m benchmarks detection`` measures. Signals that are weak there are bounded as that:
+whoever makes them better will have to say so here.
 """
 
 from typing import Any
@@ -16,8 +16,7 @@ from sdguard.observation import Observation
 from sdguard.signals import SIGNALS, Signal
 
 PER_KIND = 12
-WEAK = {"attention_entropy", "low_noise_alignment", "lid_conditional", "bottleneck_spread"}
-OTHER_SIGN = {"lid_unconditional"}
+WEAK = {"attention_entropy", "low_noise_alignment", "lid_conditional", "lid_unconditional", "output_density", "bottleneck_spread"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,5 @@ def test_copies_read_higher_than_never_seen_captions(signal: Signal, values: dic
     copies, never = values[signal.name][:PER_KIND], values[signal.name][PER_KIND:]
     assert np.isfinite(values[signal.name]).all()
     auc = (copies[:, None] > never[None, :]).mean()
-    if signal.name in OTHER_SIGN:
-        assert auc < 0.3
-    elif signal.name not in WEAK:
+    if signal.name not in WEAK:
         assert auc > 0.75

@@ -57,7 +57,7 @@ def test_the_shipped_profile_is_of_the_shipped_model(embedded: Any) -> None:
 
 def test_the_prompt_table_holds_what_the_model_card_says(targets: tuple[Targets, list[str]]) -> None:
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
-    assert set(table.kind) == {"verbatim", "template", "ordinary", "unseen"}
+    assert set(table.kind) == {"verbatim", "several pictures", "template", "fixed object", "shared caption", "ordinary", "unseen"}
     assert set(table.split) == {"calibration", "development", "test"}
     assert (table.kind == "ordinary").sum() >= 1000
     assert table.text.is_unique
