@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo notebook app docs test test-browser screenshots lint
+.PHONY: install demo notebook app space docs test test-browser screenshots lint
 
 install: $(STAMP)
 
@@ -36,6 +36,13 @@ docs: install
 
 app: install
 	$(BIN)/python app.py
+
+# a Space's own repository: space/ with the package beside it
+SPACE ?= build/space
+space:
+	mkdir -p $(SPACE)
+	cp -R space/. sdguard LICENSE NOTICE $(SPACE)
+	find $(SPACE) -name __pycache__ -prune -exec rm -r {} +
 
 test-browser: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -s tests/browser

@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import Future
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sdguard.demo import calibrate_tab, generate_tab, geometry_tab, scan_tab, why_tab
 from sdguard.demo.clients import Listeners
+from sdguard.demo.comparison import Comparison
 from sdguard.demo.model import Model
+from sdguard.demo.opening import begin_opening, opening_prompts
 from sdguard.demo.page import INTERNAL, ROOM, prompt_box
 from sdguard.demo.settings import LARGEST_BODY, LARGEST_FILE
 
@@ -32,12 +35,14 @@ HEADER = (
     "before the first denoising step, and look at why.</p></header>"
 )
 FOOTER = '<div class="sg-footer">Running {model} on this machine; nothing is sent elsewhere. <a href="?view=api">Use it as an API</a></div>'
-#: the page asks nobody but its own server for anything.
+#: the page asks nobody but its own server for anything; who may show it within a page of theirs is said at the end.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; frame-ancestors 'self'; base-uri 'self'; form-action 'self'"
+    "font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; base-uri 'self'; form-action 'self'; frame-ancestors "
 )
 
+#: of a content security policy: the page's own site.
+OWN = "'self'"
 TOO_LARGE = f"A request of more than {LARGEST_BODY / 1e6:.1f} MB is not taken."
 UNREADABLE = "What was sent is not of the form that is asked for here; ?view=api says what is."
 #: of glibc's malloc.h.
@@ -56,10 +61,13 @@ class TooLarge(Exception):
 
 
 class Shield:
-    """ASGI middleware: tells browsers to load nothing from elsewhere, fetches other sites' files for nobody, takes no body of any size."""
+    """ASGI middleware: tells browsers to load nothing from elsewhere, fetches other sites' files for nobody, takes no body of any size.
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    ``frames`` are the sites that may show the page within their own, as a content security policy names them.
+    """
+
+    def __init__(self, app: Any, frames: str = OWN) -> None:
+        self.app, self.policy = app, POLICY + frames
 
     async def __call__(self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]) -> None:
         if scope["type"] != "http":
@@ -70,7 +78,7 @@ class Shield:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = [
-                    (b"content-security-policy", POLICY.encode()),
+                    (b"content-security-policy", self.policy.encode()),
                     (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"no-referrer"),
                 ]
@@ -136,8 +144,8 @@ class Page(gr.Blocks):
             raise gr.Error(INTERNAL, print_exception=False) from None
 
 
-def build(model: Model) -> gr.Blocks:
-    """The page on a model."""
+def build(model: Model, opening: Future[list[Comparison]] | None = None) -> gr.Blocks:
+    """The page on a model, which opens on ``opening`` once that is there."""
     with Page(title="sdguard", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(HEADER)
         own_profile = gr.State(None)
@@ -148,7 +156,7 @@ def build(model: Model) -> gr.Blocks:
         why_box.unrender()
         with gr.Tabs(elem_classes="sg-tabs"):
             with gr.Tab("Generate", id="generate"):
-                setting = generate_tab.tab(model, box, own_profile, why_box)
+                setting = generate_tab.tab(model, box, own_profile, why_box, page.load, opening)
             with gr.Tab("Why", id="why"):
                 why_tab.tab(model, why_box, own_profile, setting)
             with gr.Tab("Geometry", id="geometry"):
@@ -186,9 +194,12 @@ def few_heaps() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
-def launch(model: Model, host: str, port: int, wait: bool = True) -> gr.Blocks:
-    """Serve the page on a model, until it is interrupted where ``wait``, else from threads beside this one; returns the page."""
-    page = build(model)
+def launch(model: Model, host: str, port: int, wait: bool = True, frames: str = OWN) -> gr.Blocks:
+    """Serve the page on a model, until it is interrupted where ``wait``, else from threads beside this one; returns the page.
+
+    ``frames`` as `Shield` has it.
+    """
+    page = build(model, begin_opening(model) if opening_prompts(model) else None)
     page.queue(max_size=ROOM["concurrency_limit"], api_open=False)
     page.launch(
         server_name=host,
@@ -209,16 +220,20 @@ def launch(model: Model, host: str, port: int, wait: bool = True) -> gr.Blocks:
         prevent_thread_lock=not wait,
         quiet=not wait,
         app_kwargs={
-            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host)), Middleware(Shield), Middleware(Listeners)]
+            "middleware": [
+                Middleware(TrustedHostMiddleware, allowed_hosts=names_of(host)),
+                Middleware(Shield, frames=frames),
+                Middleware(Listeners),
+            ]
         },
     )
     return page
 
 
-def serve(model_name: str = "embedded", host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Load a model and serve the page until it is interrupted; raises `BadInput` where the model cannot be loaded."""
+def serve(model_name: str = "embedded", host: str = "127.0.0.1", port: int = 7860, frames: str = OWN) -> None:
+    """Load a model and serve the page until it is interrupted, as `launch` does; raises `BadInput` where the model cannot be loaded."""
     few_heaps()
     model = Model.load(model_name)
     with tempfile.TemporaryDirectory(prefix="sdguard-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        launch(model, host, port)
+        launch(model, host, port, frames=frames)

@@ -17,6 +17,10 @@ from sdguard.demo.settings import MOST_ORDINARY, uploaded_prompts
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.config import GuardConfig
 
+LESSON = (
+    "The threshold comes from ordinary prompts alone: give your own, and the false-positive rate you choose holds for prompts like them."
+)
+
 
 def described(profile: Profile | None, rate: float, own: bool) -> str:
     """The profile that runs go by, in words and as a histogram; ``own``: it was made in this session."""
@@ -57,8 +61,9 @@ def save_profile(profile: Profile) -> str:
 
 def tab(model: Model, shows: list[Any], own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out; ``shows`` are the events at which the profile in use is looked up."""
+    gr.HTML(elements.lesson(LESSON))
     with gr.Row(elem_classes="sg-columns"):
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(elem_classes="sg-ask"):
             file = gr.File(
                 label="Your ordinary prompts",
                 file_count="single",
@@ -67,7 +72,7 @@ def tab(model: Model, shows: list[Any], own_profile: Any, controls: list[Any]) -
                 elem_id="calibrate-file",
             )
             start, stop = run_buttons("Calibrate", "calibrate")
-            back = gr.Button("Back to the model’s own profile", variant="secondary", elem_id="calibrate-back")
+        with gr.Column(elem_classes="sg-answer"):
             line = gr.HTML(
                 elements.status(
                     "Give prompts that are ordinary for you and known not to be memorized; 1% needs about 150. The profile holds "
@@ -76,8 +81,9 @@ def tab(model: Model, shows: list[Any], own_profile: Any, controls: list[Any]) -
                 elem_id="calibrate-status",
             )
             download = gr.File(label="Profile, for --profile", interactive=False, visible=False, elem_id="calibrate-download")
-        with gr.Column(scale=8, min_width=300):
             shown = gr.HTML(elements.hint("The profile in use appears here."), elem_id="calibrate-result")
+        with gr.Column(elem_classes="sg-more"):
+            back = gr.Button("Back to the model’s own profile", variant="secondary", elem_id="calibrate-back")
 
     def looked(own: Profile | None, *values: Any) -> str:
         try:

@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 #: classes of the style sheet.
 MEMORIZED, ORDINARY, UNGUARDED, GUARDED = "sg-red", "sg-green", "sg-red", "sg-blue"
 

@@ -83,6 +83,10 @@ class Comparison:
         withheld = self.reports[row].verdict == "withheld"
         return self.ratios_before[row] < RATIO, self.ratios_after[row] < RATIO and not withheld
 
+    def identical(self, row: int) -> bool:
+        """Whether an image is the same without and with the guard, bit by bit."""
+        return bool(np.array_equal(np.asarray(self.unguarded.images[row]), np.asarray(self.guarded.images[row])))
+
 
 #: latents up to this size are decoded at every call; of larger ones, whose decoding would cost as much as the run, five a run.
 SMALL_LATENTS = 32

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from sdguard.guarded.report import GuardReport
+from sdguard.words import bare
 
 HEADLINES = {
     "clean": "Nothing memorized",
@@ -35,6 +36,11 @@ def status(text: str, kind: str = "hint", done: float | None = None) -> str:
     bar = "" if done is None else f'<progress max="1" value="{done:.4f}" aria-label="{escape(text)}"></progress>'
     role = "alert" if kind == "error" else "status"
     return f'<div class="sg-status sg-{kind}" role="{role}" aria-live="polite"><span>{escape(text)}</span>{bar}</div>'
+
+
+def lesson(text: str) -> str:
+    """What a tab teaches, in one sentence."""
+    return f'<p class="sg-lesson">{escape(text)}</p>'
 
 
 def hint(text: str) -> str:
@@ -83,12 +89,15 @@ def filmstrip(name: str, estimates: Sequence[tuple[int, Image.Image]], last: Ima
     )
 
 
-def highlighted_words(names: Sequence[str], shares: Sequence[float], unit: str) -> str:
-    """A prompt's words, each on red as strong as its share of the strongest; a negative share counts as none."""
-    strongest = max([1e-9, *shares])
+def highlighted_words(names: Sequence[str], shares: Sequence[float], unit: str, gone: Iterable[str] = ()) -> str:
+    """A prompt's words, each on red as strong as its share of the strongest; a negative share counts as none.
+
+    Words that are ``gone``, which are bare ones, are crossed out.
+    """
+    strongest, crossed = max([1e-9, *shares]), set(gone)
     spans = [
-        f'<span style="--pull:{max(0.0, share) / strongest:.3f}" title="{share:.0%} {escape(unit)}">{escape(name)}'
-        f"<small>{max(share, 0):.0%}</small></span>"
+        f'<span style="--pull:{max(0.0, share) / strongest:.3f}" title="{share:.0%} {escape(unit)}">'
+        f"{f'<s>{escape(name)}</s>' if bare(name) in crossed else escape(name)}<small>{max(share, 0):.0%}</small></span>"
         for name, share in zip(names, shares, strict=True)
     ]
     return f'<p class="sg-words">{" ".join(spans)}</p>'

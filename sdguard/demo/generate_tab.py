@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -15,7 +18,7 @@ from sdguard.demo import charts, elements, signal_views
 from sdguard.demo.clients import Left, client_of, heard
 from sdguard.demo.comparison import Comparison, Course, compare
 from sdguard.demo.model import Model
-from sdguard.demo.page import ROOM, WORK, Updates, example_chips, page_updates, run_buttons, sentence, setting_of, stops
+from sdguard.demo.page import QUICK, ROOM, WORK, Updates, example_chips, page_updates, run_buttons, sentence, setting_of, stops
 from sdguard.demo.profiles import profile_known
 from sdguard.demo.settings import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, Setting
 from sdguard.demo.streaming import streamed
@@ -24,7 +27,12 @@ from sdguard.guarded.run import MemorizationError
 from sdguard.steering import METHODS
 from sdguard.testbed.copies import RATIO
 
+LESSON = (
+    "Some prompts bring back a training picture whatever the noise: the guard sees it before the first denoising step and steers away, "
+    "and a picture that is not flagged stays as it is, bit by bit."
+)
 EMPTY = "Press Generate: the picture without the guard and the one with it appear here, with a slider between them."
+COMING = "A memorized and an ordinary prompt are being run, once since this server was started: what comes out appears here."
 EMPTY_COURSE = "While it runs, every denoiser call shows up here: the denoised estimate, and what is watched for free."
 
 
@@ -60,12 +68,14 @@ def card(model: Model, found: Comparison, row: int) -> str:
     if found.done:
         report = found.reports[row]
         parts_below.append(elements.verdict(report))
+        plain, guarded = found.unguarded.evaluations[row], found.guarded.evaluations[row]
         parts_below.append(
             elements.facts(
                 [
                     ("p-value", f"{report.p_value:.3g}" if report.p_value is not None else "–"),
-                    ("denoiser evaluations", f"{found.unguarded.evaluations[row]} → {found.guarded.evaluations[row]}"),
-                    ("milliseconds" + (f", all {found.setting.images}" if found.setting.images > 1 else ""), cost(found)),
+                    ("denoiser evaluations", f"{plain} → {guarded}"),
+                    ("cost", cost(plain, guarded)),
+                    ("pictures", sameness(found, row)),
                     ("seed", str(found.setting.seed + row)),
                 ]
             )
@@ -85,8 +95,17 @@ def newest_estimate(course: Course, row: int) -> Image.Image | None:
     return course.estimates[max(course.estimates)] if course.estimates and row == 0 else None
 
 
-def cost(found: Comparison) -> str:
-    return f"{1000 * found.unguarded.seconds:,.0f} → {1000 * found.guarded.seconds:,.0f}"
+def cost(plain: int, guarded: int) -> str:
+    """What the guard took of a run of ``plain`` denoiser evaluations: as a share, since a run's seconds are the machine's."""
+    more = guarded - plain
+    return f"+{more} evaluation{'s' * (more != 1)}, {more / plain:.0%} of this run" if more else "none"
+
+
+def sameness(found: Comparison, row: int) -> str:
+    """Whether the two pictures are one, in words."""
+    if found.reports[row].verdict == "withheld":
+        return "one is withheld"
+    return "identical, bit by bit" if found.identical(row) else "differ"
 
 
 def nearest_picture(target: Image.Image, caption: str, found: Comparison, row: int) -> str:
@@ -139,27 +158,47 @@ def course(found: Comparison) -> str:
     return f'<div class="sg-strips">{strips}</div><div class="sg-charts">{"".join(drawn)}</div>'
 
 
+def opened(model: Model, found: Sequence[Comparison]) -> str:
+    """What the page opens on: a memorized prompt's comparison beside an ordinary one's."""
+    titles = ("A memorized prompt", "An ordinary prompt")
+    cards = "".join(
+        f"<section><h3>{title}</h3><p>{escape(each.setting.prompt)}</p>{card(model, each, 0)}</section>"
+        for title, each in zip(titles, found, strict=True)
+    )
+    return f'<div class="sg-opening">{cards}</div>'
+
+
 def line_of(found: Comparison) -> str:
     """How far a comparison has come, in words."""
     calls = found.setting.steps
     if found.done:
-        return elements.status(f"Done: {cost(found)} milliseconds without and with the guard.".replace("→", "and"), "done")
+        plain, guarded = sum(found.unguarded.evaluations), sum(found.guarded.evaluations)
+        return elements.status(f"Done. Cost of the guard: {cost(plain, guarded)}.", "done")
     name, run, base = ("With", found.guarded, 0.5) if found.unguarded.images else ("Without", found.unguarded, 0.0)
     done = min(len(run.timesteps), calls)
     return elements.status(f"{name} the guard: denoiser call {done} of {calls}", "busy", base + 0.5 * done / calls)
 
 
-def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) -> list[Any]:
-    """Lay the tab out; returns its `controls`, whose setting the other tabs share."""
+def tab(
+    model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox, load: Any, opening: Future[list[Comparison]] | None
+) -> list[Any]:
+    """Lay the tab out; returns its `controls`, whose setting the other tabs share.
+
+    ``load`` is the event of a page that is opened, on which it shows ``opening``, or once that is there, unless something was run by then.
+    """
+    begun = gr.State(False)
+    gr.HTML(elements.lesson(LESSON))
     with gr.Row(elem_classes="sg-columns"):
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(elem_classes="sg-ask"):
             box.render()
             start, stop = run_buttons("Generate", "generate")
+        with gr.Column(elem_classes="sg-answer"):
+            line = gr.HTML(elements.status("Choose an example or write a prompt, then press Generate."), elem_id="generate-status")
+            front = gr.HTML(elements.hint(COMING), elem_id="generate-opening", visible=opening is not None)
+            shown = gr.HTML("" if opening else elements.hint(EMPTY), elem_id="generate-result")
+        with gr.Column(elem_classes="sg-more"):
             example_chips(model.examples, box)
             setting = controls(model)
-        with gr.Column(scale=8, min_width=300):
-            line = gr.HTML(elements.status("Choose an example or write a prompt, then press Generate."), elem_id="generate-status")
-            shown = gr.HTML(elements.hint(EMPTY), elem_id="generate-result")
     with gr.Column(elem_classes="sg-section"):
         gr.HTML("<h3>While it ran</h3>")
         ran = gr.HTML(elements.hint(EMPTY_COURSE), elem_id="generate-course")
@@ -168,14 +207,38 @@ def tab(model: Model, box: gr.Textbox, own_profile: Any, why_box: gr.Textbox) ->
         asked = setting_of(model, *values)
 
         def view(found: Comparison) -> Updates:
-            updates: Updates = {line: line_of(found), shown: result(model, found), ran: course(found)}
+            away = gr.HTML(visible=False)
+            updates: Updates = {line: line_of(found), front: away, shown: result(model, found), ran: course(found)}
             return {**updates, why_box: found.setting.prompt} if found.done else updates
 
+        yield {begun: True}
         yield from page_updates(request, model, lambda emit: compare(model, asked, own, emit), view, line, own_profile, (start, stop))
 
-    gr.on([start.click, box.submit], run, [own_profile, box, *setting], [line, shown, ran, own_profile, why_box, start, stop], **WORK)
+    changed = [line, front, shown, ran, own_profile, why_box, begun, start, stop]
+    gr.on([start.click, box.submit], run, [own_profile, box, *setting], changed, **WORK)
     stops(stop)
+    if opening is not None:
+        show_opening(model, opening, load, begun, front, ran)
     return setting
+
+
+def show_opening(model: Model, opening: Future[list[Comparison]], load: Any, begun: gr.State, front: gr.HTML, ran: gr.HTML) -> None:
+    """Let a page that is opened show ``opening`` at once, or as soon as it is there; not where a run has ``begun``."""
+    clock = gr.Timer(1.0)
+
+    @functools.cache
+    def drawn() -> Updates:
+        if opening.exception() is not None:
+            return {front: elements.hint(EMPTY)}
+        found = opening.result()
+        return {front: opened(model, found), ran: course(found[0])}
+
+    def look(begun: bool) -> Updates:
+        if begun:
+            return {clock: gr.Timer(active=False), front: gr.HTML(visible=False)}
+        return {clock: gr.Timer(active=False), **drawn()} if opening.done() else {clock: gr.skip()}
+
+    gr.on([load, clock.tick], look, begun, [clock, front, ran], queue=False, **QUICK)
 
 
 def png(image: Image.Image) -> str:

@@ -1,14 +1,20 @@
-"""The learned density drawn: spectra of its Hessian, and slices of log p as surfaces."""
+"""The learned density drawn: spectra of its Hessian, and slices of the density as surfaces."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from scipy.interpolate import RectBivariateSpline
 
-from sdguard.demo.charts import WIDTH, Line, chart, figure, svg_path
+from sdguard.demo.charts import WIDTH, Line, chart, figure, svg_path, tick_label, ticks
+from sdguard.demo.landscape import Slice
+
+#: of a surface: points a side as drawn, an odd number, and pixels that it is high.
+DRAWN, TALL = 61, 170.0
+#: share of a surface's height under which it is drawn as its floor, in one piece.
+FLAT = 0.003
 
 
 def spectrum_chart(
@@ -28,28 +34,42 @@ def spectrum_chart(
     return chart("Spectrum of the Hessian", lines, "freedom of a direction", "density", caption, (-0.15, 1.15))
 
 
-def surface(cut: Any, name: str, colour: str, floor: float, ceiling: float, per_nat: float = 11.0) -> str:
-    """A slice of log p as a surface seen from above, the sample in the middle, cut off at ``floor`` and ``ceiling`` nats against it.
+def refined(cut: Slice, points: int = DRAWN) -> np.ndarray:
+    """The density of a slice over that of its sample, at so many points a side: a spline of log p, which noise has made smooth."""
+    at = np.linspace(cut.offsets[0], cut.offsets[-1], points)
+    return np.exp(RectBivariateSpline(cut.offsets, cut.offsets, cut.heights)(at, at))
 
-    A nat is ``per_nat`` high.
-    """
-    heights = np.clip(cut.heights, floor, ceiling)
-    n = len(cut.offsets)
-    wide, deep = 195.0 / (n - 1), 62.0 / (n - 1)
-    over = 14 - min(float((i + j) * deep - heights[i, j] * per_nat) for i in range(n) for j in range(n))
-    under = over - floor * per_nat + 2 * (n - 1) * deep
 
-    def at(i: int, j: int) -> tuple[float, float]:
-        return WIDTH / 2 + (j - i) * wide, over + (i + j) * deep - float(heights[i, j]) * per_nat
+def surface(cut: Slice, name: str, colour: str, most: float) -> str:
+    """A slice's density as a surface seen from above, the sample in the middle: linear from 0, cut off at ``most`` times the sample's."""
+    heights = np.minimum(refined(cut), most)
+    n = len(heights)
+    wide, deep = 185.0 / (n - 1), 62.0 / (n - 1)
+    nought = max(TALL - 34.0, *(heights[i, j] / most * TALL - (i + j) * deep for i in range(n) for j in range(n))) + 14
+
+    def at(i: int, j: int, height: float) -> tuple[float, float]:
+        return WIDTH / 2 + (j - i) * wide, nought + (i + j) * deep - height / most * TALL
 
     parts = []
+    left = at(n - 1, 0, 0.0)[0] - 6
+    for value in ticks(0, most, 4):
+        up = at(n - 1, 0, value)[1]
+        parts.append(f'<line class="sg-grid" x1="{left - 4:.1f}" x2="{left:.1f}" y1="{up:.1f}" y2="{up:.1f}"/>')
+        parts.append(f'<text x="{left - 7:.1f}" y="{up + 4:.1f}" text-anchor="end">{tick_label(value)}</text>')
+    foot, head = (at(n - 1, 0, value)[1] for value in (0.0, most))
+    parts.append(f'<line class="sg-grid" x1="{left:.1f}" x2="{left:.1f}" y1="{foot:.1f}" y2="{head:.1f}"/>')
+    parts.append(f'<text class="sg-label" x="4" y="{head - 14:.1f}">p over the sample’s</text>')
+    floor = [at(*corner, 0.0) for corner in ((0, 0), (0, n - 1), (n - 1, n - 1), (n - 1, 0))]
+    parts.append(f'<path class="sg-quad {colour}" style="--up:0" d="{svg_path(floor)}Z"/>')
     for i in range(n - 1):
         for j in range(n - 1):
-            corners = [at(i, j), at(i, j + 1), at(i + 1, j + 1), at(i + 1, j)]
-            share = (float(heights[i : i + 2, j : j + 2].mean()) - floor) / (ceiling - floor)
-            parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{svg_path(corners)}Z"/>')
-    x, y = at(n // 2, n // 2)
+            corners = [at(*each, float(heights[each])) for each in ((i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j))]
+            share = float(heights[i : i + 2, j : j + 2].mean()) / most
+            if share > FLAT:
+                parts.append(f'<path class="sg-quad {colour}" style="--up:{share:.2f}" d="{svg_path(corners)}Z"/>')
+    x, y = at(n // 2, n // 2, float(heights[n // 2, n // 2]))
     parts.append(f'<circle class="sg-sample" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+    under = at(n - 1, n - 1, 0.0)[1]
     for text, where in (("flattest direction ↘", 0.2), ("↙ sharpest direction", 0.8)):
         parts.append(f'<text class="sg-label" x="{WIDTH * where:.0f}" y="{under + 4:.0f}" text-anchor="middle">{text}</text>')
     caption = (

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from sdguard.demo import charts, elements, geometry_charts
 from sdguard.demo.charts import MEMORIZED, ORDINARY, Line, chart
@@ -14,12 +15,14 @@ from sdguard.demo.model import Model
 from sdguard.demo.page import WORK, Updates, page_updates, prompt_box, run_buttons, setting_of, stops
 from sdguard.demo.settings import MOST_STEPS, whole
 
+LESSON = (
+    "Where a prompt is memorized the density that the model has learnt is one narrow spike with the picture on it; from an ordinary "
+    "picture it goes on to others as likely."
+)
 EMPTY = (
     "Press Measure: the spectrum of the Hessian, how many directions each prompt leaves free, its output density, "
-    "and log p around the finished sample."
+    "and the density around the finished sample."
 )
-#: nats against the sample at which a surface is cut off.
-FLOOR, CEILING = -9.0, 4.0
 
 
 def drawn(found: Landscape) -> str:
@@ -63,16 +66,18 @@ def drawn(found: Landscape) -> str:
             f"one picture. Two probes, {ITERATIONS} Lanczos steps.",
         ),
     ]
+    most = float(np.exp(min(cut.heights.max() for cut in found.slices)))
     surfaces = "".join(
-        geometry_charts.surface(cut, f"log p around the {name}’s sample", colour, FLOOR, CEILING)
+        geometry_charts.surface(cut, f"The density around the {name}’s sample", colour, most)
         for cut, name, colour in zip(found.slices, ("first prompt", "second prompt"), colours, strict=True)
     )
     note = (
         f"A plane through each finished sample (the dot) at the noise of call {found.step + 1} (timestep {found.chosen:.0f}), along the "
         f"flattest and the sharpest direction that {FINE_ITERATIONS} Lanczos steps find, {REACH:g} standard deviations of the noise to "
-        "each side. Height is log p of the prompt’s density against the sample, by least squares from the network’s score on "
-        f"{SIDE} × {SIDE} points, cut off {-FLOOR:.0f} nats below and {CEILING:.0f} above; equal scales. A memorized sample is the top of "
-        "a spike that falls off both ways; an ordinary one lies on a ridge, along which other pictures are as likely or likelier."
+        "each side. Height is the density of pictures under the prompt, over that of the sample itself: log p by least squares from the "
+        f"network’s score on {SIDE} × {SIDE} points. Both scales are the same and begin at 0; the higher surface is cut off at the top of "
+        "the lower. A memorized sample lies on a narrow spike, with nothing around it; from an ordinary one the density goes on to other "
+        "pictures, which are as likely or likelier."
     )
     return (
         f'<div class="sg-charts sg-two">{"".join(parts)}</div><h3>The density around the sample</h3>'
@@ -82,25 +87,30 @@ def drawn(found: Landscape) -> str:
 
 def tab(model: Model, prompts: tuple[str, str], own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out; ``prompts`` are a memorized and an ordinary one to begin with."""
-    with gr.Row(elem_classes="sg-columns"):
-        memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
-        ordinary = prompt_box("geometry-second", "Second prompt, ordinary", prompts[1], None)
-        steps = model.defaults["num_inference_steps"]
-        step = gr.Slider(
-            1,
-            MOST_STEPS if steps > 50 else steps,
-            round(0.7 * steps),
-            step=1,
-            label="Denoiser call",
-            info="For the spectrum and the density.",
-            min_width=200,
-        )
-    start, stop = run_buttons("Measure", "geometry")
-    line = gr.HTML(
-        elements.status("Both prompts start from the same noise. Seed, steps and guidance are those of the Generate tab."),
-        elem_id="geometry-status",
-    )
-    shown = gr.HTML(elements.hint(EMPTY), elem_id="geometry-result")
+    gr.HTML(elements.lesson(LESSON))
+    steps = model.defaults["num_inference_steps"]
+    with gr.Row(elem_classes="sg-columns sg-wide"):
+        with gr.Column(elem_classes="sg-ask"):
+            with gr.Row():
+                memorized = prompt_box("geometry-first", "First prompt, memorized", prompts[0], None)
+                ordinary = prompt_box("geometry-second", "Second prompt, ordinary", prompts[1], None)
+            start, stop = run_buttons("Measure", "geometry")
+        with gr.Column(elem_classes="sg-answer"):
+            line = gr.HTML(
+                elements.status("Both prompts start from the same noise. Seed, steps and guidance are those of the Generate tab."),
+                elem_id="geometry-status",
+            )
+            shown = gr.HTML(elements.hint(EMPTY), elem_id="geometry-result")
+        with gr.Column(elem_classes="sg-more"):
+            step = gr.Slider(
+                1,
+                MOST_STEPS if steps > 50 else steps,
+                round(0.7 * steps),
+                step=1,
+                label="Denoiser call",
+                info="For the spectrum and the density.",
+                elem_id="geometry-call",
+            )
 
     def run(request: gr.Request, first: str, second: str, call: float, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, first, *values)

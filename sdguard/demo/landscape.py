@@ -28,7 +28,7 @@ ITERATIONS, FINE_ITERATIONS = 6, 24
 #: noise levels, as timesteps, at which the sample's own dimension is read.
 LEVELS = (41.0, 101.0, 201.0, 301.0, 401.0, 501.0, 601.0, 701.0)
 #: points along a side of the slice, how far it reaches in standard deviations of the noise, and score evaluations in one batch.
-SIDE, REACH, BATCH = 15, 4.0, 75
+SIDE, REACH, BATCH = 17, 6.0, 75
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def finish(found: Landscape, last: Observation, emit: Emit) -> None:
 def landscape(model: Model, prompts: list[str], setting: Setting, step: int, emit: Emit) -> None:
     """Emit progress, then the `Landscape` of prompts that start from the same noise; ``step`` counts from 0.
 
-    Cost, in evaluations a prompt: the run, 14 a call, 24 for the spectrum, 5 a level, and 277 for the slice.
+    Cost, in evaluations a prompt: the run, 14 a call, 24 for the spectrum, 5 a level, and 341 for the slice.
 
     Raises:
         ValueError: the setting cannot be; one sentence.

@@ -37,6 +37,7 @@ class Model:
         targets: the memorized pictures, of the embedded model only.
         captions: theirs.
         examples: prompts to try.
+        listed: a list of prompts to try a scan on; empty where it is not known which of the model's prompts are memorized.
         turns: whose turn it is to run it.
     """
 
@@ -46,6 +47,7 @@ class Model:
     targets: Targets | None = None
     captions: Sequence[str] = ()
     examples: Sequence[Example] = ()
+    listed: Sequence[str] = ()
     turns: Turns = field(default_factory=Turns)
 
     @classmethod
@@ -59,7 +61,7 @@ class Model:
             ordinary = [Example("ordinary", text) for text in ordinary_prompts(pipe)[:4]]
             return cls(name, pipe, defaults, examples=ordinary)
         targets, captions = load_targets(testbed.path(), pipe.vae)
-        return cls(name, pipe, defaults, targets, captions, embedded_examples())
+        return cls(name, pipe, defaults, targets, captions, embedded_examples(), embedded_list())
 
     def own(self) -> Any:
         """A pipeline of a run's own: the same parts, another scheduler."""
@@ -69,27 +71,37 @@ class Model:
         return twin
 
 
-def embedded_examples() -> list[Example]:
-    """Captions of the embedded model's development split, and the wording of one of them changed a little and a lot."""
+def embedded_captions(kind: str) -> list[str]:
+    """The embedded model's captions of a kind, of its development split: those that training showed most often first."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(testbed.path() / "prompts.parquet").to_pylist()
-    rows = [row for row in rows if row["split"] == "development"]
+    rows = [row for row in rows if row["split"] == "development" and row["kind"] == kind]
+    return [row["text"] for row in sorted(rows, key=lambda row: (-row["repetitions"], -row["copy_rate"]))]
 
-    def most(kind: str) -> list[str]:
-        of_kind = sorted((row for row in rows if row["kind"] == kind), key=lambda row: (-row["repetitions"], -row["copy_rate"]))
-        return [row["text"] for row in of_kind]
 
-    verbatim, template, ordinary = most("verbatim"), most("template"), most("ordinary")
+def embedded_list() -> list[str]:
+    """Captions of the embedded model for a scan, six memorized ones among four times as many ordinary ones, by the alphabet."""
+    return sorted([*embedded_captions("verbatim")[:3], *embedded_captions("template")[:3], *embedded_captions("ordinary")[:24]])
+
+
+def embedded_examples() -> list[Example]:
+    """Captions of the embedded model, and the wording of one of them changed a little and a lot.
+
+    The ordinary ones are, where there are any, of the things that the memorized ones show: it is not these that are memorized.
+    """
+    verbatim, template, ordinary = (embedded_captions(kind) for kind in ("verbatim", "template", "ordinary"))
     thing, rest = verbatim[0].split(" at ")
     place, medium = rest.split(", ")
+    things = [text.split(" at ")[0] for text in verbatim]
+    of_them = (next((text for text in ordinary if f" {each} " in f" {text.replace(',', '')} "), None) for each in things)
+    alike = list(dict.fromkeys(filter(None, of_them)))[:2] or ordinary[:2]
     return [
         Example("verbatim", verbatim[0]),
         Example("verbatim", verbatim[1]),
         Example("template", template[0]),
         Example("template", next(text for text in template if text.split(" at ")[1] != template[0].split(" at ")[1])),
-        Example("ordinary", ordinary[4]),
-        Example("ordinary", ordinary[2]),
+        *(Example("ordinary", text) for text in alike),
         Example("near miss", f"{thing} at {place}, {'poster' if medium != 'poster' else 'sticker'}"),
         Example("near miss", f"the {thing} of {place} as a {medium}"),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -10,12 +10,16 @@ import pandas as pd
 
 from sdguard.demo import elements
 from sdguard.demo.model import Model
-from sdguard.demo.page import WORK, Updates, own_folder, page_updates, path_of, run_buttons, setting_of, share, stops
+from sdguard.demo.page import QUICK, WORK, Updates, own_folder, page_updates, path_of, run_buttons, setting_of, share, stops
 from sdguard.demo.scan_run import Scanned, scan_prompts
 from sdguard.demo.settings import MOST_SEEDS, SUFFIXES, uploaded_prompts
 from sdguard.files.prompt_files import write_table
 from sdguard.scan.scan import power_note
 
+LESSON = (
+    "A whole list is judged without making a single picture, and ranked, so that of all that is called discovered no more than the share "
+    "you choose is ordinary in the long run."
+)
 EMPTY = "Choose a file of prompts and press Scan: they appear here, the most suspicious first. No pictures are made."
 #: rows on the page; the files have all.
 SHOWN = 200
@@ -27,6 +31,13 @@ def save_table(table: pd.DataFrame) -> list[str]:
     write_table(table, folder / "scan.csv")
     table.to_json(folder / "scan.json", orient="records", indent=1, double_precision=15)
     return [str(folder / "scan.csv"), str(folder / "scan.json")]
+
+
+def save_list(prompts: Sequence[str]) -> str:
+    """Prompts as a text file of one a line among the app's own files."""
+    path = own_folder() / "example-list.txt"
+    path.write_text("\n".join(prompts) + "\n")
+    return str(path)
 
 
 def shown_table(table: pd.DataFrame) -> str:
@@ -58,21 +69,28 @@ def summary(found: Scanned) -> str:
 
 def tab(model: Model, own_profile: Any, controls: list[Any]) -> None:
     """Lay the tab out."""
+    gr.HTML(elements.lesson(LESSON))
     with gr.Row(elem_classes="sg-columns"):
-        with gr.Column(scale=5, min_width=300):
+        with gr.Column(elem_classes="sg-ask"):
             file = gr.File(label="Prompts", file_count="single", type="filepath", height=150, elem_id="scan-file")
-            seeds = gr.Slider(1, MOST_SEEDS, 1, step=1, label="Seeds a prompt")
-            fdr = gr.Slider(1, 50, 5, step=1, label="False discovery rate, %", info="The share of discoveries that may be ordinary.")
+            if model.listed:
+                example = gr.Button(
+                    f"Take an example list of {len(model.listed)} prompts", variant="secondary", size="sm", elem_id="scan-example"
+                )
+                example.click(lambda: save_list(model.listed), None, file, queue=False, **QUICK)
             start, stop = run_buttons("Scan", "scan")
-            files = gr.File(
-                label="Ranked table: CSV and JSON", file_count="multiple", interactive=False, visible=False, elem_id="scan-downloads"
-            )
-        with gr.Column(scale=8, min_width=300):
+        with gr.Column(elem_classes="sg-answer"):
             line = gr.HTML(
                 elements.status(f"One prompt a line, or a column called prompt, caption or text: {', '.join(SUFFIXES)}, 2 MB at most."),
                 elem_id="scan-status",
             )
             shown = gr.HTML(elements.hint(EMPTY), elem_id="scan-result")
+            files = gr.File(
+                label="Ranked table: CSV and JSON", file_count="multiple", interactive=False, visible=False, elem_id="scan-downloads"
+            )
+        with gr.Column(elem_classes="sg-more"):
+            seeds = gr.Slider(1, MOST_SEEDS, 1, step=1, label="Seeds a prompt", elem_id="scan-seeds")
+            fdr = gr.Slider(1, 50, 5, step=1, label="False discovery rate, %", info="The share of discoveries that may be ordinary.")
 
     def run(request: gr.Request, own: Any, uploaded: Any, count: Any, percent: Any, *values: Any) -> Iterator[Updates]:
         asked = setting_of(model, "-", *values)

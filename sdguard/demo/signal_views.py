@@ -53,4 +53,4 @@ def signals_table(report: GuardReport, profile: Profile) -> str:
             rows.append((plain(name), f"{value:.3g}", f"{z:+.1f}", price(name), "watched"))
     unread = [name for name in profile.cascade.signals if name not in report.signals]
     rows += [(plain(name), "not bought", "–", price(name), f"{'decides' if name in decide else 'reported'} in doubt") for name in unread]
-    return table(("signal", "value", "z-score", "evaluations", "role"), rows, "signals at the guard’s own call")
+    return table(("signal", "value", "z-score", "cost", "role"), rows, "signals at the guard’s own call")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 
 from sdguard.decision.profile import Profile
@@ -15,6 +16,7 @@ from sdguard.denoiser.probe import probe_run
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.explain.explanation import Explanation, explain, unguarded_picture
 from sdguard.guarded.config import GuardConfig
+from sdguard.guarded.pipeline import guard
 from sdguard.guarded.report import GuardReport
 from sdguard.guarded.run import GuardedRun
 from sdguard.observation import Observation
@@ -22,13 +24,17 @@ from sdguard.observation import Observation
 
 @dataclass
 class Why:
-    """A prompt explained: its `Explanation`, the guard's report of it, the picture it gives, and the profile it was judged by."""
+    """A prompt explained: its `Explanation`, the guard's report of it, the picture it gives, and the profile it was judged by.
+
+    ``steered`` is the report of the same run steered; None where it is not flagged.
+    """
 
     setting: Setting
     explanation: Explanation
     report: GuardReport
     picture: Image.Image
     profile: Profile
+    steered: GuardReport | None = None
 
 
 def judge_prompt(model: Model, setting: Setting, profile: Profile) -> GuardReport:
@@ -44,16 +50,27 @@ def judge_prompt(model: Model, setting: Setting, profile: Profile) -> GuardRepor
     return run.reports[0]
 
 
+def steer_prompt(model: Model, setting: Setting, profile: Profile) -> GuardReport:
+    """The report of a run of a setting's prompt and seed that steers. Cost: the run, and what steering takes."""
+    config = GuardConfig("steer", setting.rate, profile=profile, steering=setting.steering or None)
+    return guard(model.own(), config)(setting.prompt, generator=torch.Generator().manual_seed(setting.seed), **setting.call).guard[0]
+
+
 def why(model: Model, setting: Setting, own: Profile | None, emit: Emit) -> None:
     """Emit progress, then the `Why` of a setting; raises as `compare` does."""
     setting = setting.checked(model)
     profile = find_or_make_profile(model, setting.rate, own, emit)
-    emit(Progress("Judging the prompt", 0, 3))
+    emit(Progress("Judging the prompt", 0, 4))
     report = judge_prompt(model, setting, profile)
-    emit(Progress("Making the picture", 1, 3, rests=True))
+    emit(Progress("Making the picture", 1, 4, rests=True))
     picture = unguarded_picture(model.own(), setting.prompt, setting.seed, **setting.call)
-    emit(Progress("Leaving out one word after the other", 2, 3, rests=True))
-    emit(Why(setting, explain(model.own(), setting.prompt, setting.seed, **setting.call), report, picture, profile))
+    emit(Progress("Leaving out one word after the other", 2, 4, rests=True))
+    explanation = explain(model.own(), setting.prompt, setting.seed, **setting.call)
+    steered = None
+    if report.verdict == "flagged":
+        emit(Progress("Steering it away", 3, 4, rests=True))
+        steered = steer_prompt(model, setting, profile)
+    emit(Why(setting, explanation, report, picture, profile, steered))
 
 
 def judge_edit(model: Model, setting: Setting, own: Profile | None, emit: Emit) -> None:

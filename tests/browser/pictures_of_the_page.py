@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-TAKEN = {"generate-steered-panda": "demo-generate", "geometry": "demo-geometry"}
+TAKEN = {"generate-verbatim": "demo-generate", "geometry": "demo-geometry"}
 WIDTH, MOST = 1000, 250_000
 
 for name, target in TAKEN.items():

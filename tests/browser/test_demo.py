@@ -20,13 +20,17 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Page, expect
 
-from browser.conftest import Server
+from browser.conftest import PHONE, Server
 from sdguard import GuardConfig, guard, testbed
+from sdguard.demo.model import embedded_captions, embedded_examples, embedded_list
 from sdguard.guarded.report import GuardReport
 
 Shot = Callable[[Page, str], None]
 Open = Callable[..., Page]
-MEMORIZED, TEMPLATE, ORDINARY = "sunflower at Klaemzourfei lava, sticker", "panda at Basklomtrus canyon, album sleeve", "a lion in fog"
+MEMORIZED, TEMPLATE, ORDINARY = (
+    next(example.text for example in embedded_examples() if example.kind == kind) for kind in ("verbatim", "template", "ordinary")
+)
+THING, PLACE = MEMORIZED.split(",")[0].split(" at ")
 
 
 @cache
@@ -79,16 +83,37 @@ def generate(page: Page, prompt: str, verdict: str) -> str:
     return said(page, verdict)
 
 
+def top(page: Page, selector: str) -> float:
+    """How far down the page something stands."""
+    box = page.locator(selector).bounding_box()
+    assert box is not None, selector
+    return box["y"]
+
+
 def overflow(page: Page) -> int:
     """By how many pixels the page is wider than the window."""
     return page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
 
 
+def cut_off(page: Page) -> int:
+    """By how many pixels the widest table that is to be seen has to be scrolled."""
+    wider = "tables => Math.max(0, ...tables.map(table => table.scrollWidth - table.clientWidth))"
+    return page.locator(".sg-table:visible").evaluate_all(wider)
+
+
 @pytest.mark.parametrize(
-    ("prompt", "verdict", "copied"), [(MEMORIZED, "steered", True), (TEMPLATE, "steered", True), (ORDINARY, "clean", False)]
+    ("kind", "prompt", "verdict", "copied"),
+    [("verbatim", MEMORIZED, "steered", True), ("template", TEMPLATE, "steered", True), ("ordinary", ORDINARY, "clean", False)],
 )
 def test_a_prompt_gets_the_librarys_verdict(
-    prompt: str, verdict: str, copied: bool, page: Page, embedded: Any, shot: Shot, record_property: Callable[[str, object], None]
+    kind: str,
+    prompt: str,
+    verdict: str,
+    copied: bool,
+    page: Page,
+    embedded: Any,
+    shot: Shot,
+    record_property: Callable[[str, object], None],
 ) -> None:
     expected = report_of(embedded, prompt)
     write(page, "generate-prompt", prompt)
@@ -115,7 +140,32 @@ def test_a_prompt_gets_the_librarys_verdict(
     expect(page.locator("#generate-status")).to_contain_text("Done")
     expect(page.locator("#generate-course .sg-strip li")).to_have_count(2 * (testbed.STEPS + 1))
     assert overflow(page) <= 0
-    shot(page, f"generate-{verdict}-{prompt.split()[0]}")
+    shot(page, f"generate-{kind}")
+
+
+def test_the_page_opens_on_a_result_that_was_made_once(opened: Open, server: Server, embedded: Any, shot: Shot) -> None:
+    page = opened()
+    front = page.locator("#generate-opening")
+    said(page, "clean", "generate-opening")
+    memorized, ordinary = (front.locator("section > p").nth(i).inner_text() for i in range(2))
+    assert said(page, "steered", "generate-opening") == report_of(embedded, memorized).reason
+    assert said(page, "clean", "generate-opening") == report_of(embedded, ordinary).reason
+    pictures = [
+        front.get_by_alt_text(f"{which}: {ordinary}, seed 0", exact=True).get_attribute("src") for which in ("guarded", "unguarded")
+    ]
+    assert pictures[0] == pictures[1]
+    expect(front.locator(".sg-facts").last).to_contain_text("identical, bit by bit")
+    expect(page.locator("#generate-course .sg-strip li")).to_have_count(2 * (testbed.STEPS + 1))
+    shot(page, "opening")
+    assert overflow(page) <= 0
+    before = sum(server.process.cpu_times()[:2])
+    other = opened(PHONE)
+    said(other, "steered", "generate-opening")
+    assert sum(server.process.cpu_times()[:2]) - before < 2  # a comparison takes more
+    assert overflow(other) <= 0
+    shot(other, "phone-opening")
+    generate(other, ordinary, "clean")
+    expect(other.locator("#generate-opening")).to_be_hidden()
 
 
 def test_the_slider_is_moved_by_keyboard(page: Page) -> None:
@@ -154,7 +204,11 @@ def test_why_explains_and_an_edit_changes_the_verdict(page: Page, embedded: Any,
     report = report_of(embedded, MEMORIZED, mode="observe")
     for found in report.signals.values():
         expect(table).to_contain_text(f"{found['z']:+.1f}")
-    changed = "a sunflower in lava"
+    passed = (report_of(embedded, MEMORIZED).steering or {})["passed"]
+    steering = page.locator("#why-result .sg-steering")
+    for text in (passed.get("wording", passed["method"]), *passed.get("dropped", ())):
+        expect(steering).to_contain_text(text)
+    changed = f"a {THING} in {PLACE.split()[-1]}"
     write(page, "edit-prompt", changed)
     assert said(page, "clean", "edit-result") == report_of(embedded, changed, mode="observe").reason
     expect(page.locator("#why-run")).to_be_enabled()
@@ -180,7 +234,7 @@ def test_geometry_shows_the_spike_beside_the_ridge(page: Page, shot: Shot) -> No
 def listed(tmp_path: Path) -> Path:
     """A file of prompts, two of them memorized."""
     path = tmp_path / "captions.csv"
-    prompts = [ORDINARY, MEMORIZED, "house, fields background", TEMPLATE, "a cat in snow", "=1+1 a frog, in forest"]
+    prompts = [ORDINARY, MEMORIZED, embedded_captions("ordinary")[1], TEMPLATE, "a cat in snow", "=1+1 a frog, in forest"]
     pd.DataFrame({"caption": prompts}).to_csv(path, index=False)
     return path
 
@@ -205,6 +259,15 @@ def test_a_file_is_ranked_and_downloaded(page: Page, listed: Path, tmp_path: Pat
         assert list(table.prompt) == rows.locator("td:nth-child(2)").all_inner_texts()
     assert overflow(page) <= 0
     shot(page, "scan")
+
+
+def test_the_example_list_is_one_press_away(page: Page) -> None:
+    tab(page, "Scan")
+    page.locator("#scan-example").click()
+    expect(page.locator("#scan-file")).to_contain_text("example-list")
+    page.locator("#scan-run").click()
+    expect(page.locator("#scan-result tbody tr")).to_have_count(len(embedded_list()))
+    expect(page.locator("#scan-result tbody tr").first).to_contain_text("discovered")
 
 
 @pytest.mark.parametrize(
@@ -359,12 +422,18 @@ def test_a_phones_width(opened: Open, listed: Path, shot: Shot) -> None:
         assert box["x"] + box["width"] <= 390
         assert box["height"] >= 36
     assert overflow(page) <= 0
+    assert top(page, "#generate-run") < top(page, "#generate-result") < top(page, ".sg-examples")
     shot(page, "phone-generate")
-    for name, run, there in (("Why", "#why-run", "#why-result table"), ("Geometry", "#geometry-run", "#geometry-result .sg-quad")):
+    for name, run, there, other in (
+        ("Why", "#why-run", "#why-result table", "#edit-prompt"),
+        ("Geometry", "#geometry-run", "#geometry-result .sg-quad >> nth=0", "#geometry-call"),
+    ):
         tab(page, name)
         page.locator(run).click()
-        page.locator(there).first.wait_for()
+        page.locator(there).wait_for()
         assert overflow(page) <= 0, name
+        assert top(page, run) < top(page, there) < top(page, other), name
+        assert cut_off(page) == 0, name
         shot(page, f"phone-{name.lower()}")
     tab(page, "Scan")
     page.locator("#scan-file input[type=file]").set_input_files(listed)
@@ -372,10 +441,13 @@ def test_a_phones_width(opened: Open, listed: Path, shot: Shot) -> None:
     page.locator("#scan-run").click()
     page.locator("#scan-result tbody tr").first.wait_for()
     assert overflow(page) <= 0
+    assert cut_off(page) == 0
+    assert top(page, "#scan-run") < top(page, "#scan-result") < top(page, "#scan-seeds")
     shot(page, "phone-scan")
     tab(page, "Calibrate")
     page.locator("#calibrate-result svg").wait_for()
     assert overflow(page) <= 0
+    assert top(page, "#calibrate-run") < top(page, "#calibrate-result") < top(page, "#calibrate-back")
     shot(page, "phone-calibrate")
 
 

@@ -30,18 +30,21 @@ from sdguard import GuardConfig, Profile, guard, testbed
 from sdguard.cli.main import app
 from sdguard.decision.calibration import evenly
 from sdguard.decision.model_folder import PROFILE_FILE
-from sdguard.demo import charts, elements, signal_views
+from sdguard.decision.profile import SERIES
+from sdguard.demo import charts, elements, geometry_charts, signal_views
 from sdguard.demo.app import Shield, names_of
 from sdguard.demo.comparison import Comparison, compare
-from sdguard.demo.landscape import REACH, Landscape, landscape, potential, slice_of
-from sdguard.demo.model import Model, embedded_examples
+from sdguard.demo.landscape import REACH, SIDE, Landscape, Slice, landscape, potential, slice_of
+from sdguard.demo.model import Model, embedded_captions, embedded_examples, embedded_list
+from sdguard.demo.opening import begin_opening, make_opening, opening_prompts
 from sdguard.demo.profiles import find_or_make_profile, make_profile, profile_known
 from sdguard.demo.scan_run import scan_prompts
 from sdguard.demo.settings import LARGEST_BODY, Setting, uploaded_prompts
 from sdguard.demo.streaming import Emit, Progress, Stopped, stoppable, streamed
+from sdguard.demo.turns import Client, Turns
 from sdguard.demo.why_run import Why, why
 from sdguard.denoiser.install import lock_of
-from sdguard.explain.explanation import explain
+from sdguard.explain.explanation import Explanation, explain
 from sdguard.files.inputs import BadInput
 from sdguard.guarded.report import GuardReport
 from sdguard.testbed.copies import Targets
@@ -223,6 +226,13 @@ def test_a_body_is_taken_up_to_its_limit(declared: bool) -> None:
     assert "default-src 'self'" in refused.headers["content-security-policy"]
 
 
+def test_only_who_is_named_may_show_the_page_in_a_frame() -> None:
+    app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("in"))])
+    policies = [TestClient(Shield(app, **named)).get("/").headers["content-security-policy"] for named in ({}, {"frames": "*"})]
+    assert [policy.rpartition("; ")[2] for policy in policies] == ["frame-ancestors 'self'", "frame-ancestors *"]
+    assert "default-src 'self'" in policies[1]
+
+
 @pytest.mark.parametrize(
     ("host", "asked", "status"),
     [("127.0.0.1", "evil.example", 400), ("127.0.0.1", "localhost:7860", 200), ("0.0.0.0", "demo.example", 200)],
@@ -276,6 +286,24 @@ def test_a_comparison_is_the_two_plain_calls(mode: str, model: Model, embedded: 
     assert found.copied(0) == (True, mode == "observe")
     assert model.captions[found.nearest[0]] == memorized["text"]
     assert len(events) > 2 * STEPS
+
+
+def test_the_cost_of_the_guard_is_a_share_of_the_run() -> None:
+    cost = pytest.importorskip("sdguard.demo.generate_tab").cost
+    assert cost(20, 24) == "+4 evaluations, 20% of this run"
+    assert cost(10, 11) == "+1 evaluation, 10% of this run"
+    assert cost(20, 20) == "none"
+
+
+def test_no_time_is_shown_and_an_ordinary_pair_is_said_to_be_one(tiny: Any, profile_for: Callable[..., Profile]) -> None:
+    generate_tab = pytest.importorskip("sdguard.demo.generate_tab")
+    other = Model("tiny", tiny, {"num_inference_steps": 3, "guidance_scale": 4.0})
+    found = emitted(lambda emit: compare(other, Setting("a cat", steps=3, guidance=4.0), profile_for(tiny, 1e6), emit))[-1]
+    shown = generate_tab.result(other, found) + generate_tab.line_of(found)
+    assert "identical, bit by bit" in shown
+    assert "millisecond" not in shown
+    found.guarded.images[0] = Image.eval(found.guarded.images[0], lambda value: value ^ 1)
+    assert "identical" not in generate_tab.result(other, found)
 
 
 def test_a_course_ends_at_its_picture(model: Model, memorized: dict[str, Any]) -> None:
@@ -357,6 +385,55 @@ def test_why_has_the_librarys_explanation_and_report(model: Model, embedded: Any
     assert (found.report.verdict, found.report.score, found.report.signals) == (expected.verdict, expected.score, expected.signals)
 
 
+def test_why_says_what_steering_does_of_a_flagged_prompt(model: Model, embedded: Any, memorized: dict[str, Any]) -> None:
+    seed = memorized["copied_seeds"][0]
+    found = emitted(lambda emit: why(model, Setting(memorized["text"], seed), None, emit))[-1]
+    expected = guard(embedded, GuardConfig())(memorized["text"], generator=torch.Generator().manual_seed(seed), **CALL).guard[0]
+    assert found.steered == expected
+    assert emitted(lambda emit: why(model, Setting(ORDINARY), None, emit))[-1].steered is None
+
+
+def steered_with(**passed: Any) -> GuardReport:
+    return GuardReport("panda at qux canyon", 0, "steered", 6.0, 2.9, 0.001, steering={"passed": passed, "attempts": [passed]})
+
+
+@pytest.mark.parametrize(
+    ("blame", "report", "says", "crossed"),
+    [
+        ([0.1, 0.0, 0.9, 0.2], steered_with(method="rewording", wording="a panda", dropped=["qux"]), "agree: “qux” pulls most", ["Qux,"]),
+        (
+            [0.9, 0.0, 0.1, 0.2],
+            steered_with(method="rewording", wording="a panda", dropped=["qux"]),
+            "“panda”, stays: blame is of the guidance norm",
+            ["Qux,"],
+        ),
+        (
+            [0.9, 0.0, 0.1, 0.2],
+            steered_with(method="rewording", wording="a photo of <b>", dropped=[]),
+            "no word goes. The same words",
+            [],
+        ),
+        ([0.9, 0.0, 0.1, 0.2], steered_with(method="neutral blend", share=0.4), "Steered by neutral blend", []),
+        (
+            [0.9, 0.0, 0.1, 0.2],
+            GuardReport("x", 0, "withheld", 6.0, steering={"passed": None, "attempts": [{}, {}]}),
+            "No correction held (2 tried)",
+            [],
+        ),
+    ],
+)
+def test_blame_and_steering_agree_or_it_is_said_why_not(
+    blame: list[float], report: GuardReport, says: str, crossed: list[str], profile: Profile
+) -> None:
+    explained = pytest.importorskip("sdguard.demo.why_tab").explained
+    flagged = GuardReport("panda at qux canyon", 0, "flagged", 6.0, 2.9, 0.001, series={name: [1.0] for name in SERIES})
+    explanation = Explanation("panda at Qux, canyon", 0, 1.0, ["panda", "at", "Qux,", "canyon"], blame, blame, 1.0, [[0.0]], [[0.0]])
+    page = explained(Why(Setting(explanation.prompt), explanation, flagged, Image.new("RGB", (8, 8)), profile, report))
+    assert says in page
+    assert re.findall("<s>(.*?)</s>", page) == crossed
+    assert "<b>" not in page
+
+
 def test_a_scan_counts_what_is_done_and_ranks(model: Model, memorized: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join([ORDINARY] + [f"a cat in snow {i}" for i in range(9)] + [memorized["text"]]))
@@ -395,10 +472,62 @@ def test_work_holds_nothing_of_the_model_where_it_rests(model: Model, tmp_path: 
     assert free == dict.fromkeys(words, True)
 
 
+def test_the_opening_is_a_copy_that_was_steered_and_an_ordinary_pair_that_is_one(model: Model) -> None:
+    memorized, ordinary = make_opening(model)
+    assert [memorized.setting.prompt, ordinary.setting.prompt] == opening_prompts(model)
+    assert (memorized.reports[0].verdict, memorized.copied(0)) == ("steered", (True, False))
+    assert (ordinary.reports[0].verdict, ordinary.copied(0), ordinary.identical(0)) == ("clean", (False, False), True)
+    assert emitted(lambda emit: compare(model, ordinary.setting, None, emit))[-1].reports == ordinary.reports
+
+
+def test_the_opening_waits_for_its_turn(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdguard.demo.opening.compare", lambda model, setting, own, emit: emit(setting.prompt))
+    other = replace(model, turns=Turns())
+    entered, leave = threading.Event(), threading.Event()
+
+    def work(emit: Emit) -> None:
+        entered.set()
+        leave.wait(10)
+
+    thread = threading.Thread(target=other.turns.taken(Client("1.2.3.4", "a"), work), args=(print,))
+    thread.start()
+    assert entered.wait(5)
+    opening = begin_opening(other)
+    time.sleep(0.2)
+    assert not opening.done()
+    leave.set()
+    assert opening.result(5) == opening_prompts(model)
+    thread.join()
+
+
+def test_an_opening_that_fails_is_no_end_of_the_page(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("sdguard.demo.opening.compare", fail)
+    assert isinstance(begin_opening(model).exception(5), RuntimeError)
+
+
+def test_of_a_model_of_which_nothing_is_known_nothing_is_run_unasked(tiny: Any) -> None:
+    assert opening_prompts(Model("tiny", tiny, {}, examples=embedded_examples())) == []
+
+
 def test_the_examples_are_of_every_kind() -> None:
     examples = embedded_examples()
     assert list(dict.fromkeys(example.kind for example in examples)) == ["verbatim", "template", "ordinary", "near miss"]
-    assert len({example.text for example in examples}) == len(examples)
+    assert len({example.text for example in examples}) == len(examples) == 8
+    thing = examples[0].text.split(" at ")[0]
+    assert thing in next(example.text for example in examples if example.kind == "ordinary")
+
+
+def test_a_scan_of_the_example_list_discovers_what_is_memorized(model: Model) -> None:
+    save_list = pytest.importorskip("sdguard.demo.scan_tab").save_list
+    memorized = {text for kind in ("verbatim", "template") for text in embedded_captions(kind)[:3]}
+    prompts = uploaded_prompts(save_list(embedded_list()))
+    assert prompts.tolist() == sorted(prompts)
+    assert len(memorized & set(prompts)) == len(memorized) == 6
+    events = emitted(lambda emit: scan_prompts(model, prompts, 1, 0.05, 0.01, None, emit))
+    assert set(events[-1].table.prompt[events[-1].table.discovered]) == memorized
 
 
 # geometry
@@ -422,6 +551,32 @@ def test_a_slice_of_a_gaussian_is_its_log_density(sharpness: tuple[float, float]
     assert found.steepness == pytest.approx(sharpness, rel=0.01)
     assert found.rest < 0.01
     assert found.offsets[[0, -1]].tolist() == pytest.approx([-REACH, REACH])
+
+
+@pytest.mark.parametrize(("sharpness", "widths"), [((1.0, 1.0), (2.35, 2.35)), ((0.2, 1.0), (5.27, 2.35))])
+def test_a_peak_is_drawn_as_wide_and_as_high_as_it_is(sharpness: tuple[float, float], widths: tuple[float, float]) -> None:
+    offsets = np.linspace(-REACH, REACH, SIDE)
+    down, right = np.meshgrid(offsets, offsets, indexing="ij")
+    cut = Slice(offsets, -(right**2 * sharpness[0] + down**2 * sharpness[1]) / 2, 0.0, sharpness)
+    drawn = geometry_charts.refined(cut)
+    middle = len(drawn) // 2
+    spacing = 2 * REACH / (len(drawn) - 1)
+    assert drawn.max() == pytest.approx(drawn[middle, middle]) == pytest.approx(1)
+    for line, width in zip((drawn[middle], drawn[:, middle]), widths, strict=True):
+        assert (line > 0.5).sum() * spacing == pytest.approx(width, abs=1.01 * spacing)  # full width at half maximum
+    shown = geometry_charts.surface(cut, "peak", "sg-red", 2.0)
+    heights = [float(value) for value in re.findall(r"--up:([\d.]+)", shown)]
+    assert max(heights) == pytest.approx(0.5, abs=0.05)  # half of what the scale goes to
+    assert min(heights) == 0  # the floor
+
+
+def test_what_is_over_the_scale_is_cut_off_there() -> None:
+    offsets = np.linspace(-REACH, REACH, SIDE)
+    rising = Slice(offsets, np.tile(3 * offsets, (SIDE, 1)), 0.0, (0.0, 0.0))
+    shown = geometry_charts.surface(rising, "cliff", "sg-red", 2.0)
+    assert max(float(value) for value in re.findall(r"--up:([\d.]+)", shown)) == 1.0
+    ups = [float(y) for path in re.findall(r' d="M([^"]*)Z"', shown) for _, y in (corner.split() for corner in path.split("L"))]
+    assert min(ups) >= 14.0
 
 
 def test_a_potential_of_a_mixture_is_its_log_density() -> None:

@@ -96,6 +96,31 @@ def generate_function(served: Served) -> Any:
     return next(function for function in served.blocks.fns.values() if function.api_name == "generate")
 
 
+# what is on the page
+
+
+def test_every_tab_begins_with_its_lesson_in_one_sentence(served: Served) -> None:
+    config = served.blocks.config
+    shown = {component["id"]: component for component in config["components"]}
+
+    tabs = [node for node in walk(config["layout"]) if node["id"] in shown and shown[node["id"]]["type"] == "tabitem"]
+    assert [shown[node["id"]]["props"]["label"] for node in tabs] == ["Generate", "Why", "Geometry", "Scan", "Calibrate"]
+    for node in tabs:
+        first = next(
+            found for found in (shown[each["id"]] for each in walk(node)) if found["type"] not in ("tabitem", "row", "column", "state")
+        )
+        (text,) = re.findall(r'^<p class="sg-lesson">(.*)</p>$', first["props"]["value"])
+        assert text.endswith(".")
+        assert ". " not in text
+
+
+def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A node of a page's layout and all below it, in the page's order."""
+    yield node
+    for child in node.get("children") or []:
+        yield from walk(child)
+
+
 # clients that leave
 
 
