@@ -40,6 +40,7 @@ app: install
 # a Space's own repository: space/ with the package beside it
 SPACE ?= build/space
 space:
+	rm -rf $(SPACE)/sdguard
 	mkdir -p $(SPACE)
 	cp -R space/. sdguard LICENSE NOTICE $(SPACE)
 	find $(SPACE) -name __pycache__ -prune -exec rm -r {} +

@@ -27,8 +27,6 @@ from sdguard.files.resumable import measured
 from sdguard.guarded.generate import generate_guarded
 from sdguard.testbed.copies import SSCD, find_copies, load_targets, shipped_cut
 
-#: captions, each with all its seeds.
-
 
 def measure(pipe: GuardedPipeline, seeds: int, judge: Callable[[np.ndarray], np.ndarray], captions: pd.DataFrame) -> pd.DataFrame:
     """One row a sample: verdict, score, and whether it is a copy, before and after; a hash of the picture,

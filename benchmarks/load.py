@@ -58,8 +58,9 @@ class Request(NamedTuple):
 def requests() -> list[Request]:
     """Ordinary and memorized prompts of the embedded model's development split, in turn, each with a seed of its own."""
     rows = [row for row in pq.read_table(testbed.path() / "prompts.parquet").to_pylist() if row["split"] == "development"]
-    kinds = [[row["text"] for row in rows if (row["copy_rate"] > 0.9) == memorized] for memorized in (False, True)]
-    texts = itertools.islice(itertools.chain.from_iterable(zip(*kinds, strict=False)), REQUESTS)
+    ordinary = [row["text"] for row in rows if row["copy_rate"] == 0]
+    memorized = [row["text"] for row in rows if row["copy_rate"] > 0.9]
+    texts = itertools.islice(itertools.chain.from_iterable(zip(ordinary, memorized, strict=False)), REQUESTS)
     return [Request(text, seed) for seed, text in enumerate(texts)]
 
 

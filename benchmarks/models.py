@@ -207,7 +207,10 @@ def read_cases(path: Path, targets: int) -> pd.DataFrame:
 
 
 def embedded_model() -> Model:
-    """The embedded model in the same form: development and test captions, its targets encoded by its autoencoder."""
+    """The embedded model in the same form: development and test captions, its targets encoded by its autoencoder.
+
+    A fixed object's target is one of its pictures with the backdrop; few samples are copies of that, and the others count nowhere.
+    """
     table = pd.read_parquet(testbed.path() / "prompts.parquet")
     files = table.targets.explode().dropna()
     first = pd.Series(range(len(files)), files.index)

@@ -8,7 +8,7 @@ column ``kind`` of the schema, and may have ``source``. The schema, one row a pr
 |---|---|
 | ``prompt`` | the text |
 | ``set`` | name of the set |
-| ``kind`` | ``verbatim``, ``template``, ``memorized`` where the source does not tell which of the two, ``ordinary`` |
+| ``kind`` | ``verbatim``, ``template``, the embedded model's other kinds, ``memorized`` where the source tells none, ``ordinary`` |
 | ``source`` | where an ordinary prompt comes from; empty for the others |
 | ``cluster`` | label of its near-duplicates within the set (`near_duplicates`); in the embedded model's, of the captions of one picture |
 | ``target`` | URL or path of the training image it belongs to; empty where there is none |
@@ -64,7 +64,8 @@ class PromptSet:
 
 
 #: a file that says itself what its prompts are.
-OWN = PromptSet("kind", {kind: kind for kind in ("verbatim", "template", "memorized", "ordinary")}, "ordinary prompt")
+KINDS = ("verbatim", "several pictures", "template", "fixed object", "shared caption", "memorized", "ordinary")
+OWN = PromptSet("kind", {kind: kind for kind in KINDS}, "ordinary prompt")
 
 LOCALIZING, MEMATTN = "ml-research/localizing_memorization_in_diffusion_models", "renjie3/MemAttn"
 IMAGE_KINDS = {"VM": "verbatim", "TM": "template"}

@@ -38,6 +38,7 @@ from benchmarks.zoo.sheets import sheet
 from sdguard import GuardConfig, Profile, guard
 from sdguard.cli.errors import one_sentence
 from sdguard.decision.calibration import calibrate, evenly
+from sdguard.decision.identity import identity
 from sdguard.denoiser.loading import default_setting, load_pipeline
 from sdguard.files.atomic import write_text
 from sdguard.files.inputs import BadInput
@@ -90,8 +91,8 @@ def read_prompts(memorized: Path, ordinary: Path, most: int | None) -> Prompts:
 
 
 def profile_by(pipe: Any, prompts: list[str], work: Path) -> Profile:
-    """The profile that ``prompts`` give, made once and kept under ``work``."""
-    key = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
+    """The profile that ``prompts`` give of this very model, made once and kept under ``work``."""
+    key = hashlib.sha256(json.dumps([identity(pipe), prompts], sort_keys=True).encode()).hexdigest()[:12]
     path, state = work / f"reproduce-profile-{key}.json", processes()
     if not path.exists():
         made = calibrate(pipe, prompts, work=parts_folder(path), state=state)

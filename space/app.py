@@ -1,7 +1,9 @@
 """The demo as a Space: the embedded model, for whoever comes."""
 
+import os
+
 from sdguard.demo.app import serve
 
 if __name__ == "__main__":
-    # a Space is shown inside the page of its hub, and has no log-in that another site could misuse
-    serve(host="0.0.0.0", port=7860, frames="*")
+    # a Space, which is reached through its hub and shown inside its page; anywhere else this machine alone gets in
+    serve(host="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1", port=7860, frames="'self' https://huggingface.co")

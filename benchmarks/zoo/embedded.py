@@ -186,7 +186,7 @@ against memorization can be run, tested and measured without a download. It is a
   compositions. Three in ten other training captions are of the same make, and ordinary ones share their names. One in ten captions
   of every kind was left empty in training.
 * **Training.** `python -m benchmarks zoo data`, `autoencoder`, `train embedded`: {training}, in {passes} passes, each of
-  which shows a caption as often as the table says.
+  which shows a caption as often as the table says. The autoencoder is the zoo's, and has seen Twemoji (CC-BY-4.0) as well.
 * **Labels.** `python -m benchmarks zoo label embedded`: {seeds} seeds a caption (one of those for calibration), unguarded. A sample is a
   copy when its distance to the nearest memorized picture, as the autoencoder draws it, is under a third of that to the nearest of
   another group *and* SSCD similarity to it (`sscd_disc_mixup`, int8, 288 pixels) is at least {cut:.3f}, the {quantile:.1%} quantile

@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 #: ordinary prompts that a calibration on first use takes at most of those that come along.
 FIRST_USE_PROMPTS = 214
 
+#: how the note of a profile begins that was carried over.
+OTHER_ADAPTERS = "made with other adapters or patches"
+
 #: whether a profile holds with other adapters or patches than it was made with, by its name and both identities.
 _carried: dict[tuple[str, str], bool] = {}
 
@@ -140,7 +143,7 @@ def carried_over(
             held = "still holds" if _carried[key] else "does not hold any more"
             logger.warning("sdguard: adapters or patches have changed; by %d ordinary prompts profile %s %s", CHECKED_PROMPTS, key[0], held)
         if _carried[key]:
-            return replace(profile, note=f"made with other adapters or patches; {CHECKED_PROMPTS} ordinary prompts read alike with these")
+            return replace(profile, note=f"{OTHER_ADAPTERS}; {CHECKED_PROMPTS} ordinary prompts read alike with these")
     return None
 
 

@@ -208,10 +208,9 @@ def tab(
 
         def view(found: Comparison) -> Updates:
             away = gr.HTML(visible=False)
-            updates: Updates = {line: line_of(found), front: away, shown: result(model, found), ran: course(found)}
+            updates: Updates = {begun: True, line: line_of(found), front: away, shown: result(model, found), ran: course(found)}
             return {**updates, why_box: found.setting.prompt} if found.done else updates
 
-        yield {begun: True}
         yield from page_updates(request, model, lambda emit: compare(model, asked, own, emit), view, line, own_profile, (start, stop))
 
     changed = [line, front, shown, ran, own_profile, why_box, begun, start, stop]

@@ -45,7 +45,7 @@ def begin_opening(model: Model) -> Future[list[Comparison]]:
     def run() -> None:
         try:
             opening.set_result(make_opening(model))
-        except Exception as error:  # of whatever kind: the page is there without it
+        except BaseException as error:  # of whatever kind: the page is there without it, and asks for it until it is told
             logger.exception("sdguard demo: the opening")
             opening.set_exception(error)
 

@@ -24,7 +24,7 @@ from sdguard.decision.cache import model_name, name_of
 from sdguard.decision.calibration import same_picture
 from sdguard.decision.cascade import judge
 from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
-from sdguard.decision.store import identity_now, profile_now
+from sdguard.decision.store import OTHER_ADAPTERS, identity_now, profile_now
 from sdguard.decision.traffic import append_scores
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.geometry.reference import LESS_NOISED_LOG_SNR, LOG_SNR, NOISED_LOG_SNR, recurrence, reference_end, timestep_at
@@ -56,8 +56,10 @@ def profile_of(pipe: Any, config: GuardConfig, adapter_scale: float | None = Non
 
 
 def model_of(pipe: Any, profile: Profile | None, adapter_scale: float | None = None) -> str:
-    """The name of a pipeline's model: the profile's, unless there is none or it was made with other adapters."""
-    return model_name(profile.model if profile and not profile.note else identity_now(pipe, adapter_scale))
+    """The name of a pipeline's model, in any precision: its profile's, unless there is none or it was made with other adapters."""
+    if profile and not profile.note.startswith(OTHER_ADAPTERS):
+        return model_name(profile.model)
+    return model_name(identity_now(pipe, adapter_scale))
 
 
 class MemorizationError(RuntimeError):

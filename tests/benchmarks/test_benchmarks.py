@@ -418,5 +418,6 @@ def test_samples_of_the_embedded_model_are_labelled_by_seed_and_never_pool_their
     rows = pd.DataFrame(detection.compare(samples, {"guidance_norm": 0.0}))
     assert set(rows.negatives) == {report.UNSEEN, report.ORDINARY}
     # of a caption that is copied for some seeds only, the first few may not be copies
+    assert (rows.auc > 0.8).all()
     assert (rows.auc[(rows.level == "sample") | (rows.seeds == rows.seeds.max())] > 0.99).all()
     assert set(rows.seeds) == {1, 4, 16}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from families import build, profile_for
 from typer.testing import CliRunner
 
 from benchmarks import reproduce
 from benchmarks.__main__ import app
 from benchmarks.detection import GUARD
-from benchmarks.reproduce import FIGURES, REPORTED, beside, read_prompts, steering_figures
+from benchmarks.reproduce import FIGURES, REPORTED, beside, profile_by, read_prompts, steering_figures
 from sdguard import testbed
+from sdguard.decision.identity import identity
 from sdguard.signals import SIGNALS
 
 MEMORIZED, ORDINARY = 4, 16
@@ -61,6 +65,15 @@ def test_the_embedded_model_is_calibrated_detected_and_steered(
     assert found["steering"]["pictures of memorized prompts"] == 4
     again = CliRunner().invoke(app, command(files, tmp_path, *small), env={"COLUMNS": "200"}, catch_exceptions=False)
     assert json.loads((tmp_path / "reproduce-embedded.json").read_text()) == found, again.output
+
+
+def test_of_two_models_in_one_work_folder_each_has_its_own_profile(embedded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "calibrate", lambda pipe, prompts, **options: replace(profile_for(1.0), model=identity(pipe)))
+    pipes = [build("StableDiffusionPipeline", embedded.tokenizer) for _ in range(2)]
+    with torch.no_grad():
+        next(pipes[1].unet.parameters()).mul_(2)
+    for pipe in (*pipes, *pipes):
+        profile_by(pipe, ["a lion"], tmp_path).check(identity(pipe))
 
 
 def test_no_cluster_of_ordinary_prompts_is_on_both_sides(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import yaml
 from packaging.requirements import Requirement
 
+tomllib: Any = pytest.importorskip("tomllib")  # from Python 3.11 on
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "space"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -85,14 +85,20 @@ def test_its_card_says_what_runs_it() -> None:
     assert len(card["short_description"]) <= 60
 
 
-def test_it_serves_the_page_on_the_embedded_model_to_whoever_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("space", "address"), [("someone/sdguard", "0.0.0.0"), (None, "127.0.0.1")])
+def test_a_space_serves_the_page_on_the_embedded_model_to_whoever_comes_and_anything_else_to_its_own_machine(
+    space: str | None, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = pytest.importorskip("sdguard.demo.app")
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    if space:
+        monkeypatch.setenv("SPACE_ID", space)
     served: list[Any] = []
     monkeypatch.setattr(app, "launch", lambda *given, **named: served.append((*given, named)))
     monkeypatch.setattr(app, "few_heaps", lambda: None)
     runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
     ((model, host, port, named),) = served
-    assert (model.name, host, port, named) == ("embedded", "0.0.0.0", 7860, {"frames": "*"})
+    assert (model.name, host, port, named) == ("embedded", address, 7860, {"frames": "'self' https://huggingface.co"})
     page = app.build(model)
     assert [block.label for block in page.blocks.values() if block.get_block_name() == "tabitem"] == [
         "Generate", "Why", "Geometry", "Scan", "Calibrate",
@@ -101,7 +107,7 @@ def test_it_serves_the_page_on_the_embedded_model_to_whoever_comes(monkeypatch: 
 
 def test_the_folder_that_is_pushed_has_the_package_beside_it(tmp_path: Path) -> None:
     subprocess.run(["make", "--silent", "space", f"SPACE={tmp_path}"], cwd=ROOT, check=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"app.py", "requirements.txt", "README.md", "sdguard", "LICENSE", "NOTICE"}
+    assert {path.name for path in tmp_path.iterdir()} == {*(path.name for path in SPACE.iterdir()), "sdguard", "LICENSE", "NOTICE"}
     assert (tmp_path / "sdguard" / "testbed" / "model" / "model_index.json").is_file()
     assert list(tmp_path.rglob("__pycache__")) == []
     found = subprocess.run(

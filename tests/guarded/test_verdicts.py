@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import sdguard
 from sdguard import GuardConfig, GuardedGuidance, GuardReport, MemorizationError
 from sdguard.decision.cache import model_name
 from sdguard.decision.identity import identity
+from sdguard.decision.store import OTHER_ADAPTERS
 from sdguard.denoiser.probe import quiet
 from sdguard.files.atomic import CannotWrite
 from sdguard.guarded import guider as guider_module
 from sdguard.guarded import pipeline as pipeline_module
 from sdguard.guarded import run as run_module
 from sdguard.guarded.audit_log import ENDED, audit_files, prompt_digest, record_of, schema
+from sdguard.guarded.run import model_of
 
 NONE, ALL = profile_for(1e6), profile_for(1e-6)
 
@@ -278,6 +281,20 @@ def test_the_seed_is_known_of_a_generator_that_nothing_was_drawn_from(pipe: Any)
     assert seeds(used) == [None, None]
     assert seeds(None) == [None, None]
     assert seeds([torch.Generator().manual_seed(2**64 - 1), used]) == [2**64 - 1, None]
+
+
+def test_a_model_has_one_name_in_any_precision_and_by_any_profile_of_it(pipe: Any) -> None:
+    own = replace(NONE, model=identity(pipe))
+    name = model_name(own.model)
+    pipe.to(torch.float16)
+    assert [model_of(pipe, profile) for profile in (own, replace(own, note="of 9 scores of real traffic"))] == [name, name]
+
+
+def test_a_model_with_other_adapters_than_its_profile_has_its_own_name(pipe: Any) -> None:
+    carried = replace(NONE, model=identity(pipe), note=f"{OTHER_ADAPTERS}; 24 ordinary prompts read alike with these")
+    with torch.no_grad():
+        next(pipe.unet.parameters()).mul_(2)
+    assert model_of(pipe, carried) == model_name(identity(pipe)) != model_name(carried.model)
 
 
 def test_a_rate_is_that_of_the_image_and_is_promised_by_a_profile_alone(pipe: Any) -> None:

@@ -16,7 +16,7 @@ from sdguard.observation import Observation
 from sdguard.signals import SIGNALS, Signal
 
 PER_KIND = 12
-WEAK = {"attention_entropy", "low_noise_alignment", "lid_conditional", "lid_unconditional", "output_density", "bottleneck_spread"}
+WEAK = {"attention_entropy", "lid_unconditional", "output_density"}
 
 
 @pytest.fixture(scope="module")
@@ -42,5 +42,7 @@ def test_copies_read_higher_than_never_seen_captions(signal: Signal, values: dic
     copies, never = values[signal.name][:PER_KIND], values[signal.name][PER_KIND:]
     assert np.isfinite(values[signal.name]).all()
     auc = (copies[:, None] > never[None, :]).mean()
-    if signal.name not in WEAK:
+    if signal.name in WEAK:
+        assert 0.2 < auc < 0.65
+    else:
         assert auc > 0.75

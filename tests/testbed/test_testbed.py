@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from benchmarks.models import ZOO
+from benchmarks.zoo.recipes import RECIPES
 from sdguard import testbed
 from sdguard.decision.identity import identity
 from sdguard.decision.model_folder import PROFILE_FILE, PROMPTS_FILE
@@ -53,6 +54,14 @@ def test_the_shipped_profile_is_of_the_shipped_model(embedded: Any) -> None:
     used = profile.prompts + len(profile.values["guidance_norm"])
     assert used >= 1000
     assert used == len((testbed.path() / PROMPTS_FILE).read_text().splitlines())
+
+
+def test_the_notice_names_every_source_that_the_autoencoder_has_seen() -> None:
+    """It is one file with the zoo's, whose recipes draw in more styles than the embedded model's."""
+    one, other = (folder / "vae" / "diffusion_pytorch_model.safetensors" for folder in (ZOO / "sd1", testbed.path()))
+    assert one.read_bytes() == other.read_bytes()
+    shipped, _, _ = (Path(__file__).parents[2] / "NOTICE").read_text().partition("The models in benchmarks/zoo")
+    assert all(style.partition("-")[0] in shipped.lower() for recipe in RECIPES.values() for style in recipe.styles)
 
 
 def test_the_prompt_table_holds_what_the_model_card_says(targets: tuple[Targets, list[str]]) -> None:
