@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.prompt_sets import COLUMNS, SETS, PromptSet, embedded_set, near_duplicates, read_set
+from benchmarks.prompt_sets import COLUMNS, KINDS, SETS, PromptSet, embedded_set, near_duplicates, read_set
 from sdguard.files.prompt_files import read_prompts, read_table, write_table
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "prompts"
@@ -115,7 +115,7 @@ def test_a_file_of_ones_own_says_what_its_prompts_are(tmp_path: Path) -> None:
     write_table(frame().assign(kind=kinds, source="COCO"), path)
     assert read_set(path).source.tolist() == ["", "COCO", ""]
     write_table(frame().assign(kind="cat"), path)
-    with pytest.raises(ValueError, match="has 'cat' in row 0 of column 'kind': not one of verbatim, template, memorized, ordinary"):
+    with pytest.raises(ValueError, match=f"has 'cat' in row 0 of column 'kind': not one of {', '.join(KINDS)}"):
         read_set(path)
 
 
