@@ -1,7 +1,7 @@
 """The embedded model: a small Stable Diffusion, shipped with the package, that has memorized real pictures.
 
-Only `load` and `path` are needed to use it; `copies` says what it has copied, `demo` shows it, and
-`make_profile` calibrates it. How it was made: `benchmarks/zoo`.
+Only `load` and `path` are needed to use it; beside them stand what tells its copies, its demo, and its calibration. It was made by
+``benchmarks/zoo``.
 """
 
 from __future__ import annotations
