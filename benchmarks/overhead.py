@@ -10,7 +10,6 @@ CPU, memory is the peak of a process of its own for each path. Writes ``benchmar
 from __future__ import annotations
 
 import json
-import math
 import random
 import resource
 import statistics
@@ -72,14 +71,13 @@ def built(shape: str, dtype: torch.dtype) -> Any:
 def profile(path: str, model: dict[str, Any]) -> Profile:
     """A profile under which every sample takes a path: the free signals stop it, or it buys all evidence, or it is flagged as well."""
     gate, last = PLAN
-    stages = (Stage(gate.signals, gate.fused, math.inf if path == "clean" else -1e9), Stage(last.signals, last.fused, None))
+    stages = (Stage(gate.signals, gate.fused, 1e9 if path == "clean" else -1e9), Stage(last.signals, last.fused, None))
     cascade = Cascade(stages, {name: Scale(False, 0.0, 1.0) for stage in PLAN for name in stage.signals})
     scores = [(-2e9 if path == "flagged" else 1e9) + i for i in range(200)]
-    values = {
+    values = {name: [1e9] * 100 for name in cascade.signals} | {
         "guidance_norm": [0.0] * 99 + [1e9],
         "reference_agreement": [2.0] * 100,
         "recurrence": [2.0] * 100,
-        "guidance_detail": [1e9] * 100,
         "alignment": [-1e9] * 100,
     }
     return Profile(model, cascade, scores, values)

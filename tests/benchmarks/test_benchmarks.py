@@ -22,10 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from benchmarks import audit, detection, report
+from benchmarks import audit, detection, overhead, report
 from benchmarks.documents import ROOT, documents, put
 from benchmarks.published import over_run, released, similarity, ssim
 from benchmarks.statistics import auc, bootstrap_weights, estimates, roc_band, true_positive_rate
+from sdguard.decision.profile import Profile
 from sdguard.denoiser.probe import probe_run
 from sdguard.files.resumable import measured
 from sdguard.observation import Observation, from_noise
@@ -405,6 +406,13 @@ def test_no_name_in_a_figure_covers_another(name: str, draw: Callable[[pd.DataFr
     inside = figure.bbox
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
     plt.close(figure)
+
+
+@pytest.mark.parametrize("path", overhead.PATHS)
+def test_a_profile_under_which_a_path_is_taken_is_read_as_it_was_written(path: str, tmp_path: Path) -> None:
+    made = overhead.profile(path, {})
+    made.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == made
 
 
 def test_samples_of_the_embedded_model_are_labelled_by_seed_and_never_pool_their_negatives() -> None:
