@@ -18,7 +18,6 @@ from sdguard.demo.profiles import find_or_make_profile
 from sdguard.demo.settings import Setting
 from sdguard.demo.streaming import Emit
 from sdguard.denoiser.probe import observe_calls
-from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.pipeline import guard
 from sdguard.guarded.report import GuardReport
 from sdguard.observation import Observation, denoised
@@ -146,9 +145,8 @@ def compare(model: Model, setting: Setting, own: Profile | None, emit: Emit) -> 
         found.reports = reports
         look(observation)
 
-    config = GuardConfig(setting.mode, setting.rate, profile=profile, steering=setting.steering or None, on_call=watch)  # type: ignore[arg-type]
     began = time.monotonic()
-    output = call(guard(pipe, config))
+    output = call(guard(pipe, setting.config(profile=profile, on_call=watch)))
     course.seconds += time.monotonic() - began
     found.reports = output.guard
     # the guard is not shown every call of a run without guidance

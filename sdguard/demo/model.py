@@ -16,6 +16,7 @@ from sdguard.denoiser.loading import default_setting, load_for_runs
 from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.guarded.pipeline import guard
 from sdguard.testbed.copies import Targets, load_targets
+from sdguard.testbed.demo import most_shown
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,10 @@ class Model:
 
 
 def embedded_captions(kind: str) -> list[str]:
-    """The embedded model's captions of a kind, of its development split: those that training showed most often first."""
+    """The embedded model's captions of a kind, in the order of `most_shown`."""
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(testbed.path() / "prompts.parquet").to_pylist()
-    rows = [row for row in rows if row["split"] == "development" and row["kind"] == kind]
-    return [row["text"] for row in sorted(rows, key=lambda row: (-row["repetitions"], -row["copy_rate"]))]
+    return [row["text"] for row in most_shown(pq.read_table(testbed.path() / "prompts.parquet").to_pylist(), kind)]
 
 
 def embedded_list() -> list[str]:

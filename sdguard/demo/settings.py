@@ -51,10 +51,14 @@ class Setting:
         bounded("The guidance scale", self.guidance, 0, MOST_GUIDANCE)
         if not isinstance(self.steering, (list, tuple)):
             raise BadInput(f"The steering must be a list of methods; it is {shown(self.steering)}.")
-        GuardConfig(self.mode, self.rate, steering=self.steering or None)  # type: ignore[arg-type]
+        self.config()
         if len(set(self.steering)) < len(self.steering):
             raise BadInput("The steering names a method twice.")
         return replace(self, **counts, prompt=checked_prompt(self.prompt, model), steering=tuple(self.steering))
+
+    def config(self, **more: Any) -> GuardConfig:
+        """The configuration of the guard that it asks for, and ``more`` of its fields; raises as `GuardConfig` does."""
+        return GuardConfig(self.mode, self.rate, steering=self.steering or None, **more)  # type: ignore[arg-type]
 
     @property
     def call(self) -> dict[str, Any]:

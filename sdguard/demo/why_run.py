@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -52,7 +52,7 @@ def judge_prompt(model: Model, setting: Setting, profile: Profile) -> GuardRepor
 
 def steer_prompt(model: Model, setting: Setting, profile: Profile) -> GuardReport:
     """The report of a run of a setting's prompt and seed that steers. Cost: the run, and what steering takes."""
-    config = GuardConfig("steer", setting.rate, profile=profile, steering=setting.steering or None)
+    config = replace(setting, mode="steer").config(profile=profile)
     return guard(model.own(), config)(setting.prompt, generator=torch.Generator().manual_seed(setting.seed), **setting.call).guard[0]
 
 

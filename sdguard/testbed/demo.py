@@ -26,10 +26,15 @@ from sdguard.testbed.copies import RATIO, Targets, load_targets
 KINDS = ("verbatim", "template", "ordinary")
 
 
+def most_shown(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The development captions of a kind, those that training showed most often first, among equals those most often copied."""
+    of_kind = (row for row in rows if row["split"] == "development" and row["kind"] == kind)
+    return sorted(of_kind, key=lambda row: (-row["repetitions"], -row["copy_rate"]))
+
+
 def demo_prompts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The development caption of each kind that training showed most often, among equals the one most often copied."""
-    development = [row for row in rows if row["split"] == "development"]
-    return [max((row for row in development if row["kind"] == kind), key=lambda r: (r["repetitions"], r["copy_rate"])) for kind in KINDS]
+    """The first of each kind by `most_shown`."""
+    return [most_shown(rows, kind)[0] for kind in KINDS]
 
 
 def copy_ratio(targets: Targets, images: list[Any]) -> tuple[np.ndarray, np.ndarray]:
