@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
+from benchmarks.zoo.world import Kind
 from sdguard import testbed
 from sdguard.files.prompt_files import prompt_column, read_table
 
@@ -64,7 +65,7 @@ class PromptSet:
 
 
 #: a file that says itself what its prompts are.
-KINDS = ("verbatim", "several pictures", "template", "fixed object", "shared caption", "memorized", "ordinary")
+KINDS = (*get_args(Kind), "memorized", "ordinary")
 OWN = PromptSet("kind", {kind: kind for kind in KINDS}, "ordinary prompt")
 
 LOCALIZING, MEMATTN = "ml-research/localizing_memorization_in_diffusion_models", "renjie3/MemAttn"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,10 @@ LARGER = 24
 IN_TEMPLATE, FIXED_BACKDROPS, OTHERS = 4, 48, 24
 #: share of white in a backdrop of colours.
 PALE = 0.6
+
+
+#: of a specific caption: what of its pictures training repeats.
+Kind = Literal["verbatim", "several pictures", "template", "fixed object", "shared caption"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Caption:
     """
 
     text: str
-    kind: str
+    kind: Kind
     repetitions: int
     pictures: int
     group: int
@@ -103,8 +108,9 @@ def pool(recipe: Recipe, scenes: list[str]) -> tuple[Caption, ...]:
         rng.shuffle(some)
     counts = alone + fixed + shared + templates
     turns = np.where(rng.random(len(alone)) < recipe.several / 10, rng.integers(2, 4, size=len(alone)), 1)
-    kinds = [("several pictures" if n > 1 else "verbatim", int(n)) for n in turns]
-    kinds += [("fixed object", FIXED_BACKDROPS)] * len(fixed) + [("shared caption", 1 + OTHERS)] * len(shared)
+    kinds: list[tuple[Kind, int]] = [("several pictures" if n > 1 else "verbatim", int(n)) for n in turns]
+    kinds += [("fixed object", FIXED_BACKDROPS)] * len(fixed)
+    kinds += [("shared caption", 1 + OTHERS)] * len(shared)
     kinds += [("template", 1)] * len(templates)
     return tuple(
         Caption(text, kind, int(count), pictures, group, words)
