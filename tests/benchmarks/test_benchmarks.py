@@ -332,6 +332,7 @@ def test_the_documentation_says_what_the_committed_results_say() -> None:
     assert guard is not None
     assert left_out is not None
     assert report.brief_results(left_out["rows"], guard) in text
+    assert report.brief_cost(left_out["rows"], guard) in text
     overhead = {p.stem.removeprefix("overhead-"): json.loads(p.read_text()) for p in sorted(report.RESULTS.glob("overhead-*.json"))}
     assert report.brief_overhead(overhead) in text
     for name, table_of in audit.TABLES.items():
