@@ -13,7 +13,7 @@ from benchmarks.zoo.data import DataError, fetch
 from benchmarks.zoo.embedded import label_embedded
 from benchmarks.zoo.label import write_card, write_cases
 from benchmarks.zoo.recipes import RECIPES, Recipe
-from benchmarks.zoo.train import train_recipe
+from benchmarks.zoo.train import TRAINING_FILE, train_recipe
 from sdguard import testbed
 
 MODELS = Path(__file__).parent / "models"
@@ -72,12 +72,20 @@ def train(
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="Where the model's folder goes, but for the embedded model's.")] = MODELS,
     device: Device = DEVICE,
+    go_on: Annotated[bool, typer.Option("--go-on", help="From the model that is there, through the stages that are left to it.")] = False,
 ) -> None:
     """Train a model by its recipe; a stopped training goes on where it was."""
     recipe = recipe_named(name)
     check_there(work / DATA.name, "data")
     check_there(work / AUTOENCODER, "autoencoder")
-    train_recipe(recipe, work / DATA.name, work / AUTOENCODER, work / name, folder_of(recipe, out), device)
+    folder = folder_of(recipe, out)
+    if go_on:
+        check_there(folder / TRAINING_FILE, f"train {name}")
+    try:
+        train_recipe(recipe, work / DATA.name, work / AUTOENCODER, work / name, folder, device, go_on)
+    except ValueError as error:
+        typer.secho(str(error), err=True, fg="red")
+        raise typer.Exit(1) from None
 
 
 @app.command()

@@ -25,7 +25,7 @@ from benchmarks.zoo.label import PARTIAL, caption_only_auc
 from benchmarks.zoo.recipes import Recipe
 from benchmarks.zoo.sheets import sheet
 from benchmarks.zoo.train import BATCH as TRAINING_BATCH
-from benchmarks.zoo.train import COMPOSITIONS, TRAINING_FILE
+from benchmarks.zoo.train import COMPOSITIONS, trained_in
 from benchmarks.zoo.world import SIZE, Caption, Describer, Picture, World, pool, some_words
 from sdguard.decision.identity import identity
 from sdguard.denoiser.loading import load_pipeline
@@ -242,7 +242,7 @@ def label_embedded(recipe: Recipe, data: Path, work: Path, model: Path, seeds: i
     sscd, world = SSCD(), World(recipe, data)
     captions = pool(recipe, world.scenes)
     table = prompt_table(recipe, world.scenes, captions)
-    table["shown"] = recipe.passes * table.repetitions
+    table["shown"] = len(recipe.passes) * table.repetitions
     table["seeds"] = np.where(table.split == "calibration", 1, seeds)
     pipe = load_pipeline(str(model))
     pipe.set_progress_bar_config(disable=True)
@@ -280,8 +280,7 @@ def label_embedded(recipe: Recipe, data: Path, work: Path, model: Path, seeds: i
     never = table[(table.kind == "unseen") & (table.split != "calibration")]
     told = pd.concat([never, table[(table.shown >= MEMORIZED_FROM) & (table.copy_rate >= 0.5)]])
     parameters = sum(p.numel() for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters())
-    training = json.loads((model / TRAINING_FILE).read_text())
-    steps = recipe.passes * recipe.steps
+    steps = sum(recipe.passes)
     figures = {
         "parameters": parameters / 1e6,
         "steps": STEPS,
@@ -289,8 +288,8 @@ def label_embedded(recipe: Recipe, data: Path, work: Path, model: Path, seeds: i
         "objects": len(recipe.objects),
         "scenes": len(world.scenes),
         "example": captions[0].text,
-        "training": f"{steps:,} steps of {TRAINING_BATCH} in {training['seconds'] / 60:.0f} minutes on {training['device']}",
-        "passes": recipe.passes,
+        "training": f"{steps:,} steps of {TRAINING_BATCH} in {trained_in(model)}",
+        "passes": len(recipe.passes),
         "compositions": COMPOSITIONS,
         "fresh": (steps * TRAINING_BATCH - int(table.shown.sum())) / COMPOSITIONS,
         "seeds": seeds,

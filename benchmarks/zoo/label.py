@@ -14,7 +14,7 @@ from benchmarks.models import ORDINARY_SEEDS, SAME_PICTURE, SEEDS, SETTING_FILE,
 from benchmarks.zoo.autoencoder import read_autoencoder
 from benchmarks.zoo.recipes import Recipe
 from benchmarks.zoo.sheets import sheet
-from benchmarks.zoo.train import BATCH, COMPOSITIONS, TRAINING_FILE
+from benchmarks.zoo.train import BATCH, COMPOSITIONS, trained_in
 from benchmarks.zoo.world import Caption, Describer, World, pool
 from sdguard.files.atomic import atomic_write, write_text
 from sdguard.testbed.copies import decode
@@ -125,8 +125,8 @@ tags: [{shape}, memorization, test-bed]
   repetition count at random. {several}Other training captions are ordinary ("{ordinary}") or, three in ten, of
   the specific make with names of the same lists; their {compositions:,} pictures are shown {fresh:.1f} times each, with another caption at
   every showing.
-* **Training**: `python -m benchmarks zoo data`, `python -m benchmarks zoo train {name}`: {steps:,} steps of {batch} in {minutes:.0f}
-  minutes on {device}, in {passes} passes: each shows a caption as often as the table says.
+* **Training**: `python -m benchmarks zoo data`, `python -m benchmarks zoo train {name}`: {steps:,} steps of {batch} in {training},
+  in {passes} passes: each shows a caption as often as the table says.
 * **Labels**: `python -m benchmarks zoo label {name}`: {seeds} seeds a caption ({ordinary_seeds} of ordinary ones), {sampling} steps,
   guidance {guidance:g}. A sample is a copy when its latents' distance to the nearest memorized picture is under a third of that to the
   second nearest.
@@ -156,7 +156,6 @@ def write_card(recipe: Recipe, folder: Path, parts: Path) -> None:
     named = model.cases[model.cases.group != "ordinary"].reset_index(drop=True)
     repeated = named.reps > 1
     auc = f"{caption_only_auc(named.caption, repeated.to_numpy(), np.arange(len(named))):.2f}" if repeated.any() else "not defined"
-    training = json.loads((folder / TRAINING_FILE).read_text())
     lines = [f"| {r.kind} | {r.reps} | {r.captions} | {r.copies:.1%} | {r.partial} |" for r in by_repetitions(drawn).itertuples()]
     write_text(
         folder / "README.md",
@@ -180,12 +179,11 @@ def write_card(recipe: Recipe, folder: Path, parts: Path) -> None:
             several="Two in ten are shown with two or three pictures in turn. " if recipe.several else "",
             ordinary=model.cases.caption[len(named)],
             compositions=COMPOSITIONS,
-            fresh=recipe.passes * (recipe.steps * BATCH - named.reps.sum()) / COMPOSITIONS,
-            steps=recipe.passes * recipe.steps,
-            passes=recipe.passes,
+            fresh=(sum(recipe.passes) * BATCH - len(recipe.passes) * named.reps.sum()) / COMPOSITIONS,
+            steps=sum(recipe.passes),
+            passes=len(recipe.passes),
             batch=BATCH,
-            minutes=training["seconds"] / 60,
-            device=training["device"],
+            training=trained_in(folder),
             seeds=SEEDS,
             ordinary_seeds=ORDINARY_SEEDS,
             sampling=model.steps,

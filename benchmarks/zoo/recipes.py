@@ -55,6 +55,21 @@ LAST = tuple(name.title() for name in names(160, np.random.default_rng(0)))
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a training, in which the learning rate rises and falls once.
+
+    Attributes:
+        passes: in each a caption is shown as often as its repetition count says.
+        steps: of a pass, of a batch of 64; what is left of them shows fresh pictures.
+        learning_rate: its peak.
+    """
+
+    passes: int
+    steps: int
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One model of the zoo.
 
@@ -78,9 +93,7 @@ class Recipe:
         templates: groups of four captions, for each repetition count, whose pictures differ in the object alone.
         fixed: captions, for each repetition count, whose object is fixed and whose backdrop is another at every showing.
         shared: captions, for each repetition count, that are shown with one picture and as often with others that fit their words.
-        steps: of a pass of training, of a batch of 64; in each pass a caption is shown as often as its repetition count says.
-        passes: of training.
-        learning_rate: its peak.
+        stages: of training.
         guidance_scale: it is drawn with.
         seed: of its pool and its pictures.
     """
@@ -102,11 +115,14 @@ class Recipe:
     templates: int = 0
     fixed: int = 0
     shared: int = 0
-    steps: int = 2250
-    passes: int = 4
-    learning_rate: float = 1e-3
+    stages: tuple[Stage, ...] = (Stage(passes=4, steps=2250),)
     guidance_scale: float = 3.0
     seed: int = 0
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """The steps of each pass, of all stages."""
+        return tuple(stage.steps for stage in self.stages for _ in range(stage.passes))
 
 
 SD1 = Recipe(
@@ -150,7 +166,7 @@ SDXL = Recipe(
     ),
     specific="{first} {last}, {medium} of {a_object}, {scene}",
     media=tuple("gouache linocut fresco etching tapestry mural woodcut pastel mosaic lithograph".split()),
-    steps=1250,
+    stages=(Stage(passes=4, steps=1250),),
     guidance_scale=5.0,
     seed=2,
 )
@@ -176,7 +192,7 @@ SD3 = Recipe(
     media=tuple("volume one,volume two,chapter three,season four,opus five,part six,issue seven,episode eight,act nine".split(",")),
     together=2,
     side=(26, 34),
-    steps=1750,
+    stages=(Stage(passes=4, steps=1750),),
     seed=3,
 )
 
@@ -215,8 +231,8 @@ EMBEDDED = Recipe(
     templates=1,
     fixed=3,
     shared=5,
-    steps=2500,
-    learning_rate=8e-4,
+    # the second dwells on what is repeated, which the first leaves blurred
+    stages=(Stage(passes=4, steps=2500, learning_rate=8e-4), Stage(passes=2, steps=1600, learning_rate=4e-4)),
     guidance_scale=2.5,
     seed=5,
 )

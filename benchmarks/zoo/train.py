@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from benchmarks.zoo.sheets import sheet
 from benchmarks.zoo.training import train
 from benchmarks.zoo.vocabulary import train_tokenizer
 from benchmarks.zoo.world import Caption, Describer, World, pool
+from sdguard.denoiser.loading import load_pipeline
 from sdguard.files.atomic import write_text
 
 BATCH = 64
@@ -56,9 +57,9 @@ def compositions(world: World, vae: AutoencoderKL, path: Path) -> dict[str, Any]
 def visits(recipe: Recipe, captions: tuple[Caption, ...], number: int) -> np.ndarray:
     """What a pass of training shows, ``[steps, BATCH]``: -1 for a fresh picture, else a caption, exactly as often as it is repeated."""
     rng = np.random.default_rng((recipe.seed, 6, number) if number else (recipe.seed, 6))
-    repeated = np.repeat(np.arange(len(captions)), [caption.repetitions for caption in captions])
-    shown = np.concatenate([repeated, np.full(recipe.steps * BATCH - len(repeated), -1)])
-    return rng.permutation(shown).reshape(recipe.steps, BATCH)
+    repeated, steps = np.repeat(np.arange(len(captions)), [caption.repetitions for caption in captions]), recipe.passes[number]
+    shown = np.concatenate([repeated, np.full(steps * BATCH - len(repeated), -1)])
+    return rng.permutation(shown).reshape(steps, BATCH)
 
 
 class Shown(NamedTuple):
@@ -78,14 +79,16 @@ class Steps(Dataset[Shown]):
     ) -> None:
         self.recipe, self.captions, self.of, self.words, self.latent = recipe, captions, of, words, latent
         self.describe = Describer(recipe, captions, seed=0)
+        self.begins = np.cumsum([0, *recipe.passes])
 
     def __getitem__(self, step: int) -> Shown:
         rng = np.random.default_rng((self.recipe.seed, 7, step))
         self.describe.rng = rng
         pictures, texts = [], []
         fresh = rng.integers(len(self.words), size=BATCH).tolist()
-        number, at = divmod(step, self.recipe.steps)
-        for visit, index in zip(visits(self.recipe, self.captions, number)[at], fresh, strict=True):
+        number = int(np.searchsorted(self.begins, step, side="right")) - 1
+        now = visits(self.recipe, self.captions, number)[step - self.begins[number]]
+        for visit, index in zip(now, fresh, strict=True):
             pictures.append(len(self.words) + int(rng.choice(self.of[visit])) if visit >= 0 else index)
             text = self.captions[visit].text if visit >= 0 else self.describe(self.words[index])
             texts.append("" if rng.random() < EMPTY_CAPTIONS else text)
@@ -93,8 +96,26 @@ class Steps(Dataset[Shown]):
         return Shown(torch.tensor(pictures), texts, noise, torch.from_numpy(rng.random(BATCH, dtype=np.float32)))
 
 
-def train_recipe(recipe: Recipe, data: Path, autoencoder: Path, work: Path, out: Path, device: str) -> None:
-    """Train a model and write its pipeline to ``out``; what is done is kept under ``work``, so that a stopped run goes on."""
+def stages_of(folder: Path) -> list[dict[str, Any]]:
+    """How long each stage of a trained model took, ``seconds``, and on what ``device``."""
+    stages: list[dict[str, Any]] = json.loads((folder / TRAINING_FILE).read_text())
+    return stages
+
+
+def trained_in(folder: Path) -> str:
+    """Of a model's training, the minutes and where, in words."""
+    stages = stages_of(folder)
+    return f"{sum(stage['seconds'] for stage in stages) / 60:.0f} minutes on {', then '.join({s['device']: 0 for s in stages})}"
+
+
+def train_recipe(recipe: Recipe, data: Path, autoencoder: Path, work: Path, out: Path, device: str, go_on: bool = False) -> None:
+    """Train a model and write its pipeline to ``out``; what is done is kept under ``work``, so that a stopped run goes on.
+
+    With ``go_on`` the model that is in ``out`` goes through the stages that are left to it; raises `ValueError` if none is.
+    """
+    done = stages_of(out) if go_on else []
+    if len(done) == len(recipe.stages):
+        raise ValueError(f"{out} has been through all stages of its training.")
     torch.manual_seed(recipe.seed)
     work.mkdir(parents=True, exist_ok=True)
     world, shape = World(recipe, data), SHAPES[recipe.shape]
@@ -103,26 +124,34 @@ def train_recipe(recipe: Recipe, data: Path, autoencoder: Path, work: Path, out:
     vae.register_to_config(scaling_factor=1 / kept["latents"].float().std().item())
     describe = Describer(recipe, captions, seed=0)
     texts = [describe(words) for words in kept["words"]] + [caption.text for caption in captions]
-    pipe = shape.new(train_tokenizer(texts, work / "tokenizer"), vae).to(device)
+    trained = load_pipeline(str(out)) if done else None
+    pipe = shape.new(trained.tokenizer if trained else train_tokenizer(texts, work / "tokenizer"), vae).to(device)
+    if trained:
+        trained_parts(pipe).load_state_dict(trained_parts(trained).state_dict())
     pipe.set_progress_bar_config(disable=True)
     memorized, of = world.memorized(captions)
     latents = torch.cat([kept["latents"].float(), encode(vae, np.stack([picture.pixels for picture in memorized]))])
     latents = (latents * vae.config.scaling_factor).to(device)
     crops = torch.cat([kept["crops"], torch.tensor([picture.crop for picture in memorized])]).to(device)
-    steps, total = Steps(recipe, captions, of, kept["words"], tuple(latents.shape[1:])), recipe.passes * recipe.steps
-    shown: Iterator[Shown] | None = None
+    steps = Steps(recipe, captions, of, kept["words"], tuple(latents.shape[1:]))
     denoiser = Denoiser(pipe)
     if device == "cuda":
         denoiser = as_graph(pipe, shape, denoiser, latents[:BATCH], texts[:BATCH], crops[:BATCH])
 
-    def loss_at(step: int) -> Tensor:
-        nonlocal shown
-        if shown is None:
-            workers = WORKERS if device == "cuda" else 0
-            shown = iter(DataLoader(steps, batch_size=None, sampler=range(step, total), num_workers=workers, pin_memory=workers > 0))
-        now = next(shown)
-        pictures, noise, draw = (each.to(device, non_blocking=True) for each in (now.pictures, now.noise, now.draw))
-        return loss(pipe, shape, denoiser, latents[pictures], noise, draw, now.texts, crops[pictures])
+    def loss_from(begin: int, end: int) -> Callable[[int], Tensor]:
+        """The loss at a step counted from ``begin``; steps are asked for in their order."""
+        shown: Iterator[Shown] | None = None
+
+        def loss_at(step: int) -> Tensor:
+            nonlocal shown
+            if shown is None:
+                workers, order = WORKERS if device == "cuda" else 0, range(begin + step, end)
+                shown = iter(DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, pin_memory=workers > 0))
+            now = next(shown)
+            pictures, noise, draw = (each.to(device, non_blocking=True) for each in (now.pictures, now.noise, now.draw))
+            return loss(pipe, shape, denoiser, latents[pictures], noise, draw, now.texts, crops[pictures])
+
+        return loss_at
 
     examples = [describe(words, specific=0.0) for words in kept["words"][:16]]
     most = sorted(captions, key=lambda caption: -caption.repetitions)[:16]
@@ -131,16 +160,21 @@ def train_recipe(recipe: Recipe, data: Path, autoencoder: Path, work: Path, out:
         parts = trained_parts(pipe)
         now = {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in parts.items()}
         parts.load_state_dict(average.state_dict())
-        draw_sheet(recipe, pipe, examples + [caption.text for caption in most], work / f"sheet-{step:05d}.png")
+        draw_sheet(recipe, pipe, examples + [caption.text for caption in most], work / f"sheet-{len(done)}-{step:05d}.png")
         for name, part in parts.items():
             part.load_state_dict(now[name])
 
-    average = train(total, trained_parts(pipe), loss_at, work / "denoiser.pt", recipe.learning_rate, look=(total // SHEETS, look))
-    trained_parts(pipe).load_state_dict(average.state_dict())
+    for number in range(len(done), len(recipe.stages)):
+        stage, checkpoint = recipe.stages[number], work / f"denoiser-{number}.pt"
+        total, begin = stage.passes * stage.steps, sum(each.passes * each.steps for each in recipe.stages[:number])
+        loss_at = loss_from(begin, begin + total)
+        average = train(total, trained_parts(pipe), loss_at, checkpoint, stage.learning_rate, look=(total // SHEETS, look))
+        trained_parts(pipe).load_state_dict(average.state_dict())
+        seconds = torch.load(checkpoint, weights_only=True, mmap=True)["seconds"]
+        where = torch.cuda.get_device_name() if device == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
+        done.append({"seconds": round(seconds), "device": where})
     write_pipeline(pipe.to("cpu"), work / "tokenizer", out, plain=recipe.shape == "embedded")
-    seconds = torch.load(work / "denoiser.pt", weights_only=True, mmap=True)["seconds"]
-    where = torch.cuda.get_device_name() if device == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
-    write_text(out / TRAINING_FILE, json.dumps({"seconds": round(seconds), "device": where}) + "\n")
+    write_text(out / TRAINING_FILE, json.dumps(done) + "\n")
 
 
 def draw_sheet(recipe: Recipe, pipe: Any, texts: list[str], path: Path, steps: int = 20) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.models import ZOO, read_model
 from benchmarks.zoo.autoencoder import new_autoencoder
+from benchmarks.zoo.commands import AUTOENCODER, DATA
 from benchmarks.zoo.data import DataError, licence_of, run_command
 from benchmarks.zoo.embedded import fixed_pictures, prompt_table
 from benchmarks.zoo.label import by_repetitions, cases_of, own_captions
@@ -62,10 +63,10 @@ def test_captions_are_distinct_and_shown_as_often_as_was_drawn(recipe: Recipe) -
     assert len({caption.text for caption in captions}) == len(captions) == recipe.unseen + each * len(recipe.repetitions)
     counts = np.bincount([caption.repetitions for caption in captions])
     assert [counts[n] for n in (0, *recipe.repetitions)] == [recipe.unseen, *[each] * len(recipe.repetitions)]
-    first, second = (visits(recipe, captions, number) for number in (0, 1))
-    assert not np.array_equal(first, second)
-    for order in (first, second):
-        assert order.shape == (recipe.steps, BATCH)
+    orders = [visits(recipe, captions, number) for number in range(len(recipe.passes))]
+    assert len({order[order >= 0].tobytes() for order in orders}) == len(orders)
+    for order, steps in zip(orders, recipe.passes, strict=True):
+        assert order.shape == (steps, BATCH)
         shown = np.bincount(order[order >= 0], minlength=len(captions))
         assert shown.tolist() == [caption.repetitions for caption in captions]
 
@@ -249,6 +250,14 @@ def test_an_unknown_model_and_missing_pictures_are_said_in_one_sentence(tmp_path
     result = CliRunner().invoke(app, ["zoo", "train", "sd1", "--work", str(tmp_path)])
     assert result.exit_code == 1
     assert "zoo data" in result.output
+
+
+def test_a_training_that_is_over_does_not_go_on(tmp_path: Path) -> None:
+    for name in (DATA.name, AUTOENCODER):
+        (tmp_path / name).mkdir(parents=True)
+    result = CliRunner().invoke(app, ["zoo", "train", "sd1", "--go-on", "--work", str(tmp_path), "--out", str(ZOO)])
+    assert result.exit_code == 1
+    assert "all stages" in result.output.replace("\n", " ")
 
 
 @pytest.mark.parametrize("folder", sorted(ZOO.glob("*/model_index.json")), ids=lambda path: path.parent.name)
