@@ -209,6 +209,9 @@ def tidy(out: Path, vocabulary: Path) -> None:
     for config in out.glob("*/config.json"):
         kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
         write_text(config, json.dumps(kept, indent=2) + "\n")
+    for path in out.glob("tokenizer*/tokenizer.json"):  # which keeps what the last call asked for
+        asked = {"truncation": None, "padding": None}
+        write_text(path, json.dumps(json.loads(path.read_text()) | asked, indent=2, ensure_ascii=False))
     for folder in out.glob("tokenizer*"):
         for name in ("vocab.json", "merges.txt"):  # older transformers read these and no tokenizer.json
             if not (folder / name).exists():

@@ -219,7 +219,12 @@ def explain_command(
         found = explain(pipe, prompt, seed, **setting)
         picture = unguarded_picture(pipe, prompt, seed, **setting)
         save_pictures(out, {"explain.png": explanation_sheet(picture, found)}, asdict(found), "explain.json")
-    table = Table("word", "norm that goes without it", "share of the gradient", title=f"guidance norm {found.guidance_norm:.3g}")
+    table = Table(
+        "word",
+        "norm that goes without it",
+        "share of the gradient",
+        title=f"guidance norm {found.guidance_norm:.3g}: how hard the prompt pulls at the first step",
+    )
     strongest = max(1e-9, *found.left_out)
     for word, fall, share in zip(found.words, found.left_out, found.gradient, strict=True):
         red = round(255 * max(0.0, fall) / strongest)

@@ -23,7 +23,12 @@ from sdguard.guarded.generate import generate_guarded, verdict_table
 from sdguard.guarded.report import GuardReport
 from sdguard.testbed.copies import RATIO, Targets, load_targets
 
-KINDS = ("verbatim", "template", "ordinary")
+#: kinds of the table of prompts, and what a reader is told of them
+KINDS = {
+    "verbatim": "verbatim: the whole picture is memorized",
+    "template": "template: the backdrop is memorized, under several objects; a copy is one of the backdrop",
+    "ordinary": "ordinary",
+}
 
 
 def most_shown(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -63,9 +68,9 @@ def draw_sheet(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]],
     for number, (line, row, trio) in enumerate(zip(axes, rows, pictures, strict=True)):
         report = GuardReport.from_row(row)
         line[0].axis("off")
-        line[0].text(0, 1, row["kind"], fontsize=10, color="#777777", va="top")
-        line[0].text(0, 0.9, textwrap.fill(f"“{row['prompt']}”", 25), fontsize=13, va="top")
-        line[0].text(0, 0.62, report.verdict, fontsize=16, weight="bold", color=colour[report.verdict], va="top")
+        line[0].text(0, 1, textwrap.fill(KINDS[row["kind"]], 46), fontsize=8.5, color="#777777", va="top")
+        line[0].text(0, 0.87, textwrap.fill(f"“{row['prompt']}”", 25), fontsize=13, va="top")
+        line[0].text(0, 0.6, report.verdict, fontsize=16, weight="bold", color=colour[report.verdict], va="top")
         line[0].text(0, 0.49, textwrap.fill(report.reason, 37), fontsize=9.5, color="#333333", va="top")
         line[0].text(0, 0, f"seed {row['seed']}, {report.extra_evaluations} extra denoiser evaluations", fontsize=8.5, color="#777777")
         notes = (copy_note(row["ratio_before"]), "" if report.verdict == "withheld" else copy_note(row["ratio_after"]), "")
@@ -83,7 +88,7 @@ def draw_sheet(rows: list[dict[str, Any]], pictures: list[tuple[Any, Any, Any]],
         line[4].text(row["threshold"], 1.22 * top, " threshold", fontsize=9, va="top")
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         line[4].text(row["score"], 1.08 * top, "this prompt ", fontsize=9, va="top", ha="right", color=colour[report.verdict], bbox=behind)
-        line[4].set_xlabel("score at the first denoiser call", fontsize=10)
+        line[4].set_xlabel("score at the first denoiser call; beyond the gap, those looked at twice", fontsize=9)
         line[4].set_title(f"against {clean.prompts:,} ordinary prompts" if number == 0 else "", fontsize=12)
         line[4].spines[["top", "left", "right"]].set_visible(False)
     figure.suptitle("sdguard on its embedded model: decided before the first denoising step", fontsize=15)
