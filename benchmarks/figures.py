@@ -193,7 +193,7 @@ def save(figure: Any, path: Path) -> None:
 def write_sheet(_: Model, path: Path) -> None:
     """The sheet of ``make demo``."""
     with tempfile.TemporaryDirectory() as folder:
-        demo.main(Path(folder), seed=SEED)
+        demo.main(Path(folder), seed=demo.SEED)
         shutil.copy(Path(folder) / path.name, path)
 
 
