@@ -447,8 +447,9 @@ LENIENT = {"reference_agreement": [2.0] * 100, "recurrence": [2.0] * 100, "guida
 
 
 def profile_for(threshold: float) -> Profile:
+    """Of which a score above ``threshold`` is flagged at 1%, and no other."""
     cascade = Cascade((Stage(("guidance_norm",), ("guidance_norm",), None),), {"guidance_norm": Scale(False, 0.0, 1.0)})
-    norms = sorted(threshold * (0.5 + 0.5 * i / 199) for i in range(200))
+    norms = [threshold * min(1.0, 0.5 + 0.5 * i / 196) for i in range(200)]
     return Profile(
         {},
         cascade,

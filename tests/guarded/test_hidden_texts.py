@@ -103,8 +103,13 @@ def case(pipe: Any) -> Case:
 
 
 def judgement(report: GuardReport) -> dict[str, Any]:
-    """A report without what was spent and watched: calls without guidance are not watched where nobody sees that their text is another."""
-    return {"reason": report.reason, **asdict(replace(report, series={}, extra_evaluations=0, id="", time=""))}
+    """A report without what was spent and watched: calls without guidance are not watched where nobody sees that their text is another.
+
+    Numbers are to five digits, as a batch of another size rounds differently on some processors.
+    """
+    signals = {name: {key: f"{value:.5g}" for key, value in found.items()} for name, found in report.signals.items()}
+    plain = asdict(replace(report, series={}, extra_evaluations=0, id="", time=""))
+    return {"reason": report.reason, **plain, "score": f"{report.score:.5g}", "signals": signals}
 
 
 def only_row(reports: Any, verdict: str, at: int) -> bool:

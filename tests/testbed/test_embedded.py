@@ -53,7 +53,7 @@ def test_ordinary_neighbours_are_bit_identical_and_free(mixed: dict[str, Any]) -
 
 def test_guidance_norm_separates_most_repeated_from_ordinary(embedded: Any, table: pd.DataFrame) -> None:
     profile = sdguard.Profile.load(testbed.path() / "sdguard" / "profile.json")
-    most = table[(table.repetitions == table.repetitions.max()) & (table.split == "development")].text.tolist()[:8]
+    most = table[(table.copy_rate == 1) & (table.split == "development")].text.tolist()[:8]
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()[:8]
     guarded = sdguard.guard(embedded, GuardConfig(mode="observe", profile=profile))
     reports = call(guarded, most + ordinary, list(range(16))).guard
@@ -61,8 +61,8 @@ def test_guidance_norm_separates_most_repeated_from_ordinary(embedded: Any, tabl
     assert np.mean([[m > o for o in values[8:]] for m in values[:8]]) > 0.85
 
 
-def test_agreement_separates_most_repeated_from_ordinary(embedded: Any, table: pd.DataFrame) -> None:
-    most = table[(table.repetitions == table.repetitions.max()) & (table.split == "development")].text.tolist()[:4]
+def test_agreement_separates_what_is_always_copied_from_ordinary(embedded: Any, table: pd.DataFrame) -> None:
+    most = table[(table.copy_rate == 1) & (table.split == "development")].text.tolist()[:4]
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()[:4]
     found: list[float] = []
     setting: dict[str, Any] = {"num_inference_steps": testbed.STEPS, "guidance_scale": testbed.GUIDANCE_SCALE}
