@@ -389,11 +389,11 @@ def brief_guard(found: dict[str, Any]) -> str:
 
 def brief_results(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
     """A row a model of the zoo, which neither the decision nor the steering was chosen on: what is flagged, and what the guard leaves."""
-    runs = {row["run"]: row for row in found["rows"]}
+    runs, models = {row["run"]: row for row in found["rows"]}, zoo()
     lines = []
     for row in rows:
         name = row["left out"]
-        if row["rule"] != SHIPPED or name not in zoo():
+        if row["rule"] != SHIPPED or name not in models:
             continue
         own, by_shipped = (row[f"{prompts}, checked"]["flagged"] for prompts in ("own", "shipped"))
         flagged = [own["copies"], own["never seen, cleaned"], own["ordinary"], by_shipped["ordinary"]]
@@ -417,10 +417,11 @@ def brief_results(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
 def brief_cost(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
     """What the README says of the cost of a picture, from the models of `brief_results`."""
     guarded = next(row for row in found["rows"] if row["run"] == FROM_TEXT)
-    own = [row["own, checked"] for row in rows if row["rule"] == SHIPPED and row["left out"] in zoo()]
+    models = zoo()
+    own = [row["own, checked"] for row in rows if row["rule"] == SHIPPED and row["left out"] in models]
     free = [each["free"] for each in own]
     others = max(each["evaluations"] / (1 - each["free"]) for each in own)
-    flagged = [guarded[name]["evaluations"] for name in zoo() if name in guarded]
+    flagged = [guarded[name]["evaluations"] for name in models if name in guarded]
     return (
         f"After that {min(free):.0%} to {max(free):.0%} of ordinary prompts, on the models below, cost no extra denoiser evaluation "
         f"(a guided step is two), the others {others:.0f}, a flagged one {min(flagged):.0f} to {max(flagged):.0f} on average."

@@ -51,7 +51,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("app") / "log"
-    environment = {**os.environ, "SDGUARD_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_WAIT_POLICY": "passive"}
+    cache = str(tmp_path_factory.mktemp("cache"))
+    # as many threads as the tests: which wording steering takes hangs on draws that round with their number
+    environment = {**os.environ, "SDGUARD_CACHE": cache, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         command = [sys.executable, "app.py", "--port", str(port)]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)

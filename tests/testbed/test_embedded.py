@@ -53,7 +53,7 @@ def test_ordinary_neighbours_are_bit_identical_and_free(mixed: dict[str, Any]) -
 
 def test_guidance_norm_separates_most_repeated_from_ordinary(embedded: Any, table: pd.DataFrame) -> None:
     profile = sdguard.Profile.load(testbed.path() / "sdguard" / "profile.json")
-    most = table[(table.copy_rate == 1) & (table.split == "development")].text.tolist()[:8]
+    most = table[(table.repetitions == table.repetitions.max()) & (table.split == "development")].text.tolist()[:8]
     ordinary = table[(table.kind == "ordinary") & (table.split == "development")].text.tolist()[:8]
     guarded = sdguard.guard(embedded, GuardConfig(mode="observe", profile=profile))
     reports = call(guarded, most + ordinary, list(range(16))).guard
