@@ -4,7 +4,8 @@
 sizes are built from their configurations with random weights; nothing is downloaded. A path and the unguarded pipeline are called one
 right after the other, in either order, so that a noisy machine is noisy to both; the cost is the median of these pairs' ratios with its
 95% interval (by order statistics). The clean path's is the smallest, so that it has `CLEAN_PAIRS` pairs where the others have one. On a
-CPU, memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``.
+CPU, memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``, the name with what is
+not usual: another precision, ``compiled``, ``cuda``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import sdguard
 from sdguard import GuardConfig, Profile, testbed
 from sdguard.decision.cascade import PLAN, Cascade, Scale, Stage
 from sdguard.decision.identity import identity
-from sdguard.denoiser.families import default_size
+from sdguard.denoiser.families import default_size, denoiser_of
 from sdguard.files.atomic import write_text
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -42,30 +43,34 @@ PATHS = ("clean", "gray", "flagged")
 CLEAN_PAIRS = 5
 
 
-def built(shape: str, dtype: torch.dtype) -> Any:
-    """The embedded model, or a pipeline of a shape with random weights and the embedded model's tokenizer."""
+def built(shape: str, dtype: torch.dtype, device: str) -> Any:
+    """The embedded model, or a pipeline of a shape with random weights and the embedded model's tokenizer, on a device."""
     if shape == "embedded":
-        return testbed.load()
+        return testbed.load().to(device, dtype)
     parts = json.loads((SHAPES / f"{shape}.json").read_text())
     tokenizer = transformers.CLIPTokenizer.from_pretrained(testbed.path() / "tokenizer", model_max_length=77)
-    made: dict[str, Any] = {"vae": diffusers.AutoencoderKL(**parts["vae"]), "tokenizer": tokenizer}
+    made: dict[str, Any] = {"tokenizer": tokenizer}
     pooled = "text_encoder_2" in parts
-    for name in ("text_encoder", "text_encoder_2"):
-        if name in parts:
-            config = transformers.CLIPTextConfig(**parts[name], eos_token_id=tokenizer.eos_token_id)
-            projected = name == "text_encoder_2" or "transformer" in parts
-            made[name] = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+    with torch.device(device):  # random weights of this many are drawn on a GPU in no time
+        made["vae"] = diffusers.AutoencoderKL(**parts["vae"])
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in parts:
+                config = transformers.CLIPTextConfig(**parts[name], eos_token_id=tokenizer.eos_token_id)
+                projected = name == "text_encoder_2" or "transformer" in parts
+                made[name] = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
+        if "transformer" in parts:
+            made["transformer"] = diffusers.SD3Transformer2DModel(**parts["transformer"])
+        else:
+            made["unet"] = diffusers.UNet2DConditionModel(**parts["unet"])
     if pooled:
         made["tokenizer_2"] = tokenizer
     if "transformer" in parts:
-        made |= {"transformer": diffusers.SD3Transformer2DModel(**parts["transformer"]), "text_encoder_3": None, "tokenizer_3": None}
-    else:
-        made["unet"] = diffusers.UNet2DConditionModel(**parts["unet"])
+        made |= {"text_encoder_3": None, "tokenizer_3": None}
     if not pooled:
         made |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     scheduler = dict(parts["scheduler"])
     made["scheduler"] = getattr(diffusers, scheduler.pop("class"))(**scheduler)
-    return getattr(diffusers, parts["pipeline"])(**made).to(dtype)
+    return getattr(diffusers, parts["pipeline"])(**made).to(device, dtype)
 
 
 def profile(path: str, model: dict[str, Any]) -> Profile:
@@ -107,11 +112,18 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def peak(shape: str, path: str, options: list[str]) -> int:
-    """Peak memory in bytes of a process that takes one path once; on a GPU, of the GPU."""
+    """Peak resident memory in bytes of a process that takes one path once."""
     found = subprocess.run(
         [sys.executable, "-m", "benchmarks", "overhead", shape, "--alone", path, *options], check=True, capture_output=True, text=True
     )
     return int(found.stdout.split()[-1])
+
+
+def peak_on_gpu(call: Callable[[], Any]) -> int:
+    """Peak memory in bytes that torch holds on the GPU in a call."""
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated()
 
 
 def main(
@@ -122,32 +134,35 @@ def main(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds: one pair of a gray and a flagged call, five of a clean one.")] = 9,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compiled", help="With a compiled denoiser (fullgraph=True), the clean path alone.")] = False,
     alone: Annotated[str | None, typer.Option(help="Take this path once and print the peak memory in bytes.")] = None,
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path(__file__).parent / "results",
 ) -> None:
     """Measure the guard's overhead on a shape."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = built(shape, getattr(torch, dtype)).to(device)
+    pipe = built(shape, getattr(torch, dtype), device)
     pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        denoiser_of(pipe).compile(fullgraph=True)
+    measured = PATHS[:1] if compiled else PATHS
     side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or default_size(pipe)[0]
     setting = {"steps": steps, "guidance_scale": testbed.GUIDANCE_SCALE if shape == "embedded" else 7.5, "height": side, "width": side}
     with tempfile.TemporaryDirectory() as folder:
         if alone:
             caller(pipe, alone, setting, Path(folder))()
-            typer.echo(torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            typer.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             return
-        calls = {path: caller(pipe, path, setting, Path(folder)) for path in ("unguarded", *PATHS)}
+        calls = {path: caller(pipe, path, setting, Path(folder)) for path in ("unguarded", *measured)}
         evaluations = {path: call() for path, call in calls.items()}  # also warms everything up
-        seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in PATHS}  # of the path, and of the unguarded call beside it
-        shuffle = random.Random(0)
-        for path in track(
-            [path for _ in range(rounds) for path in shuffle.sample(["clean"] * CLEAN_PAIRS + ["gray", "flagged"], CLEAN_PAIRS + 2)], shape
-        ):
+        seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in measured}  # of the path, and of the unguarded call beside it
+        shuffle, others = random.Random(0), measured[1:]
+        order = ["clean"] * CLEAN_PAIRS + list(others)
+        for path in track([path for _ in range(rounds) for path in shuffle.sample(order, len(order))], shape):
             pair = {name: timed(calls[name]) for name in shuffle.sample([path, "unguarded"], 2)}
             seconds[path].append((pair[path], pair["unguarded"]))
-    options = ["--size", str(side), "--steps", str(steps), "--dtype", dtype]
+        options = ["--size", str(side), "--steps", str(steps), "--dtype", dtype]
+        memory = {path: peak_on_gpu(call) if device == "cuda" else peak(shape, path, options) for path, call in calls.items()}
     unguarded = {"path": "unguarded", "seconds": statistics.median(base for pairs in seconds.values() for _, base in pairs)}
-    memory = {path: peak(shape, path, options) for path in ("unguarded", *PATHS)}
     rows = [{**unguarded, "ratio": 1.0, "extra evaluations": 0, "peak gigabytes": memory["unguarded"] / 2**30, "memory ratio": 1.0}]
     for path, pairs in seconds.items():
         ratios = [here / base for here, base in pairs]
@@ -171,9 +186,11 @@ def main(
         **setting,
         "rounds": rounds,
         "dtype": dtype,
-        "device": device,
+        "compiled": compiled,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
     }
+    unusual = [dtype] * (dtype != "float32") + ["compiled"] * compiled + [device] * (device != "cpu")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / f"overhead-{shape}.json", json.dumps({"about": about, "rows": rows}, indent=1))
+    write_text(out / f"{'-'.join(['overhead', shape, *unusual])}.json", json.dumps({"about": about, "rows": rows}, indent=1))
     typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))

@@ -433,17 +433,24 @@ def zoo() -> list[str]:
     return [path.parent.name for path in ZOO.glob("*/model_index.json")]
 
 
+def shape_named(about: dict[str, Any]) -> str:
+    """A shape whose overhead was measured, with its size and what is not usual of the run."""
+    where = [] if about["device"] == "cpu" else [about["device"]]
+    unusual = [about["dtype"]] * (about["dtype"] != "float32") + ["compiled"] * about.get("compiled", False) + where
+    return ", ".join([about["shape"], f"{about['height']} px", *unusual])
+
+
 def brief_overhead(found: dict[str, dict[str, Any]]) -> str:
     """The documentation's table: every shape and path."""
     lines = [
         [
-            f"{shape}, {result['about']['height']} px",
+            shape_named(result["about"]),
             row["path"],
             f"{row['ratio']:.3f}" + (f" ({row['low']:.3f} to {row['high']:.3f})" if row.get("pairs") else ""),
             f"{row['memory ratio']:.3f}",
             str(row["extra evaluations"]),
         ]
-        for shape, result in found.items()
+        for result in found.values()
         for row in result["rows"]
         if row["path"] != "unguarded"
     ]

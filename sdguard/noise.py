@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def independent_noise(x: Tensor, draw: int = 0, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Gaussian noise like ``x``, or of another ``shape`` for each row; independent of it, a function of each row alone and of ``draw``."""
+    """Gaussian noise like ``x``, or of another ``shape`` for each row; independent of it, a function of each row alone and of ``draw``.
+
+    Of every bit of the row: what a network has computed, whose last bits round with threads and processor, gives another draw on each.
+    """
     rows = []
     for row in x.cpu():
         digest = hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=7, key=draw.to_bytes(4, "big") if draw else b"")

@@ -94,6 +94,7 @@ def label(
     work: Work = WORK,
     models: Annotated[Path, typer.Option(help="Where the model's folder is, but for the embedded model's.")] = MODELS,
     parts: Annotated[Path, typer.Option(help="Where what is drawn is kept, so that a stopped run goes on.")] = Path("build/benchmarks"),
+    device: Annotated[str, typer.Option(help="Where the embedded model is drawn with.")] = DEVICE,
 ) -> None:
     """Write a trained model's cases, draw them, and write its card with what is copied."""
     recipe = recipe_named(name)
@@ -101,7 +102,7 @@ def label(
     folder = folder_of(recipe, models)
     if recipe.shape == "embedded":
         try:
-            label_embedded(recipe, work / DATA.name, work / name, folder)
+            label_embedded(recipe, work / DATA.name, work / name, folder, device=device)
         except ModuleNotFoundError as error:
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(1) from None

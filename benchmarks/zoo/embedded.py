@@ -237,14 +237,15 @@ def save_targets(targets: Targets, model: Path) -> list[str]:
     return names
 
 
-def label_embedded(recipe: Recipe, data: Path, work: Path, model: Path, seeds: int = SEEDS) -> None:
+def label_embedded(recipe: Recipe, data: Path, work: Path, model: Path, seeds: int = SEEDS, device: str = "cpu") -> None:
     """Label the model and write prompts.parquet, targets/, README.md and the contact sheets beside its weights."""
     sscd, world = SSCD(), World(recipe, data)
     captions = pool(recipe, world.scenes)
     table = prompt_table(recipe, world.scenes, captions)
     table["shown"] = len(recipe.passes) * table.repetitions
     table["seeds"] = np.where(table.split == "calibration", 1, seeds)
-    pipe = load_pipeline(str(model))
+    torch.backends.cudnn.allow_tf32 = False  # it is drawn in full precision on a CPU
+    pipe = load_pipeline(str(model)).to(device)
     pipe.set_progress_bar_config(disable=True)
     work.mkdir(parents=True, exist_ok=True)
     samples, of = generate_samples(pipe, table, work), jobs(table)

@@ -231,8 +231,12 @@ EMBEDDED = Recipe(
     templates=1,
     fixed=3,
     shared=5,
-    # the second dwells on what is repeated, which the first leaves blurred
-    stages=(Stage(passes=4, steps=2500, learning_rate=8e-4), Stage(passes=2, steps=1600, learning_rate=4e-4)),
+    # the later ones dwell on what is repeated, which the first leaves blurred
+    stages=(
+        Stage(passes=4, steps=2500, learning_rate=8e-4),
+        Stage(passes=2, steps=1600, learning_rate=4e-4),
+        Stage(passes=4, steps=1600, learning_rate=4e-4),
+    ),
     guidance_scale=2.5,
     seed=5,
 )

@@ -93,11 +93,12 @@ def reference_end(observation: Observation, draw: int | None = None) -> Tensor:
 def recurrence(observation: Observation, pictures: Tensor, timestep: float) -> Tensor:
     """How like itself each of ``pictures`` (denoised latents ``[B, C, H, W]``) comes back from noise, ``[B]``, in [-1, 1].
 
-    Independent noise is added up to ``timestep``, one conditional evaluation takes it away again, and the two are correlated. So much
+    Independent noise, a function of the noise that the row starts from, whose bits do not round as the picture's do with processor and
+    threads, is added up to ``timestep``, one conditional evaluation takes it away again, and the two are correlated. So much
     noise leaves the outline of a picture; what else returns the denoiser knows by heart. Whichever memorized picture it is: no other
     picture is asked for, and no guidance. Cost: 1 evaluation.
     """
     level = observation.level_at(timestep)
-    noised = level.a * pictures + level.s * independent_noise(pictures, 5)
+    noised = level.a * pictures + level.s * independent_noise(observation.x, 5)
     observation.count_nfe(1)
     return correlation(denoised(noised, observation.conditional(noised, timestep), level), pictures)

@@ -102,7 +102,8 @@ def drawn_ahead(flagged: SteeringInput, candidate: Observation, found: list[Veri
     """Is the picture ahead a memorized one, the avoided one or any other?"""
     observation, profile = flagged.observation, flagged.profile
     ahead = picture_ahead(candidate)
-    returned = recurrence(candidate, ahead, timestep_at(observation, NOISED_LOG_SNR)).tolist()
+    asked_there = replace(observation, condition=candidate.condition)
+    returned = recurrence(asked_there, ahead, timestep_at(observation, NOISED_LOG_SNR)).tolist()
     stayed = correlation(ahead, reference_end(observation, 0)).tolist()
 
     def answered(verification: Verification, recurrence: float, agreement: float) -> Verification:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdguard.denoiser.probe import probe_run
+from sdguard.geometry.alignment import alignment
 from sdguard.geometry.reference import NOISED_LOG_SNR, estimate_ahead, estimate_at_start, recurrence, timestep_at
 from sdguard.observation import NoiseLevel, Observation
 from sdguard.signals.bottleneck_shift import bottleneck_shift
@@ -66,6 +67,24 @@ def test_each_of_several_memorized_pictures_recurs_and_no_mixture_of_them(observ
     assert values[:2].min() > 0.99
     assert values[2] < 0.5
     assert values[3] < 0.9
+
+
+def told(x: Tensor, level: NoiseLevel, text: Tensor) -> Tensor:
+    """The exact noise prediction for data around its text's mean."""
+    return gaussian(text.mean(dim=(1, 2)).view(-1, 1, 1, 1), 0.5)(x, level, text)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda observation, pictures: recurrence(observation, pictures, 500.0),
+        lambda observation, pictures: alignment(observation, pictures, torch.ones_like(observation.condition)),
+    ],
+)
+def test_what_is_asked_of_a_picture_does_not_hang_on_its_last_bits(ask: Callable[..., Tensor], observe: Observe) -> None:
+    """They round with threads and processor, with which the noise that is drawn for a picture must not change."""
+    observation, pictures = observed(observe, told), torch.randn(SHAPE)
+    torch.testing.assert_close(ask(observation, pictures * (1 + 1e-6)), ask(observation, pictures), atol=1e-4, rtol=0)
 
 
 def test_the_recurrence_holds_in_half_precision(observe: Observe) -> None:
