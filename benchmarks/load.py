@@ -30,7 +30,7 @@ import typer
 from gradio_client import Client
 from rich.progress import Progress
 
-from benchmarks.running import versions
+from benchmarks.running import resident, versions
 from sdguard import testbed
 from sdguard.files.atomic import write_text
 
@@ -85,12 +85,6 @@ def served() -> Iterator[tuple[str, int]]:
         finally:
             process.terminate()
             process.wait(timeout=30)
-
-
-def resident(pid: int) -> float:
-    """A process's resident memory, in MB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def one_client(

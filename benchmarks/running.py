@@ -1,4 +1,4 @@
-"""What several benchmarks need: the versions their results hang on, and pictures in tables."""
+"""What several benchmarks need: the versions their results hang on, the memory of a process, and pictures in tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import importlib.metadata
 import io
 import logging
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,12 @@ PACKAGES = ("sdguard", "torch", "diffusers", "transformers", "accelerate")
 def versions() -> dict[str, str]:
     """The versions of the libraries that a result hangs on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def resident(pid: int) -> float:
+    """A process's resident memory, in MB."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def print_no_verdicts() -> None:

@@ -1,10 +1,11 @@
 """Scanning at scale: ``python -m benchmarks scan`` scans generated captions by `sdguard scan` on one engine after the other, and looks on.
 
-Captions are drawn, by a seed, from the world of the embedded model, which scans them. ``LONG`` scans ``--captions`` of them, the others
-``--few``; of each the captions a second, the resident memory of all its processes and what lies on disk are read at each tenth, then the
-seconds and the memory of ranking. One case loses a worker on the way. The ranking alone is measured on made-up rows as well. A run that is
-stopped goes on where it was, since a scan does, and what it took so far is kept. Writes ``results/scan.json`` and the docs' table; ends
-with exit code 1 where a table has not each row once.
+Captions are drawn, by a seed, from the world of the embedded model, which scans them: ``--few`` of them, or ``--captions`` by processes
+that share a GPU, where there is one. Of each the captions a second, the resident memory of all its processes and what lies on disk are
+read at each tenth, then the seconds and the memory of ranking. One case loses a worker on the way. The ranking alone is measured on
+made-up rows as well. A run that is stopped goes on where it was, since a scan does, and what it took so far is kept; cases and sizes that
+are not measured again stay in ``results/scan.json``. Writes that and the docs' table; ends with exit code 1 where a table has not each row
+once.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from typing import Annotated, Any
 import duckdb
 import numpy as np
 import pandas as pd
+import torch
 import typer
 
 from benchmarks.documents import ROOT, markdown, put
-from benchmarks.load import resident
-from benchmarks.running import profile_digest, versions
+from benchmarks.running import profile_digest, resident, versions
 from benchmarks.zoo.recipes import EMBEDDED, SCENES
 from benchmarks.zoo.world import Describer, pool, some_words
 from sdguard.files.atomic import write_text
@@ -58,22 +59,25 @@ WITH_CPUS = (
 
 @dataclass(frozen=True)
 class Case:
-    """An engine with so many workers, one of which may be lost on the way."""
+    """An engine with so many workers, one of which may be lost on the way; they may share a GPU."""
 
     engine: str
     workers: int = 1
     lost: bool = False
+    gpu: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.engine}, {self.workers}{', one lost' if self.lost else ''}"
+        return f"{self.engine}, {self.workers}{', one lost' if self.lost else ''}{' on one GPU' if self.gpu else ''}"
 
     def command(self, captions: Path, out: Path) -> list[str]:
         """What scans."""
-        scan = ["scan", str(captions), "--out", str(out)]
+        scan = ["scan", str(captions), "--out", str(out), *(["--device", "cuda", "--batch-size", f"{GPU_BATCH}"] if self.gpu else [])]
         if self.engine == "ray":
             return [sys.executable, "-c", WITH_CPUS, str(self.workers), *scan, "--engine", "ray"]
+        if self.engine == "torchrun":
+            return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.workers), "-m", "sdguard.cli", *scan]
         if self.engine == "accelerate":
             # without a GPU, this flag means no more than several processes
             several = ["--multi_gpu"] if self.workers > 1 else []
@@ -82,8 +86,11 @@ class Case:
         return [sys.executable, "-m", "sdguard.cli", *scan]
 
 
-LONG = Case("accelerate", 2)
-CASES = (Case("local"), Case("accelerate", 1), LONG, Case("ray", 1), Case("ray", 2), Case("ray", 2, lost=True))
+#: prompts in a batch on a GPU, which smaller ones leave idle.
+GPU_BATCH = 256
+#: of few captions, and of many.
+CASES = (Case("local"), *(Case(engine, count) for engine in ("accelerate", "ray") for count in (1, 2)), Case("ray", 2, lost=True))
+LONG = Case("torchrun", 6, gpu=True)
 
 
 def caption_tables(count: int) -> Iterator[pd.DataFrame]:
@@ -205,7 +212,7 @@ def measured(case: Case, count: int, notes: Parts) -> dict[str, Any]:
     last = tenths[-1]
     return {
         "case": case.name,
-        "workers": case.workers,
+        "device": torch.cuda.get_device_name() if case.gpu else "CPU",
         "captions": count,
         "sessions": last["sessions"],
         "worker lost": last["lost"],
@@ -278,45 +285,52 @@ def brief_text(found: dict[str, Any]) -> str:
 def on_paper(found: dict[str, Any]) -> str:
     """What the measured rates come to for `CORPUS` captions, with what is assumed."""
     most, ranking = max(found["cases"], key=lambda case: case["captions"]), found["ranking"][-1]
-    rate = most["captions a second"] / most["workers"]
+    rate = most["captions a second"]
     growth = math.log(CORPUS) / math.log(ranking["rows"])
     hours = CORPUS * ranking["seconds"] / ranking["rows"] * growth / 3600
     parts, database, table = (
         most["bytes of parts a caption"], ranking["bytes of the database a row"], ranking["bytes of the table a row"]
     )  # fmt: skip
     return (
-        f"On paper, {CORPUS:,} captions are {CORPUS / rate / 86400:,.0f} days of one such worker, divided by the number of workers; "
+        f"On paper, {CORPUS:,} captions are {CORPUS / rate / 86400:,.1f} days of one such machine ({most['device']}), divided by how many "
+        f"there are; "
         f"{CORPUS * (parts + database + table) / 1e9:,.0f} GB of disk for parts, database and table ({parts:.0f}, {database:.0f} and "
         f"{table:.0f} bytes a row), and about as much as the database again to sort it; {math.ceil(CORPUS / PIECE_ROWS):,} parts; and "
         f"{hours:.1f} hours to rank, from {ranking['rows']:,} rows in {ranking['seconds']:.0f} s and {ranking['peak MB']:,.0f} MB. "
-        f"Assumed: every caption costs what these cost, workers do not slow each other down, and a sort of n rows takes n log n."
+        f"Assumed: every caption costs what these cost, machines do not slow each other down, and a sort of n rows takes n log n."
     )
 
 
 def main(
-    captions: Annotated[int, typer.Option(min=10, help="Captions of the long case.")] = 1_000_000,
-    few: Annotated[int, typer.Option(min=10, help="Captions of the other cases.")] = 2_000,
+    captions: Annotated[int, typer.Option(min=10, help="Captions of the case on a GPU.")] = 1_000_000,
+    few: Annotated[int, typer.Option(min=10, help="Captions of the cases on the CPU.")] = 2_000,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Measure the case on a GPU, and nothing else.")] = False,
     rows: Annotated[list[int] | None, typer.Option("--rank", help="Rows that the ranking alone is measured on.")] = None,
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks/scan"),
     out: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
     root: Annotated[Path, typer.Option(help="Where README.md and docs/ lie, whose tables are written.")] = ROOT,
 ) -> None:
     """Scan many captions on every engine."""
+    if gpu and not torch.cuda.is_available():
+        raise typer.BadParameter("--gpu needs a GPU that torch can use.")
     work.mkdir(parents=True, exist_ok=True)
-    cases = []
-    for case in sorted(CASES, key=LONG.__eq__):  # the long one last
-        cases.append(scan_watched(case, captions if case == LONG else few, work))
-        typer.echo(json.dumps(cases[-1]))
+    path, about = out / f"{NAME}.json", {"seed": SEED, "profile": profile_digest(), **versions()}
+    known = json.loads(path.read_text()) if path.exists() else {"cases": [], "ranking": []}
+    cases = {case["case"]: case for case in known["cases"]}
+    for case in [LONG] if gpu else CASES:
+        cases[case.name] = scan_watched(case, captions if case == LONG else few, work) | about
+        typer.echo(json.dumps(cases[case.name]))
+    ranking = {measured["rows"]: measured for measured in known["ranking"]}
     columns = signal_columns(next(work.glob("*/ranked.parquet")))
-    ranking = []
-    for count in rows or RANKED:
+    for count in rows or ([] if gpu else RANKED):
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
-            ranking.append(alone.submit(rank_made_up, count, columns, work).result())
-        typer.echo(json.dumps(ranking[-1]))
-    found = {"cases": cases, "ranking": ranking, "seed": SEED, "profile": profile_digest(), **versions()}
-    write_text(out / f"{NAME}.json", json.dumps(found, indent=1))
-    put(NAME, brief_text(found), root)
-    if any(not case["rows"] == case["different rows"] == case["captions"] for case in cases):
+            ranking[count] = alone.submit(rank_made_up, count, columns, work).result() | about
+        typer.echo(json.dumps(ranking[count]))
+    found = {"cases": list(cases.values()), "ranking": [ranking[count] for count in sorted(ranking)]}
+    write_text(path, json.dumps(found, indent=1))
+    if ranking:
+        put(NAME, brief_text(found), root)
+    if any(not case["rows"] == case["different rows"] == case["captions"] for case in cases.values()):
         raise typer.Exit(1)
 
 

@@ -29,11 +29,11 @@ def test_rows_of_a_batch_count_once_its_piece_is_whole_or_not(tmp_path: Path) ->
 
 
 def test_a_corpus_costs_what_the_measured_rates_come_to() -> None:
-    case = {"captions": 1000, "captions a second": 20.0, "workers": 2, "bytes of parts a caption": 100.0}
+    case = {"captions": 1000, "captions a second": 20.0, "device": "a GPU", "bytes of parts a caption": 100.0}
     ranking = {"rows": CORPUS, "seconds": 7200.0, "peak MB": 1500.0, "bytes of the database a row": 70.0, "bytes of the table a row": 30.0}
     said = on_paper({"cases": [case, case | {"captions": 10, "captions a second": 1.0}], "ranking": [ranking]})
-    days = CORPUS / 10 / 86400
-    assert days == pytest.approx(1157.4, abs=0.1)
-    assert "1,157 days of one such worker" in said
+    days = CORPUS / 20 / 86400
+    assert days == pytest.approx(578.7, abs=0.1)
+    assert "578.7 days of one such machine (a GPU)" in said
     assert "200 GB of disk" in said
     assert "2.0 hours to rank" in said
