@@ -32,10 +32,15 @@ def ordered(methods: Sequence[MethodStatistics]) -> list[MethodStatistics]:
     """What keeps most of the prompt first, of equals what moves the prediction least; what cures less than `LEAST_CURED` is left out.
 
     What is tried first is what most pictures come out of: a cheaper cure that loses the prompt is no saving. Alignments that some dozens of
-    pictures tell apart by less than a twentieth are equals.
+    pictures tell apart by less than a twentieth from the best of them are equals.
     """
-    curing = [method for method in methods if method.cured >= LEAST_CURED]
-    return sorted(curing, key=lambda method: (-round(20 * method.alignment), method.moved))
+    left = sorted((method for method in methods if method.cured >= LEAST_CURED), key=lambda method: -method.alignment)
+    found: list[MethodStatistics] = []
+    while left:
+        equals = [method for method in left if left[0].alignment - method.alignment < 1 / 20]
+        found += sorted(equals, key=lambda method: method.moved)
+        left = left[len(equals) :]
+    return found
 
 
 def learn_methods(

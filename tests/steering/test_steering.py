@@ -495,6 +495,12 @@ def test_what_keeps_most_of_the_prompt_comes_first_and_of_equals_what_moves_leas
     assert [measured.method for measured in ordered([rough, gentle, useless, faithful])] == ["faithful", "gentle", "rough"]
 
 
+def test_what_is_a_hair_above_a_twentieth_is_no_better_than_what_is_a_hair_below() -> None:
+    """Equals lie within a twentieth of the best of them, wherever the twentieths fall."""
+    above, below = MethodStatistics("above", 1.0, 20.0, 0.9, 0.026), MethodStatistics("below", 1.0, 20.0, 0.1, 0.024)
+    assert [measured.method for measured in ordered([above, below])] == ["below", "above"]
+
+
 def test_every_published_method_is_there_and_says_what_it_costs(observe: Observe) -> None:
     observation = observe(key_token, torch.randn(X), torch.rand(3, 6, 4) + 1)
     prompts: list[str | None] = ["a zork", "a zebra zork", "canyon of zork"]
