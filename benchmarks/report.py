@@ -441,12 +441,12 @@ def shape_named(about: dict[str, Any]) -> str:
 
 
 def brief_overhead(found: dict[str, dict[str, Any]]) -> str:
-    """The documentation's table: every shape and path."""
+    """The documentation's table: every shape and path, with an interval where the pairs are enough for one of 95%."""
     lines = [
         [
             shape_named(result["about"]),
             row["path"],
-            f"{row['ratio']:.3f}" + (f" ({row['low']:.3f} to {row['high']:.3f})" if row.get("pairs") else ""),
+            f"{row['ratio']:.3f}" + (f" ({row['low']:.3f} to {row['high']:.3f})" if math.isfinite(row.get("low", math.nan)) else ""),
             f"{row['memory ratio']:.3f}",
             str(row["extra evaluations"]),
         ]

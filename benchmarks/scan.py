@@ -77,7 +77,8 @@ class Case:
         if self.engine == "ray":
             return [sys.executable, "-c", WITH_CPUS, str(self.workers), *scan, "--engine", "ray"]
         if self.engine == "torchrun":
-            return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.workers), "-m", "sdguard.cli", *scan]
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.workers)]
+            return [sys.executable, *launch, "-m", "sdguard.cli", *scan]
         if self.engine == "accelerate":
             # without a GPU, this flag means no more than several processes
             several = ["--multi_gpu"] if self.workers > 1 else []
