@@ -180,18 +180,19 @@ def test_every_parametrisation_of_one_density_has_one_geometry(kind: str) -> Non
     torch.testing.assert_close(flipd(score, (-1 / noised).sum(), x, level), 3 + level.s**2 * ((-1 / noised).sum() + norm(x / noised) ** 2))
 
 
+# at the level that a point is of: noise that is asked at another lies on ridges of the learned density, over which no difference reaches;
 # where the branches nearly cancel, what is left bends more along the usual step
 @pytest.mark.parametrize(("branch", "step"), [("conditional", {}), ("unconditional", {}), ("guided", {}), ("contrast", {"step": 1e-3})])
 def test_exact_and_difference_products_agree_on_the_network(branch: Any, step: Any, embedded: Any) -> None:
     found: list[float] = []
 
     def look(observation: Observation) -> None:
-        score, v = observation.score(branch, 601.0), probe(observation.x)
+        score, v = observation.score(branch), probe(observation.x)
         exact, near = exact_product(score, observation.x)(v), difference_product(score, observation.x, **step)(v)
-        found.append((norm(exact - near) / norm(exact)).max().item())
+        found.extend((norm(exact - near) / norm(exact)).tolist())
 
-    probe_run(embedded, ["a lion in snow"], [0], look, num_inference_steps=2, guidance_scale=2.5)
-    assert found[0] < 0.02
+    probe_run(embedded, ["a lion in snow"] * 5, list(range(5)), look, num_inference_steps=2, guidance_scale=2.5)
+    assert max(found) < 0.02
 
 
 def test_extreme_directions_of_a_gaussian_are_its_axes() -> None:

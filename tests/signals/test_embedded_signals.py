@@ -15,8 +15,8 @@ from sdguard.observation import Observation
 from sdguard.signals import SIGNALS, Signal
 
 PER_KIND = 12
-WEAK = {"lid_unconditional", "output_density"}
-REVERSED = {"attention_entropy"}
+#: of which nothing is claimed on this model; the last reads the wrong way round, if anything
+WEAK = {"lid_unconditional", "output_density", "attention_entropy"}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,7 @@ def test_copies_read_higher_than_never_seen_captions(signal: Signal, values: dic
     copies, never = values[signal.name][:PER_KIND], values[signal.name][PER_KIND:]
     assert np.isfinite(values[signal.name]).all()
     auc = (copies[:, None] > never[None, :]).mean()
-    if signal.name in REVERSED:
-        assert auc < 0.2
-    elif signal.name in WEAK:
+    if signal.name in WEAK:
         assert 0.2 < auc < 0.75
     else:
         assert auc > 0.75
