@@ -11,6 +11,7 @@ not usual: another precision, ``compiled``, ``cuda``.
 from __future__ import annotations
 
 import json
+import math
 import random
 import resource
 import statistics
@@ -104,6 +105,11 @@ def caller(pipe: Any, path: str, setting: dict[str, Any], folder: Path) -> Calla
     return run
 
 
+def unusual(about: dict[str, Any]) -> list[str]:
+    """What is not usual of a measured run, beside its device; older results do not say that nothing was compiled."""
+    return [about["dtype"]] * (about["dtype"] != "float32") + ["compiled"] * about.get("compiled", False)
+
+
 def timed(call: Callable[[], Any]) -> float:
     """Seconds that a call takes."""
     started = time.perf_counter()
@@ -155,8 +161,7 @@ def main(
         calls = {path: caller(pipe, path, setting, Path(folder)) for path in ("unguarded", *measured)}
         evaluations = {path: call() for path, call in calls.items()}  # also warms everything up
         seconds: dict[str, list[tuple[float, float]]] = {path: [] for path in measured}  # of the path, and of the unguarded call beside it
-        shuffle, others = random.Random(0), measured[1:]
-        order = ["clean"] * CLEAN_PAIRS + list(others)
+        shuffle, order = random.Random(0), ["clean"] * CLEAN_PAIRS + list(measured[1:])
         for path in track([path for _ in range(rounds) for path in shuffle.sample(order, len(order))], shape):
             pair = {name: timed(calls[name]) for name in shuffle.sample([path, "unguarded"], 2)}
             seconds[path].append((pair[path], pair["unguarded"]))
@@ -166,14 +171,15 @@ def main(
     rows = [{**unguarded, "ratio": 1.0, "extra evaluations": 0, "peak gigabytes": memory["unguarded"] / 2**30, "memory ratio": 1.0}]
     for path, pairs in seconds.items():
         ratios = [here / base for here, base in pairs]
-        low, high = quantile_test(ratios).confidence_interval(0.95)
+        interval = quantile_test(ratios).confidence_interval(0.95)
+        low, high = (float(end) if math.isfinite(end) else None for end in interval)  # few pairs have none
         rows.append(
             {
                 "path": path,
                 "seconds": statistics.median(here for here, _ in pairs),
                 "ratio": statistics.median(ratios),
-                "low": float(low),
-                "high": float(high),
+                "low": low,
+                "high": high,
                 "pairs": len(pairs),
                 "extra evaluations": sum(evaluations[path]),
                 "peak gigabytes": memory[path] / 2**30,
@@ -190,7 +196,7 @@ def main(
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-    unusual = [dtype] * (dtype != "float32") + ["compiled"] * compiled + [device] * (device != "cpu")
+    name = "-".join(["overhead", shape, *unusual(about), *([device] if device != "cpu" else [])])
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / f"{'-'.join(['overhead', shape, *unusual])}.json", json.dumps({"about": about, "rows": rows}, indent=1))
+    write_text(out / f"{name}.json", json.dumps({"about": about, "rows": rows}, indent=1))
     typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))

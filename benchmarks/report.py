@@ -35,6 +35,7 @@ from benchmarks.documents import ROOT, markdown, put
 from benchmarks.leave_one_out import NAME as LEAVE_ONE_OUT
 from benchmarks.leave_one_out import SHIPPED
 from benchmarks.models import ZOO
+from benchmarks.overhead import unusual
 from benchmarks.published import Released, over_run, released
 from benchmarks.statistics import roc_band
 from sdguard.files.atomic import write_text
@@ -436,8 +437,7 @@ def zoo() -> list[str]:
 def shape_named(about: dict[str, Any]) -> str:
     """A shape whose overhead was measured, with its size and what is not usual of the run."""
     where = [] if about["device"] == "cpu" else [about["device"]]
-    unusual = [about["dtype"]] * (about["dtype"] != "float32") + ["compiled"] * about.get("compiled", False) + where
-    return ", ".join([about["shape"], f"{about['height']} px", *unusual])
+    return ", ".join([about["shape"], f"{about['height']} px", *unusual(about), *where])
 
 
 def brief_overhead(found: dict[str, dict[str, Any]]) -> str:
@@ -446,7 +446,7 @@ def brief_overhead(found: dict[str, dict[str, Any]]) -> str:
         [
             shape_named(result["about"]),
             row["path"],
-            f"{row['ratio']:.3f}" + (f" ({row['low']:.3f} to {row['high']:.3f})" if math.isfinite(row.get("low", math.nan)) else ""),
+            f"{row['ratio']:.3f}" + (f" ({row['low']:.3f} to {row['high']:.3f})" if row.get("low") else ""),
             f"{row['memory ratio']:.3f}",
             str(row["extra evaluations"]),
         ]

@@ -43,7 +43,7 @@ def random_numbers(flagged: SteeringInput) -> list[Correction | None]:
 def embedding_noise(flagged: SteeringInput) -> list[Correction | None]:
     """Gaussian noise on the prompt embedding. Cost: none."""
     condition = flagged.observation.condition
-    noise = independent_noise(condition.float(), 20) * condition.float().std(dim=(1, 2), keepdim=True)
+    noise = independent_noise(flagged.observation.x, 20, condition.shape[1:]) * condition.float().std(dim=(1, 2), keepdim=True)
     return [Correction({}, condition=row) for row in condition + (NOISE * noise).to(condition)]
 
 

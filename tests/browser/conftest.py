@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("app") / "log"
     cache = str(tmp_path_factory.mktemp("cache"))
-    # as many threads as the tests: which wording steering takes hangs on draws that round with their number
+    # as many threads as the tests, with whose number what a network computes rounds
     environment = {**os.environ, "SDGUARD_CACHE": cache, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         command = [sys.executable, "app.py", "--port", str(port)]
