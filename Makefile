@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python -m sdguard.testbed.demo --out out
+	TRANSFORMERS_VERBOSITY=error $(BIN)/python -m sdguard.testbed.demo --out out
 
 # its cells anew, from the first to the last; what they give is kept in it
 notebook: install

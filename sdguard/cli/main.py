@@ -6,6 +6,7 @@ Its exit codes are `sdguard.cli.errors.Exit`. What takes long to import is impor
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -60,6 +61,7 @@ def main(
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")] = False,
 ) -> None:
     """Keep a text-to-image model from giving back training images."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: what torchvision would add is of no use here
 
 
 @app.command("generate")
@@ -75,7 +77,7 @@ def generate_command(
     negative_prompt: NegativePrompt = None,
     device: Device = None,
     dtype: Dtype = None,
-    out: Annotated[Path, typer.Option(help="Where images and report.json go.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Where images and report.json go.")] = Path("out/generate"),
     compare: Annotated[bool, typer.Option("--compare", help="Add the unguarded twins and a side-by-side sheet.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")] = False,
     mode: Annotated[Mode, typer.Option(help="What is done to a flagged image.")] = "steer",
@@ -102,7 +104,7 @@ def generate_command(
         seeds = list(range(seed, seed + n))
         setting = run_setting(model, steps, guidance, height, width, negative_prompt)
         images, twins, rows = generate_guarded(pipe, prompts, seeds, compare, **setting)
-        files = picture_files(images, twins)
+        files = picture_files(images, twins, rows)
         save_pictures(out, files, rows)
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
@@ -204,7 +206,7 @@ def explain_command(
     negative_prompt: NegativePrompt = None,
     device: Device = None,
     dtype: Dtype = None,
-    out: Annotated[Path, typer.Option(help="Where explain.png and explain.json go.")] = Path("out"),
+    out: Annotated[Path, typer.Option(help="Where explain.png and explain.json go.")] = Path("out/explain"),
 ) -> None:
     """Show which words make a prompt pull, and where in the picture: unguarded picture and heat map go to explain.png."""
     from sdguard.denoiser.loading import check_prompts, load_for_runs

@@ -14,11 +14,9 @@ from scipy.stats import spearmanr
 from sdguard.denoiser.probe import probe_run
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.explain.attribution import curvature_map, norm_gradient, norms_without, pull_map, token_shares
+from sdguard.files.outputs import enlarged
 from sdguard.observation import Observation
 from sdguard.signals.guidance_norm import guidance_norm
-
-#: pixels of the longer side of a picture on `explanation_sheet`, about which it has at least.
-LEAST_SIDE = 512
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,8 @@ def unguarded_picture(pipe: Any, prompt: str, seed: int = 0, **setting: Any) -> 
 
 
 def explanation_sheet(picture: Image.Image, found: Explanation) -> Image.Image:
-    """The picture, and beside it the same under the heat of where the text pulls; small ones are drawn some times larger."""
-    factor = max(1, round(LEAST_SIDE / max(picture.size)))
-    picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC)
+    """The picture, and beside it the same under the heat of where the text pulls."""
+    picture = enlarged(picture)
     sheet = Image.new("RGB", (2 * picture.width, picture.height))
     sheet.paste(picture, (0, 0))
     sheet.paste(heat(picture, found.pull), (picture.width, 0))

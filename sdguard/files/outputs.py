@@ -7,8 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sdguard.files.atomic import atomic_write, write_text
 from sdguard.files.inputs import BadInput
+
+#: about so many pixels the longer side of a picture on a sheet has at least.
+LEAST_SIDE = 512
 
 
 def ensure_writable(folder: Path) -> None:
@@ -27,3 +32,9 @@ def save_pictures(out: Path, pictures: dict[str, Any], report: Any, report_name:
         with atomic_write(out / name) as partial:
             picture.save(partial, format="PNG")
     write_text(out / report_name, json.dumps(report, indent=1))
+
+
+def enlarged(picture: Image.Image, side: int = LEAST_SIDE) -> Image.Image:
+    """A picture for a sheet: a small one is drawn a whole number of times larger, so that its longer side has about ``side`` pixels."""
+    factor = max(1, round(side / max(picture.size)))
+    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.BICUBIC)

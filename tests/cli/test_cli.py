@@ -13,6 +13,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from sdguard import testbed
@@ -24,6 +25,7 @@ from sdguard.decision.profile import Profile
 from sdguard.files.prompt_files import prompts_by_row
 from sdguard.guarded import calibrate_model as calibrate_module
 from sdguard.guarded.config import GuardConfig
+from sdguard.guarded.generate import SHEET_SIDE
 from sdguard.guarded.report import GuardReport
 
 SHIPPED = Profile.load(testbed.path() / model_folder.PROFILE_FILE)
@@ -50,6 +52,9 @@ def test_an_ordinary_prompt_gives_picture_and_report(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {
         "00.png", "01.png", "00-unguarded.png", "01-unguarded.png", "compare.png", "report.json",
     }  # fmt: skip
+    with Image.open(tmp_path / "compare.png") as sheet:
+        assert sheet.width >= 2 * SHEET_SIDE
+        assert sheet.height >= 2 * SHEET_SIDE
     rows = json.loads((tmp_path / "report.json").read_text())
     assert [row["seed"] for row in rows] == [5, 6]
     assert {row["verdict"] for row in rows} == {"clean"}
