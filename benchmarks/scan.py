@@ -305,6 +305,7 @@ def on_paper(found: dict[str, Any]) -> str:
 def main(
     captions: Annotated[int, typer.Option(min=10, help="Captions of the case on a GPU.")] = 1_000_000,
     few: Annotated[int, typer.Option(min=10, help="Captions of the cases on the CPU.")] = 2_000,
+    only: Annotated[list[str] | None, typer.Option(help="These cases on the CPU alone, such as 'accelerate, 2', and no ranking.")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Measure the case on a GPU, and nothing else.")] = False,
     rows: Annotated[list[int] | None, typer.Option("--rank", help="Rows that the ranking alone is measured on.")] = None,
     work: Annotated[Path, typer.Option(help="Where what is done is kept, so that a stopped run goes on.")] = Path("build/benchmarks/scan"),
@@ -314,16 +315,19 @@ def main(
     """Scan many captions on every engine."""
     if gpu and not torch.cuda.is_available():
         raise typer.BadParameter("--gpu needs a GPU that torch can use.")
+    if unknown := set(only or ()) - {case.name for case in CASES}:
+        raise typer.BadParameter(f"There is no case {sorted(unknown)[0]!r}; there are {', '.join(repr(case.name) for case in CASES)}.")
     work.mkdir(parents=True, exist_ok=True)
     path, about = out / f"{NAME}.json", {"seed": SEED, "profile": profile_digest(), **versions()}
     known = json.loads(path.read_text()) if path.exists() else {"cases": [], "ranking": []}
-    cases = {case["case"]: case for case in known["cases"]}
-    for case in [LONG] if gpu else CASES:
-        cases[case.name] = scan_watched(case, captions if case == LONG else few, work) | about
-        typer.echo(json.dumps(cases[case.name]))
+    cases = {(case["case"], case["captions"]): case for case in known["cases"]}
+    for case in [LONG] if gpu else [case for case in CASES if not only or case.name in only]:
+        count = captions if case == LONG else few
+        cases[case.name, count] = scan_watched(case, count, work) | about
+        typer.echo(json.dumps(cases[case.name, count]))
     ranking = {measured["rows"]: measured for measured in known["ranking"]}
     columns = signal_columns(next(work.glob("*/ranked.parquet")))
-    for count in rows or ([] if gpu else RANKED):
+    for count in rows or ([] if gpu or only else RANKED):
         with ProcessPoolExecutor(1, get_context("spawn")) as alone:
             ranking[count] = alone.submit(rank_made_up, count, columns, work).result() | about
         typer.echo(json.dumps(ranking[count]))
