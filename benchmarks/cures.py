@@ -403,7 +403,6 @@ def main(
         str, typer.Option(help="What profiles are calibrated on: 'own' ordinary captions of each model, or 'shipped'.")
     ] = "own",
     only: Annotated[list[str] | None, typer.Option(help="These runs alone, and the unguarded one.")] = None,
-    name: Annotated[str, typer.Option(help="Of the files of results.")] = NAME,
 ) -> None:
     """Measure the guard's steering and every method alone on models that memorize; under 'accelerate launch', processes share the work."""
     transformers.logging.set_verbosity_error()
@@ -424,8 +423,8 @@ def main(
     counts = {each.model.name: {**each.about, "frames": len(each.frames), **each.samples.role.value_counts()} for each in found}
     about = {"prompts": prompts, "samples": samples, "models": counts, **versions()}
     out.mkdir(parents=True, exist_ok=True)
-    write_table(pd.concat([numbers(each) for each in found], ignore_index=True), out / f"{name}.parquet")
-    write_text(out / f"{name}.json", json.dumps({"about": about, "rows": rows}, indent=1, default=as_json))
+    write_table(pd.concat([numbers(each) for each in found], ignore_index=True), out / f"{NAME}.parquet")
+    write_text(out / f"{NAME}.json", json.dumps({"about": about, "rows": rows}, indent=1, default=as_json))
     for each in found:
         contact_sheet(each, work / NAME / f"{each.model.name}.jpg")
     typer.echo(readable(rows))

@@ -533,11 +533,10 @@ def main(
         put("development", brief_development(development["figures"]), root)
     if cures := load(results, "cures"):
         put("cures", brief_cures(cures), root)
-    if guard := load(results, "cures-guard"):
-        put("cures-guard", brief_guard(guard), root)
+        put("cures-guard", brief_guard(cures), root)
         if chosen := load(results, LEAVE_ONE_OUT):
-            put("results", brief_results(chosen["rows"], guard), root)
-            put("cost", brief_cost(chosen["rows"], guard), root)
+            put("results", brief_results(chosen["rows"], cures), root)
+            put("cost", brief_cost(chosen["rows"], cures), root)
     overhead = {path.stem.removeprefix("overhead-"): json.loads(path.read_text()) for path in sorted(results.glob("overhead-*.json"))}
     if overhead:
         paths = pd.concat([pd.DataFrame(result["rows"]).assign(shape=shape) for shape, result in overhead.items()])

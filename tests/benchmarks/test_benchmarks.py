@@ -328,11 +328,13 @@ def test_the_documentation_says_what_the_committed_results_say() -> None:
     found = report.load(report.RESULTS, "development")
     assert found is not None
     assert report.brief_development(found["figures"]) in text
-    guard, left_out = (report.load(report.RESULTS, name) for name in ("cures-guard", "leave-one-out"))
-    assert guard is not None
+    cures, left_out = (report.load(report.RESULTS, name) for name in ("cures", "leave-one-out"))
+    assert cures is not None
     assert left_out is not None
-    assert report.brief_results(left_out["rows"], guard) in text
-    assert report.brief_cost(left_out["rows"], guard) in text
+    assert report.brief_cures(cures) in text
+    assert report.brief_guard(cures) in text
+    assert report.brief_results(left_out["rows"], cures) in text
+    assert report.brief_cost(left_out["rows"], cures) in text
     overhead = {p.stem.removeprefix("overhead-"): json.loads(p.read_text()) for p in sorted(report.RESULTS.glob("overhead-*.json"))}
     assert report.brief_overhead(overhead) in text
     for name, table_of in audit.TABLES.items():
