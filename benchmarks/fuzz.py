@@ -273,7 +273,7 @@ def damaged_log(folder: Path, rng: Random) -> str:
     append_scores(path, [{"profile": name_of(profile), "score": rng.gauss(0, 1)} for _ in range(120)])
     path.write_bytes(damaged(path.read_bytes(), rng))
     return refused_or(
-        lambda: logged_scores(path, profile),
+        lambda: logged_scores(path, [profile])[1],
         ProfileError,
         lambda scores: UNKNOWN if all(isinstance(score, float) and abs(score) < float("inf") for score in scores) else expect(scores, None),
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sdguard.cli.console import say
 from sdguard.cli.errors import one_sentence
 
 app = typer.Typer(help="Look at memorization from the training side: is it there, and is it overfitting or the data?")
@@ -19,8 +20,6 @@ Out = Annotated[Path, typer.Option(help="Where the table and the figure go, and 
 
 def run_audit(audit: str, *options: Any, out: Path) -> None:
     """One audit of `sdguard.audit.findings`: its files, and what was found, by the main process alone."""
-    from rich.console import Console
-
     from sdguard.files.processes import processes
     from sdguard.files.prompt_files import import_pandas
 
@@ -31,7 +30,7 @@ def run_audit(audit: str, *options: Any, out: Path) -> None:
         found = getattr(findings, audit)(*options, out)
         files = ", ".join(found.write(out)) if processes().is_main_process else ""
     if files:
-        Console().print(f"{found.sentence} {files} in {out}/", highlight=False)
+        say(f"{found.sentence} {files} in {out}/")
 
 
 @app.command("score")

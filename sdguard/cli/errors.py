@@ -38,6 +38,8 @@ def one_sentence() -> Iterator[None]:
 
     The exit code is that of a withheld image where an image could not be delivered because it is memorized.
     """
+    from accelerate.utils.memory import should_reduce_batch_size
+
     from sdguard.files.atomic import CannotWrite
     from sdguard.guarded.run import MemorizationError
 
@@ -48,3 +50,8 @@ def one_sentence() -> Iterator[None]:
             raise
         Console(stderr=True).print(f"[red]{escape(str(error))}[/]", highlight=False)
         raise typer.Exit(Exit.WITHHELD if isinstance(error, MemorizationError) else Exit.BAD_INPUT) from None
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("SDGUARD_DEBUG") or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+        Console(stderr=True).print("[red]There is not enough memory: smaller batches or pictures, or --dtype float16, take less.[/]")
+        raise typer.Exit(Exit.BAD_INPUT) from None

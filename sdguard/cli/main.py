@@ -21,8 +21,10 @@ from rich.table import Table
 from sdguard import __version__
 from sdguard.choices import BATCH_SIZE, Engine, Mode, OnFailure
 from sdguard.cli.audit import app as audit
+from sdguard.cli.console import say, say_line
 from sdguard.cli.errors import MEANING, Exit, one_sentence
 from sdguard.cli.options import (
+    Column,
     Device,
     Dtype,
     FalsePositiveRate,
@@ -34,6 +36,7 @@ from sdguard.cli.options import (
     SkipEmpty,
     Steps,
     Width,
+    refuse_given,
     run_setting,
 )
 from sdguard.cli.profiles import app as profiles
@@ -110,7 +113,7 @@ def generate_command(
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
     else:
         Console().print(verdict_table(rows))
-        Console().print(f"{len(files)} pictures and report.json in {out}/")
+        say(f"{len(files)} pictures and report.json in {out}/")
     if any(row["verdict"] == "withheld" for row in rows):
         raise typer.Exit(Exit.WITHHELD)
 
@@ -118,10 +121,7 @@ def generate_command(
 @app.command("scan")
 def scan_command(
     file: Annotated[Path, typer.Argument(help="Prompts: text, one a line, or CSV, JSON lines, parquet; .gz of text.", metavar="FILE")],
-    column: Annotated[
-        str | None,
-        typer.Option(help="The column that holds the prompts.", show_default="prompt, caption or text, else the only one of text"),
-    ] = None,
+    column: Column = None,
     skip_empty: SkipEmpty = False,
     model: Model = "embedded",
     seeds: Annotated[int, typer.Option(min=1, help="Noises for each prompt.")] = 1,
@@ -178,7 +178,7 @@ def scan_command(
         else None,
     ]
     for note in filter(None, notes):
-        Console().print(escape(note), highlight=False)
+        say(note)
     if exit_code and (about.discovered or about.failed):
         raise typer.Exit(Exit.DISCOVERED)
 
@@ -209,12 +209,14 @@ def explain_command(
     out: Annotated[Path, typer.Option(help="Where explain.png and explain.json go.")] = Path("out/explain"),
 ) -> None:
     """Show which words make a prompt pull, and where in the picture: unguarded picture and heat map go to explain.png."""
+    from sdguard.denoiser.families import check_pipeline
     from sdguard.denoiser.loading import check_prompts, load_for_runs
     from sdguard.explain.explanation import explain, explanation_sheet, unguarded_picture
     from sdguard.files.outputs import ensure_writable, save_pictures
 
     with one_sentence():
         pipe = load_for_runs(model, device, dtype)
+        check_pipeline(pipe)
         check_prompts([prompt], pipe.tokenizer, negative_prompt)
         ensure_writable(out)
         setting = run_setting(model, steps, guidance, height, width, negative_prompt)
@@ -232,17 +234,19 @@ def explain_command(
         red = round(255 * max(0.0, fall) / strongest)
         table.add_row(f"[bold rgb({max(90, red)},90,90)]{escape(word)}[/]", f"{fall:+.1%}", f"{share:.1%}")
     Console().print(table)
-    Console().print(f"rank agreement of the two: {found.agreement:+.2f}; explain.png and explain.json in {out}/")
+    say(f"rank agreement of the two: {found.agreement:+.2f}; explain.png and explain.json in {out}/")
 
 
 @app.command("calibrate")
 def calibrate_command(
+    context: typer.Context,
     model: Model = "embedded",
     prompts: Annotated[Path | None, typer.Option(help="File of ordinary prompts, in place of those that come along.")] = None,
     memorized: Annotated[
         Path | None,
         typer.Option(help="File of prompts known to be memorized: the order of the steering methods is learnt from them."),
     ] = None,
+    column: Column = None,
     skip_empty: SkipEmpty = False,
     n: Annotated[
         int | None, typer.Option("--n", "-n", min=4, help="Use so many of the prompts, evenly spaced.", show_default="all")
@@ -267,13 +271,28 @@ def calibrate_command(
 
     with one_sentence(), progress_bars() as show:
         made: Calibrated | None
+        of_prompts = ("prompts", "memorized", "column", "skip_empty", "n", "seed")
+        refuse_given(context, of_prompts if from_log else (), "with --from-log")
+        refuse_given(context, () if from_log else ("memorized_share",), "without --from-log")
+        refuse_given(context, () if lora else ("lora_scale",), "without --lora")
         if from_log:
-            made = calibrate_from_log(model, from_log, memorized_share=memorized_share, false_positive_rate=fpr, out=out)
+            made = calibrate_from_log(
+                model,
+                from_log,
+                memorized_share=memorized_share,
+                false_positive_rate=fpr,
+                out=out,
+                dtype=dtype,
+                device=device,
+                lora=lora,
+                lora_scale=lora_scale,
+            )
         else:
             made = calibrate_model(
                 model,
                 prompts=prompts,
                 memorized=memorized,
+                column=column,
                 count=n,
                 false_positive_rate=fpr,
                 seed=seed,
@@ -289,18 +308,13 @@ def calibrate_command(
         return
     profile = made.profile
     low, high = profile.false_positive_interval(fpr)
-    Console().print(
+    say(
         f"{made.path}: {profile.prompts} scores of ordinary prompts; at a false-positive rate of {fpr:g} a score above "
-        f"{profile.threshold(fpr):.3f} is flagged, and the realised rate lies between {low:.2%} and {high:.2%} (95%).",
-        highlight=False,
+        f"{profile.threshold(fpr):.3f} is flagged, and the realised rate lies between {low:.2%} and {high:.2%} (95%)."
     )
     if not made.found:
         name = str(made.path) if out else made.path.stem
-        Console().print(
-            escape(f"The guard does not take it by itself. It does with --profile {name}, or GuardConfig(profile={name!r})."),
-            highlight=False,
-            soft_wrap=True,
-        )
+        say_line(f"The guard does not take it by itself. It does with --profile {name}, or GuardConfig(profile={name!r}).")
 
 
 @app.command("demo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from sdguard import testbed
 from sdguard.choices import GUIDANCE_SCALE, STEPS, Precision
+from sdguard.files.inputs import BadInput
 
 # the model
 
@@ -34,7 +36,18 @@ NegativePrompt = Annotated[str | None, typer.Option(help="What the picture is gu
 
 # files of prompts
 
+Column = Annotated[
+    str | None, typer.Option(help="The column that holds the prompts.", show_default="prompt, caption or text, else the only one of text")
+]
 SkipEmpty = Annotated[bool, typer.Option("--skip-empty", help="Leave out rows without text, and say how many.")]
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise `BadInput` where one of the options of these names is on the command line, which moves nothing there; ``why`` says where."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise BadInput(f"--{name.replace('_', '-')} moves nothing {why}: leave it out.")
 
 
 def run_setting(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sdguard.cli.console import say, say_line
 from sdguard.cli.errors import one_sentence
 from sdguard.files.inputs import BadInput
 
@@ -47,7 +48,7 @@ def list_command(model: Model = None) -> None:
     for path in [*came_along, *kept]:
         name, about = described(path)
         console.print(f"[bold]{escape(name)}[/]\n  {escape(about)}")
-    console.print(f"{len(kept)} in the cache, {cache_folder()}.")
+    say_line(f"{len(kept)} in the cache, {cache_folder()}.")
 
 
 def described(path: Path) -> tuple[str, str]:
@@ -171,7 +172,7 @@ def rm_command(names: Annotated[list[str], typer.Argument(help="Names that 'sdgu
                 remove_cached(path)
             except OSError as error:
                 raise BadInput(f"{path} cannot be removed: {error.strerror}.") from None
-    Console().print(f"{len(paths)} removed.", highlight=False)
+    say(f"{len(paths)} removed.")
 
 
 @app.command("export")
@@ -186,7 +187,7 @@ def export_command(name: Name, file: Annotated[Path, typer.Argument(help="Where 
         if os.path.isdir(file):
             raise BadInput(f"{file} is a directory.")
         profile.save(file)
-    Console().print(f"{file}", highlight=False, soft_wrap=True)
+    say_line(f"{file}")
 
 
 @app.command("import")
@@ -200,4 +201,4 @@ def import_command(file: Annotated[Path, typer.Argument(help="A profile.", metav
         if trouble := why_unwritable(cache_folder()):
             raise BadInput(cannot_be_written(trouble))
         keep_in_cache(profile, cache_folder() / f"{name_of(profile)}.json")
-    Console().print(name_of(profile), highlight=False, soft_wrap=True)
+    say_line(name_of(profile))

@@ -11,10 +11,11 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from sdguard.decision.ordinary_prompts import is_shipped
@@ -67,7 +68,8 @@ def prompts_in(profile: Profile) -> int:
 
 def cache_folder() -> Path:
     """Where the user's profiles are cached."""
-    return Path(os.environ.get("SDGUARD_CACHE", Path.home() / ".cache" / "sdguard")) / "profiles"
+    named = os.environ.get("SDGUARD_CACHE")  # asked first: there may be no home
+    return (Path(named) if named else Path.home() / ".cache" / "sdguard") / "profiles"
 
 
 def cache_path(model: dict[str, Any], prompts: Sequence[str]) -> Path:
@@ -176,6 +178,14 @@ def alone(path: Path) -> Iterator[None]:
                 logger.warning("sdguard: another process makes %s; waiting for it", path)
                 lock.acquire()
             held.callback(lock.release)
+        yield
+
+
+@contextmanager
+def main_process_alone(path: Path, state: PartialState) -> Iterator[None]:
+    """`alone` for the main one of several processes that share the work; the others begin when it does."""
+    with alone(path) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
         yield
 
 

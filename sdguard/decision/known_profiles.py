@@ -94,9 +94,13 @@ def known_profile(pipe: Any, model: dict[str, Any], prompts: Sequence[str] | Non
 
 
 def save_profiles(pipe: Any, folder: Path) -> list[Path]:
-    """Write all profiles known of a pipeline's model into a model's folder, each under its name; returns their files."""
+    """Write all profiles known of a pipeline's model into a model's folder; returns their files.
+
+    The one that the guard takes becomes `PROFILE_FILE`, so that it is taken there as well; the others are written under their names.
+    """
     found = {name_of(profile): profile for _, profile in known_profiles(pipe, identity(pipe))}
-    paths = {(folder / PROFILE_FILE).with_name(f"{name}.json"): profile for name, profile in found.items()}
-    for path, profile in paths.items():
+    first = folder / PROFILE_FILE
+    paths = [first if place == 0 else first.with_name(f"{name}.json") for place, name in enumerate(found)]
+    for path, profile in zip(paths, found.values(), strict=True):
         profile.save(path)
-    return list(paths)
+    return paths

@@ -9,13 +9,14 @@ from typing import Any
 from sdguard.decision.calibration import evenly
 from sdguard.decision.model_folder import PROMPTS_FILE, model_folders
 from sdguard.decision.profile import digest_of
+from sdguard.files.prompt_files import prompts_by_row
 
 
 def ordinary_prompts(pipe: Any) -> list[str]:
-    """The ordinary prompts that come with the model, else those that come with sdguard."""
+    """The ordinary prompts that come with the model, else those that come with sdguard; raises as `prompts_by_row`."""
     for folder in model_folders(pipe):
         if (folder / PROMPTS_FILE).exists():
-            return _lines((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+            return list(prompts_by_row(folder / PROMPTS_FILE).values())
     return list(_shipped_prompts())
 
 
@@ -27,14 +28,11 @@ def is_shipped(prompts_digest: str, count: int) -> bool:
 @functools.cache
 def _shipped_prompts() -> tuple[str, ...]:
     """The ordinary prompts that come with sdguard."""
-    return tuple(_lines(resources.files("sdguard.decision").joinpath("ordinary_prompts.txt").read_text(encoding="utf-8")))
+    text = resources.files("sdguard.decision").joinpath("ordinary_prompts.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line.strip())
 
 
 @functools.cache
 def _shipped_digest(count: int) -> str:
     """What stands for ``count`` of them, evenly spaced."""
     return digest_of(evenly(_shipped_prompts(), count))
-
-
-def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]

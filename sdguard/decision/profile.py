@@ -27,6 +27,8 @@ from sdguard.signals.guidance_norm import guidance_norm
 FORMAT = 9
 #: correlation from which two pictures are one.
 SAME_PICTURE = 0.9
+#: what steering aims by, and steered samples are held to, beside the signals that decide.
+HELD = ("guidance_norm", "guidance_detail", "reference_agreement", "recurrence", "alignment")
 #: free signals whose course over a run is followed.
 SERIES: dict[str, Callable[[Prediction], Tensor]] = {"guidance_norm": guidance_norm, "denoised_norm": denoised_norm}
 
@@ -260,7 +262,7 @@ def is_whole(profile: Profile) -> bool:
         and isinstance(profile.model, dict)
         and are_ascending(profile.scores, 2)
         and all(are_ascending(values, 1) for values in profile.values.values())
-        and {"guidance_norm", *names} <= {*profile.values}
+        and {*HELD, *names} <= {*profile.values}
         and {*names} <= {*cascade.scales} & {*BY_NAME}
         and stages_fit and scales_fit and series_fit and methods_fit
         and all(map(is_number, profile.timesteps))

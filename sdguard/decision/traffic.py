@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,29 +26,32 @@ def append_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     append_lines(path, (json.dumps(dict(row)) for row in rows))
 
 
-def logged_scores(path: Path, profile: Profile) -> list[float]:
-    """The scores in a log that were given by ``profile``, in their order.
+def logged_scores(path: Path, profiles: Sequence[Profile]) -> tuple[Profile, list[float]]:
+    """The first of some profiles that enough of the scores in a log were given by, and these scores in their order.
 
     Raises:
-        ProfileError: the file cannot be read, holds a line that is none of the guard's, or too few scores by this profile.
+        ProfileError: the file cannot be read, holds a line that is none of the guard's, or too few scores by any of the profiles.
     """
-    name, scores, others = name_of(profile), [], 0
+    scores: dict[str, list[float]] = {name_of(profile): [] for profile in profiles}
+    others = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 row = score_line(line)
                 if row is None:
                     raise ProfileError(f"{path}: line {number} is no line of a log of scores: remove it, and try again.")
-                if row.get("profile") == name:
-                    scores.append(row["score"])
+                if row.get("profile") in scores:
+                    scores[row["profile"]].append(row["score"])
                 else:
                     others += 1
     except OSError as error:
         raise ProfileError(f"The log {path} cannot be read: {error.strerror}.") from None
-    if len(scores) < LEAST_SCORES:
-        beside = f", and {others} that another profile gave" if others else ""
-        raise ProfileError(f"{path} holds {len(scores)} scores that profile {name} gave{beside}; {LEAST_SCORES} are needed at least.")
-    return scores
+    for profile in profiles:
+        if len(found := scores[name_of(profile)]) >= LEAST_SCORES:
+            return profile, found
+    given = ", ".join(f"{len(found)} scores that profile {name} gave" for name, found in scores.items())
+    beside = f", and {others} that another profile gave" if others else ""
+    raise ProfileError(f"{path} holds {given}{beside}; {LEAST_SCORES} by one profile are needed at least.")
 
 
 def score_line(line: bytes) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ def load_pipeline(model: str) -> Any:
     try:
         named = source if there else model
         return DiffusionPipeline.from_pretrained(named, **absent_parts(DiffusionPipeline.load_config(named)))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever diffusers, transformers and safetensors say of a damaged file
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"The model {model} could not be loaded: {first}") from None
 
@@ -62,11 +62,13 @@ def load_for_runs(
     if dtype is not None and dtype not in get_args(Precision):
         raise BadInput(f"dtype is {shown(dtype)}; it must be one of {', '.join(get_args(Precision))}.")
     pipe, place = load_pipeline(model), processes().device if device is None else device
+    if str(place).partition(":")[0] == "meta":
+        raise BadInput("The model cannot be put on the device 'meta': nothing is computed there.")
     if lora is not None:
         try:
             pipe.load_lora_weights(lora)
             pipe.set_adapters(pipe.get_active_adapters(), lora_scale)
-        except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # as in load_pipeline
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadInput(f"The LoRA {lora} could not be loaded: {first}") from None
     try:

@@ -26,6 +26,14 @@ def ensure_writable(folder: Path) -> None:
         raise BadInput(f"The output directory {folder} cannot be written to: {error.strerror}.") from None
 
 
+def check_file(path: Path, *read: Path | None) -> None:
+    """Raise `BadInput` where ``path`` cannot be the file of a result: it is a directory, or one of the files that are ``read``."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a directory: the result is a file.")
+    if any(file is not None and path.resolve() == file.resolve() for file in read):
+        raise BadInput(f"{path} is read, and would be written over: give the result another name.")
+
+
 def save_pictures(out: Path, pictures: dict[str, Any], report: Any, report_name: str = "report.json") -> None:
     """Write PIL images by file name, as PNG, and a report as JSON into ``out``, each whole or not at all."""
     for name, picture in pictures.items():

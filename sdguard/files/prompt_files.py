@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 #: rows of a file that are held at a time where it is read in pieces.
 PIECE_ROWS = 8192
+#: rows of a file that are held at a time where it is asked which column holds the prompts, since pictures may stand beside them.
+COLUMN_ROWS = 256
 #: bytes of a column of a parquet file that are read at a time.
 PARQUET_BUFFER = 1 << 20
 #: what a column of prompts is called, in order of preference, whatever its case.
@@ -37,6 +39,8 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 SEPARATORS = ",;\t"
 #: characters that the first line of a CSV file has at most.
 LONGEST_HEADER = 65_536
+#: what stands for a missing value in a CSV file, in lower case.
+MISSING = ("na", "n/a", "null", "none")
 #: cells of a table made of JSON objects from which on most of them may not be empty.
 SPARSE_CELLS = 10_000_000
 #: characters of a file's column names that a sentence about them has at most.
@@ -99,9 +103,10 @@ def lines_tables(path: Path, rows: int | None = None, only: str | None = None) -
 
 
 def csv_tables(path: Path, rows: int | None = None, only: str | None = None) -> Iterator[pd.DataFrame]:
-    """A CSV file, every field of it as the text that stands there; blank lines are left out.
+    """A CSV file, every field of it as the text that stands there.
 
-    It is separated by what its header uses most outside quotes, or by what a first line ``sep=`` of a spreadsheet names.
+    It is separated by what its header uses most outside quotes, or by what a first line ``sep=`` of a spreadsheet names. Blank lines are
+    left out; but in a table of one column a blank line with another row behind it is a row whose field is empty.
 
     Raises:
         ValueError: a header that is none, too long, or does not tell the separator; a row with more or fewer fields than it, or a quote
@@ -130,10 +135,11 @@ def csv_rows(file: IO[str], tabs: bool = False) -> tuple[list[str], Iterator[lis
         separator, first, before = named[1], "", before + 1
     reader = csv.reader(chain([first] if first else [], file), delimiter=separator, strict=True)
     rows = numbered(reader, before)
-    _, header = next(rows, (0, None))
+    header = next((row for _, row in rows if row), None)
     if header is None:
         raise ValueError("No columns to parse from file")
-    return header, (checked_row(line, row, header, separator) for line, row in rows)
+    found = with_empty_fields(rows) if len(header) == 1 else ((line, row) for line, row in rows if row)
+    return header, (checked_row(line, row, header, separator) for line, row in found)
 
 
 def separator_of(header: str) -> str:
@@ -148,7 +154,7 @@ def separator_of(header: str) -> str:
 
 
 def numbered(reader: Any, before: int) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a ``csv.reader`` that are not blank, each with the line that it begins in, of which there were some ``before``."""
+    """The rows of a ``csv.reader``, blank ones too, each with the line that it begins in, of which there were some ``before``."""
     while True:
         line = before + reader.line_num + 1
         try:
@@ -157,8 +163,19 @@ def numbered(reader: Any, before: int) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             raise ValueError(f"line {line}: {error}") from None
-        if row:
-            yield line, row
+        yield line, row
+
+
+def with_empty_fields(rows: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table of one column: a blank one is an empty field, unless none but blank ones come after it."""
+    blank = 0
+    for line, row in rows:
+        if not row:
+            blank += 1
+            continue
+        yield from ((earlier, [""]) for earlier in range(line - blank, line))
+        blank = 0
+        yield line, row
 
 
 def checked_row(line: int, row: list[str], header: list[str], separator: str) -> list[str]:
@@ -166,6 +183,10 @@ def checked_row(line: int, row: list[str], header: list[str], separator: str) ->
     if len(row) != len(header):
         quotes = f": a text that has {separator!r} in it must stand in quotes" if len(row) > len(header) else ""
         raise ValueError(f"line {line} has {counted(len(row))}, and the header {len(header)}{quotes}")
+    if separator == "\t" and any("\t" in field and "\n" in field for field in row):
+        raise ValueError(
+            f"line {line} begins a text in quotes that goes on over tabs and lines: a quote that is text must be doubled, in quotes"
+        )
     return row
 
 
@@ -222,6 +243,7 @@ def parquet_tables(path: Path, rows: int | None = None, only: str | None = None)
             columns = [only] if only is not None and names.count(only) == 1 else None
             start = 0
             for piece in (pa.Table.from_batches([batch]) for batch in file.iter_batches(rows, columns=columns)) if rows else [file.read()]:
+                piece.validate(full=True)  # here and not where an entry is read: not all texts of a file are text
                 yield plain_table(piece).set_index(pd.RangeIndex(start, start + len(piece)))
                 start += len(piece)
     except (pa.ArrowException, OverflowError) as error:
@@ -341,9 +363,16 @@ def find_column(tables: Iterable[pd.DataFrame], path: Path, column: str | None =
     if column is not None and column not in names:
         raise ValueError(f"{path} has no column {column!r}: {there}.")
     name = column if column is not None else named_as_prompts(names) or only_text(path, names, kinds, there)
-    if names.count(name) > 1:
-        raise ValueError(f"{path} has {names.count(name)} columns {name!r}: it does not tell which of them holds the prompts.")
+    alike = [other for other in names if other == name or (column is None and other.strip().lower() == name.strip().lower())]
+    if len(alike) > 1:
+        those = " and ".join(map(repr, alike)) if len({*alike}) > 1 else f"{name!r}"
+        raise ValueError(f"{path} has {len(alike)} columns {those}: it does not tell which of them holds the prompts.")
     return name
+
+
+def column_of(path: Path, column: str | None = None) -> str:
+    """`find_column` of a file, of which few rows are held."""
+    return find_column(read_pieces(path, COLUMN_ROWS), path, column)
 
 
 def named_as_prompts(names: list[str]) -> str | None:
@@ -357,9 +386,14 @@ def only_text(path: Path, names: list[str], kinds: dict[str, set[str]], there: s
     text = [name for name in names if "text" in kinds[name] and "other" not in kinds[name]]
     if len(text) != 1:
         raise ValueError(f"{path} does not tell which column holds the prompts: {there}; name one.")
-    if reader_of(path) is csv_tables and all(name in text or is_number(name) for name in names):
+    if reader_of(path) is csv_tables and all(name in text or is_value(name) for name in names):
         raise ValueError(f"{path} does not tell whether its first line is a header: {there}; name the column, or write 'prompt' over it.")
     return text[0]
+
+
+def is_value(field: str) -> bool:
+    """Whether the first field of a column of numbers is one of them and not its name: a number, of a row too, or a missing one."""
+    return is_number(field.strip().removeprefix("#")) or field.strip().lower() in MISSING
 
 
 def kind_of_entries(column: pd.Series, of_fields: bool) -> str:
@@ -423,9 +457,10 @@ def read_prompts(path: Path, column: str | None = None, skip_empty: bool = False
 
 
 def prompts_by_row(path: Path, column: str | None = None, skip_empty: bool = False) -> dict[int, str]:
-    """`read_prompts` as a dictionary; of a text file without pandas, whose only column is ``prompt``."""
+    """`read_prompts` as a dictionary, of which no other column is held; of a text file without pandas, whose only column is ``prompt``."""
     if kind_of(path) not in (".txt", ".txt.gz") or column not in (None, "prompt"):
-        return read_prompts(path, column, skip_empty).to_dict()
+        pieces = PromptFile(path, column_of(path, column), skip_empty).pieces(tell=True)
+        return {row: prompt for piece in pieces for row, prompt in piece.items()}
     with refused_in_one_sentence(path):
         prompts = read_lines(path)
     if not prompts:
@@ -435,7 +470,7 @@ def prompts_by_row(path: Path, column: str | None = None, skip_empty: bool = Fal
 
 @dataclass(frozen=True)
 class PromptFile:
-    """A file of prompts of any length, whose column of them is known (`find_column`).
+    """A file of prompts of any length, whose column of them is known (`column_of`).
 
     Attributes:
         column: the name of that column.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -110,13 +110,26 @@ class Parts(Mapping[str, Any]):
         owners = [[rank for rank, held in enumerate(seen) if name in held] for name in names]
         return [name for i, name in enumerate(names) if owners[i][i % len(owners[i])] == state.process_index]
 
-    def remove(self) -> None:
-        """The work is done: its files go, and the folder around them if they were all it held."""
+    def remove(self, names: Iterable[str] | None = None) -> None:
+        """The work is done: its files go, all or those of some ``names``, and the folders around them if they were all these held."""
         self.held.clear()
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # other work is kept there too, or another process was faster
-                self.folder.parent.rmdir()
+        if not self.folder:
+            return
+        if names is None:
+            remove_folder(self.folder)
+            return
+        for path in filter(None, map(self.path, names)):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # other work is kept there too
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, and the one around it if it was all that was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # other work is kept there too, or another process was faster
+        folder.parent.rmdir()
 
 
 def parts_folder(path: Path) -> Path:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from sdguard.decision.cache import alone, cache_folder, cache_path, cannot_be_written, keep_in_cache, name_of, told_of_cache, why_unwritable
+from sdguard.decision.cache import (
+    cache_folder,
+    cache_path,
+    cannot_be_written,
+    keep_in_cache,
+    main_process_alone,
+    name_of,
+    profile_name,
+    told_of_cache,
+    why_unwritable,
+)
 from sdguard.decision.calibration import calibrate, evenly, split
 from sdguard.decision.identity import identity
-from sdguard.decision.known_profiles import known_profile
+from sdguard.decision.known_profiles import known_profile, known_profiles
 from sdguard.decision.ordinary_prompts import ordinary_prompts
-from sdguard.decision.profile import Profile, scores_needed
+from sdguard.decision.profile import Profile, digest_of, scores_needed
 from sdguard.decision.traffic import logged_scores, profile_of_traffic
-from sdguard.denoiser.loading import load_for_runs, load_pipeline
+from sdguard.denoiser.loading import load_for_runs
 from sdguard.files.inputs import BadInput
-from sdguard.files.outputs import ensure_writable
+from sdguard.files.outputs import check_file, ensure_writable
 from sdguard.files.processes import processes
 from sdguard.files.prompt_files import prompts_by_row
-from sdguard.files.resumable import parts_folder
+from sdguard.files.resumable import parts_folder, remove_folder
 from sdguard.guarded.config import GuardConfig
 from sdguard.steering.learning import learn_methods
 
@@ -45,6 +53,7 @@ def calibrate_model(
     *,
     prompts: Path | None,
     memorized: Path | None,
+    column: str | None = None,
     count: int | None,
     false_positive_rate: float,
     seed: int,
@@ -61,6 +70,7 @@ def calibrate_model(
     Args:
         prompts: a file of ordinary prompts; None for those that come along.
         memorized: a file of prompts known to be memorized, which the order of the steering methods is learnt from.
+        column: of these files, that holds the prompts; by default as in `sdguard.files.prompt_files.prompt_column`.
         count: use so many of the ordinary prompts, evenly spaced.
         false_positive_rate: what the profile has to support.
         out: where the profile goes; None for the user's cache.
@@ -78,7 +88,7 @@ def calibrate_model(
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     state = processes()
     pipe = load_for_runs(model, device, dtype, lora, lora_scale)
-    chosen = list(prompts_by_row(prompts, skip_empty=skip_empty).values()) if prompts else ordinary_prompts(pipe)
+    chosen = list(prompts_by_row(prompts, column, skip_empty).values()) if prompts else ordinary_prompts(pipe)
     if count is not None:
         if count > len(chosen):
             raise BadInput(f"--n asks for {count} prompts, and there are {len(chosen)}.")
@@ -86,20 +96,18 @@ def calibrate_model(
     rate, (scored, needed) = false_positive_rate, scored_and_needed(len(chosen), false_positive_rate)
     if scored < needed:
         raise BadInput(f"A false-positive rate of {rate:g} needs {needed} prompts to score; of {len(chosen)} prompts {scored} are scored.")
-    known = list(prompts_by_row(memorized, skip_empty=skip_empty).values()) if memorized else []
+    known = list(prompts_by_row(memorized, column, skip_empty).values()) if memorized else []
     own = identity(pipe)
     path = out or cache_path(own, chosen)
     if out:
+        check_file(path, prompts, memorized)
         ensure_writable(path.parent)
     elif trouble := why_unwritable(path.parent):
         raise BadInput(cannot_be_written(trouble))
-    with ExitStack() as held:
-        held.enter_context(told_of_cache())
-        if state.is_main_process:
-            held.enter_context(alone(path))
-        state.wait_for_everyone()
+    # a file may become another model's, or another list's, whose kept work stays; in the cache each has a file of its own
+    work = parts_folder(path) / profile_name(own, digest_of(chosen), len(chosen)) if out else parts_folder(path)
+    with told_of_cache(), main_process_alone(path, state):
         measuring = partial(progress, "calibrating")
-        work = parts_folder(path)
         profile = calibrate(pipe, chosen, seed=seed, progress=measuring, work=work, state=state, keep_work=True)
         try:
             if state.is_main_process:
@@ -113,7 +121,7 @@ def calibrate_model(
                     keep_in_cache(profile, path)
         finally:
             state.wait_for_everyone()
-        shutil.rmtree(work, ignore_errors=True)
+        remove_folder(work)
     return Calibrated(path, profile, known_profile(pipe, own) == profile) if state.is_main_process else None
 
 
@@ -126,29 +134,45 @@ def check_enough(profile: Profile, count: int, rate: float) -> None:
         )
 
 
-def calibrate_from_log(model: str, log: Path, *, memorized_share: float, false_positive_rate: float, out: Path | None) -> Calibrated:
+def calibrate_from_log(
+    model: str,
+    log: Path,
+    *,
+    memorized_share: float,
+    false_positive_rate: float,
+    out: Path | None,
+    dtype: str | None = None,
+    device: str | None = None,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+) -> Calibrated:
     """The known profile of a model with its threshold resting on a log of real traffic (`GuardConfig.score_log`); nothing is evaluated.
+
+    Of several that are known it is the first, in the order in which the guard takes them, that enough of the log's scores were given by.
 
     Args:
         memorized_share: of the logged pictures that may be memorized, at most (`profile_of_traffic`).
         false_positive_rate: what the profile has to support.
         out: where the profile goes; None for the user's cache.
+        dtype, device, lora, lora_scale: as `load_for_runs`.
 
     Raises:
         ValueError: no profile of the model is known, or the log is none, or too short for the rate; one sentence.
     """
     GuardConfig(false_positive_rate=false_positive_rate)
-    pipe = load_pipeline(model)
-    known = known_profile(pipe, identity(pipe))
-    if known is None:
+    pipe = load_for_runs(model, device, dtype, lora, lora_scale)
+    own = identity(pipe)
+    known = [profile for _, profile in known_profiles(pipe, own)]
+    if not known:
         raise BadInput(f"No profile of {model} is known, so that nothing can have been scored by it: 'sdguard calibrate' makes one.")
-    profile = profile_of_traffic(known, logged_scores(log, known), memorized_share)
+    profile = profile_of_traffic(*logged_scores(log, known), memorized_share)
     profile.allowed(false_positive_rate)
     path = out or cache_folder() / f"{name_of(profile)}.json"
+    check_file(path, log)
     ensure_writable(path.parent)
     if out:
         profile.save(path)
     else:
         with told_of_cache():
             keep_in_cache(profile, path)
-    return Calibrated(path, profile, found=False)
+    return Calibrated(path, profile, known_profile(pipe, own) == profile)

@@ -90,6 +90,7 @@ class GuardConfig:
             raise TypeError(f"false_positive_rate is {shown(self.false_positive_rate)}; it must be a number.")
         if not 0 < self.false_positive_rate < 1:
             raise ValueError(f"false_positive_rate is {shown(self.false_positive_rate)}; it must lie between 0 and 1.")
+        object.__setattr__(self, "false_positive_rate", float(self.false_positive_rate))  # numpy's numbers do not go into JSON
         prompts = self.calibration_prompts
         if isinstance(prompts, str) or (isinstance(prompts, Sized) and len(prompts) == 0):
             raise ValueError("calibration_prompts has to be a list of prompts, at least four.")
@@ -104,6 +105,8 @@ class GuardConfig:
         for name in ("score_log", "audit_log"):
             if not isinstance(getattr(self, name), Path | str | None):
                 raise TypeError(f"{name} is {shown(getattr(self, name))}; it must be the path of a file.")
+            if "\0" in str(getattr(self, name)):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; no file's path has the character 0 in it.")
         if not isinstance(self.audit_log_bytes, int) or isinstance(self.audit_log_bytes, bool):
             raise TypeError(f"audit_log_bytes is {shown(self.audit_log_bytes)}; it must be a whole number.")
         if self.audit_log_bytes < 1:

@@ -6,6 +6,7 @@ The rows go into a DuckDB database of files, which sorts on disk what is more th
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ class Ranking:
 def ranked(tables: Iterable[pd.DataFrame], fdr: float, folder: Path) -> Iterator[Ranking]:
     """Rank the rows of a scan, given in tables as `sdguard.scan.scan.scan_batch` makes them; work files in ``folder`` go at the end.
 
+    Those of a ranking that was killed there go too: nobody else may rank in it at once.
+
     Raises:
         CannotWrite: the disk is full, or cannot be written to.
     """
@@ -113,6 +116,8 @@ def ranked(tables: Iterable[pd.DataFrame], fdr: float, folder: Path) -> Iterator
     limits = {"memory_limit": MEMORY, "threads": THREADS}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left_behind in folder.glob("ranking-*"):
+            shutil.rmtree(left_behind, ignore_errors=True)
         files = TemporaryDirectory(prefix="ranking-", dir=folder)
     except OSError as error:
         raise CannotWrite(error.errno, error.strerror or str(error), str(folder)) from None

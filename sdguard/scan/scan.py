@@ -19,6 +19,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 
 from sdguard.choices import BATCH_SIZE
 from sdguard.decision.profile import Profile
@@ -65,13 +66,25 @@ def reports_of(pipe: Any, profile: Profile, prompts: Sequence[str], seeds: Seque
 
 
 def scan_batch(pipe: Any, profile: Profile, batch: Batch, *, seeds: int, false_positive_rate: float) -> list[Row]:
-    """One row for each ``(row number, prompt)`` of a batch. Cost: as `scan`, in ``seeds`` denoiser batches.
+    """One row for each ``(row number, prompt)`` of a batch, in halves where it does not fit into memory. Cost: as `scan`.
 
     A row has ``row``, ``prompt``, ``score`` (mean over seeds), ``p_value`` (`combine_p_values`), ``evaluations``, ``error`` (empty unless
     a signal failed, and then score and p-value are nan), ``truncated`` (whether the prompt is longer than the text encoder reads), and
     for each seed k ``seed_k``, ``score_k``, ``p_value_k`` and the value of each signal of the cascade, ``NAME_k``, nan where it was not
     read.
     """
+    try:
+        return rows_of(pipe, profile, batch, seeds, false_positive_rate)
+    except Exception as error:
+        if len(batch) == 1 or not should_reduce_batch_size(error):
+            raise
+    half = len(batch) // 2
+    halves = (batch[:half], batch[half:])
+    return [row for part in halves for row in scan_batch(pipe, profile, part, seeds=seeds, false_positive_rate=false_positive_rate)]
+
+
+def rows_of(pipe: Any, profile: Profile, batch: Batch, seeds: int, false_positive_rate: float) -> list[Row]:
+    """`scan_batch` in ``seeds`` denoiser batches."""
     prompts = [prompt for _, prompt in batch]
     unread = {"score": math.nan, "p_value": math.nan, "evaluations": 0, "error": ""}
     found: list[Row] = [

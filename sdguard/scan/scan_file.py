@@ -6,7 +6,6 @@ that nothing but the disk has to hold more the longer it is.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +15,14 @@ from typing import Any, get_args
 from accelerate.utils import broadcast_object_list
 
 from sdguard.choices import Engine
+from sdguard.decision.cache import main_process_alone
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.loading import load_for_runs
 from sdguard.files.inputs import BadInput
-from sdguard.files.outputs import ensure_writable
+from sdguard.files.outputs import check_file, ensure_writable
 from sdguard.files.processes import processes
-from sdguard.files.prompt_files import PromptFile, check_suffix, find_column, import_pandas, read_pieces, write_tables
+from sdguard.files.prompt_files import PromptFile, check_suffix, column_of, import_pandas, write_tables
 from sdguard.files.resumable import Parts, parts_folder
 from sdguard.guarded.config import GuardConfig
 from sdguard.scan.ranking import Summary, import_duckdb, ranked
@@ -102,48 +102,50 @@ def scan_file(
     GuardConfig(false_positive_rate=false_positive_rate)  # refuses a rate that cannot be
     import_pandas()
     import_duckdb()  # which the table needs: better said now than at the end
-    prompts = PromptFile(file, find_column(read_pieces(file), file, column), skip_empty)
-    sizes = {piece_name(piece): len(piece) for piece in prompts.pieces(tell=True)}
     check_suffix(out)
+    check_file(out, file)
+    prompts = PromptFile(file, column_of(file, column), skip_empty)
+    sizes = {piece_name(piece): len(piece) for piece in prompts.pieces(tell=True)}
     state = processes()
     if engine == "ray" and state.num_processes > 1:
         raise BadInput("--engine ray shares the work itself: run it without 'accelerate launch'.")
     pipe = load_for_runs(model, device, dtype)
+    ensure_writable(out.parent)
     found = broadcast_object_list([profile_for(pipe, given=profile) if state.is_main_process else None])[0]
     profile_for(pipe, given=found).allowed(false_positive_rate)
-    ensure_writable(out.parent)
-    # what was done in another precision is not gone on from
-    work, key = parts_folder(out.with_name(f"{out.name}.{dtype}") if dtype else out), cache_key(found, seeds, false_positive_rate)
-    parts = Parts(work, "pieces", key, ".parquet")
-    known = broadcast_object_list([known_pieces(parts, sizes, work, key) if state.is_main_process else None])[0]
-    left = {name: size for name, size in sizes.items() if name not in known}
-    total, done = sum(sizes.values()), sum(map(sizes.__getitem__, known))
-    progress(done, total)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done = min(total, done + count)
+    with main_process_alone(out, state):
+        # what was done in another precision is not gone on from
+        work, key = parts_folder(out.with_name(f"{out.name}.{dtype}") if dtype else out), cache_key(found, seeds, false_positive_rate)
+        parts = Parts(work, "pieces", key, ".parquet")
+        known = broadcast_object_list([known_pieces(parts, sizes, work, key) if state.is_main_process else None])[0]
+        left = {name: size for name, size in sizes.items() if name not in known}
+        total, done = sum(sizes.values()), sum(map(sizes.__getitem__, known))
         progress(done, total)
 
-    options: dict[str, Any] = {"seeds": seeds, "false_positive_rate": false_positive_rate, "batch_size": batch_size, "work": work}
-    if engine == "ray":
-        from sdguard.scan.ray_engine import scan_pieces_with_ray
+        def advance(count: int) -> None:
+            nonlocal done
+            done = min(total, done + count)
+            progress(done, total)
 
-        scanned = scan_pieces_with_ray(partial(load_for_runs, model, device, dtype), found, prompts.pieces, left, advance, **options)
-    else:
-        scanned = scan_pieces(pipe, found, prompts.pieces(), left, advance, state=state, **options)
-    for name, rows in scanned:
+        options: dict[str, Any] = {"seeds": seeds, "false_positive_rate": false_positive_rate, "batch_size": batch_size, "work": work}
+        if engine == "ray":
+            from sdguard.scan.ray_engine import scan_pieces_with_ray
+
+            scanned = scan_pieces_with_ray(partial(load_for_runs, model, device, dtype), found, prompts.pieces, left, advance, **options)
+        else:
+            scanned = scan_pieces(pipe, found, prompts.pieces(), left, advance, state=state, **options)
+        for name, rows in scanned:
+            if state.is_main_process:
+                parts.keep(name, as_part(rows))
+            state.wait_for_everyone()
+            batches_of(work, name, key).remove()
+        summary = None
         if state.is_main_process:
-            parts.keep(name, as_part(rows))
+            with ranked((part(parts, name, file) for name in sizes), fdr, work) as ranking:
+                summary = ranking.summary(shown)
+                write_tables(ranking.tables(), out)
+            parts.remove(sizes)  # what is kept of another scan's stays
         state.wait_for_everyone()
-        batches_of(work, name, key).remove()
-    summary = None
-    if state.is_main_process:
-        with ranked((part(parts, name, file) for name in sizes), fdr, work) as ranking:
-            summary = ranking.summary(shown)
-            write_tables(ranking.tables(), out)
-    state.wait_for_everyone()
-    shutil.rmtree(work, ignore_errors=True)
     return FileScan(summary, found, pipe.tokenizer.model_max_length) if summary else None
 
 

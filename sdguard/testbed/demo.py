@@ -132,7 +132,7 @@ def main(out: Annotated[Path, typer.Option(help="Where demo.png and report.json 
     save_pictures(out, {f"{row['kind']}.png": image for row, image in zip(rows, images, strict=True)}, rows)
     draw_sheet(rows, pictures, profile, out / "demo.png")
     Console().print(verdict_table(rows))
-    Console().print(f"{out}/demo.png and {out}/report.json")
+    Console().print(f"{out}/demo.png and {out}/report.json", markup=False)
 
 
 if __name__ == "__main__":

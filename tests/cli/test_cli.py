@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -23,6 +23,7 @@ from sdguard.decision.cache import prompts_in
 from sdguard.decision.identity import identity
 from sdguard.decision.profile import Profile
 from sdguard.files.prompt_files import prompts_by_row
+from sdguard.files.resumable import parts_folder
 from sdguard.guarded import calibrate_model as calibrate_module
 from sdguard.guarded.config import GuardConfig
 from sdguard.guarded.generate import SHEET_SIDE
@@ -210,6 +211,77 @@ def test_a_lora_and_its_scale_are_in_the_profile_that_a_call_with_them_finds(tmp
     fresh.load_lora_weights(tmp_path / "lora")
     assert known_profiles.known_profile(fresh, identity(fresh, 0.5)) is not None
     assert known_profiles.known_profile(fresh, identity(fresh)) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--from-log", "log", "--prompts", "a.txt"], "--prompts moves nothing with --from-log"),
+        (["--from-log", "log", "--seed", "0"], "--seed moves nothing with --from-log"),
+        (["--from-log", "log", "--skip-empty"], "--skip-empty moves nothing with --from-log"),
+        (["--memorized-share", "0.1"], "--memorized-share moves nothing without --from-log"),
+        (["--lora-scale", "0.5"], "--lora-scale moves nothing without --lora"),
+    ],
+)
+def test_an_option_that_moves_nothing_is_refused(words: list[str], says: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert says in refused(CliRunner().invoke(app, ["calibrate", *words, "--out", str(out / "profile.json")]), out)
+
+
+def test_a_profile_does_not_take_the_place_of_a_directory_or_of_its_prompts(tmp_path: Path) -> None:
+    prompts = ordinary(tmp_path, 9)
+    text = prompts.read_text()
+    for out, says in ((tmp_path, "is a directory"), (prompts, "is read, and would be written over")):
+        result = CliRunner().invoke(app, ["calibrate", "--prompts", str(prompts), "--fpr", "0.2", "--out", str(out)])
+        assert result.exit_code == 1
+        assert says in " ".join(result.stderr.split())
+    assert prompts.read_text() == text
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_the_column_of_prompts_to_calibrate_on_can_be_named(tmp_path: Path) -> None:
+    table, lines = tmp_path / "prompts.csv", ordinary(tmp_path, 9).read_text().splitlines()
+    table.write_text("\n".join(["titel,beschreibung", *(f"x,{line}" for line in lines)]) + "\n")
+    options = ["calibrate", "--prompts", str(table), "--fpr", "0.2", "--out", str(tmp_path / "made.json")]
+    assert "name one" in " ".join(CliRunner().invoke(app, options).stderr.split())
+    assert CliRunner().invoke(app, [*options, "--column", "beschreibung"]).exit_code == 0
+    assert prompts_in(Profile.load(tmp_path / "made.json")) == 9
+
+
+def test_the_kept_work_of_another_calibration_to_the_same_file_stays(tmp_path: Path) -> None:
+    out = tmp_path / "made.json"
+    kept = parts_folder(out) / "another" / "calibration-0" / "fit-000000.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    options = ["--prompts", str(ordinary(tmp_path, 9)), "--fpr", "0.2", "--out", str(out)]
+    assert CliRunner().invoke(app, ["calibrate", *options]).exit_code == 0
+    assert [path for path in parts_folder(out).rglob("*") if path.is_file()] == [kept]
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_a_model_whose_weights_are_cut_is_refused_in_one_sentence(part: str, tmp_path: Path) -> None:
+    shutil.copytree(testbed.path(), tmp_path / "model")
+    for weights in (tmp_path / "model" / part).glob("*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:1000])
+    out = tmp_path / "out"
+    assert "could not be loaded" in refused(generate("a lion", "--model", str(tmp_path / "model"), "--out", str(out)), out)
+
+
+def test_a_device_where_nothing_is_computed_is_refused(tmp_path: Path) -> None:
+    assert "cannot be put on the device 'meta'" in refused(generate("a cat", "--device", "meta", "--out", str(tmp_path)), tmp_path)
+
+
+def test_what_there_is_no_guard_for_is_not_explained_either(tmp_path: Path) -> None:
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(app, ["explain", "a cat", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert "DDPMPipeline" in refused(result, tmp_path / "out")
+
+
+def test_a_path_is_printed_as_it_is(tmp_path: Path) -> None:
+    SHIPPED.save(tmp_path / "mine.json")
+    profiles("import", str(tmp_path / "mine.json"))
+    assert profiles("export", cache.name_of(SHIPPED), str(tmp_path / "q[x].json")).stdout.strip().endswith("q[x].json")
 
 
 def test_profiles_are_listed_shown_carried_elsewhere_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

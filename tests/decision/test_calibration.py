@@ -20,7 +20,7 @@ from sdguard.decision.calibration import calibrate
 from sdguard.decision.cascade import Cascade, Scale, Stage
 from sdguard.decision.identity import identity
 from sdguard.decision.known_profiles import load_profile
-from sdguard.decision.profile import FORMAT, SAME_PICTURE, MethodStatistics, Profile, ProfileError
+from sdguard.decision.profile import FORMAT, HELD, SAME_PICTURE, MethodStatistics, Profile, ProfileError
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.probe import read_prompts
 from sdguard.observation import Observation
@@ -38,7 +38,7 @@ def profile(norms: list[float]) -> Profile:
         {"denoiser": "Tiny", "weights": {"unet": {"float32": "a"}}},
         cascade,
         sorted(norms),
-        {"guidance_norm": sorted(norms)},
+        dict.fromkeys(HELD, sorted(norms)),
         course,
         [900.0, 100.0],
         {"cat": 2},
@@ -318,6 +318,7 @@ def test_a_changed_profile_is_damaged_whatever_was_changed(tmp_path: Path) -> No
         ("scores", [True, 2.0]),
         ("values", {}),
         ("values", {"guidance_norm": [10**400]}),
+        *(("values", {name: [1.0] for name in HELD if name != left_out}) for left_out in HELD),
         ("timesteps", [900.0]),
         ("timesteps", [float("nan"), 1.0]),
         ("series", {"guidance_norm": [[1.0, 10**400], [1.0, 2.0]]}),

@@ -549,12 +549,38 @@ def test_a_saved_pipeline_carries_its_profiles(tiny: Any, profile_for: MakeProfi
     other = replace(profile_for(tiny, 3.0), model={**identity(tiny), "size": 999})
     for number, profile in enumerate((mine, own, other)):
         profile.save(cache_folder() / f"{number}.json")
+        os.utime(cache_folder() / f"{number}.json", (number, number))
     sdguard.guard(tiny).save_pretrained(tmp_path)
-    assert {path.stem for path in (tmp_path / "sdguard").iterdir()} == {name_of(mine), name_of(own)}
+    assert {path.stem for path in (tmp_path / "sdguard").iterdir()} == {name_of(mine), "profile"}
     for path in cached_profiles():
         remove_cached(path)
     guarded = sdguard.GuardedPipeline.from_pretrained(tmp_path, guard=GuardConfig(on_unknown="raise"))
-    assert call(guarded).guard[0].judged_by in {f"profile {name_of(mine)}", f"profile {name_of(own)}"}
+    assert call(guarded).guard[0].judged_by == f"profile {name_of(own)}"  # the newest, as before
+
+
+def test_a_cache_that_is_named_needs_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setenv("SDGUARD_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path / "profiles"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("\ufeffa cat\na\u2028dog\n\n", ["a cat", "a\u2028dog"]), ("a caf\xe9", None)], ids=["utf-8", "latin-1"]
+)
+def test_the_prompts_that_come_with_a_model_are_lines_of_utf_8(content: str, expected: list[str] | None, tiny: Any, tmp_path: Path) -> None:
+    tiny.save_pretrained(tmp_path)
+    file = tmp_path / model_folder.PROMPTS_FILE
+    file.parent.mkdir()
+    file.write_bytes(content.encode("utf-8" if expected else "latin-1"))
+    pipe = type(tiny).from_pretrained(tmp_path)
+    if expected:
+        assert ordinary_prompts(pipe) == expected
+    else:
+        with pytest.raises(ValueError, match=f"{file} is no .txt file that can be read"):
+            ordinary_prompts(pipe)
 
 
 def test_nothing_known_leaves_no_folder(tiny: Any, tmp_path: Path) -> None:

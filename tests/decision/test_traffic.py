@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from typer.testing import CliRunner
 import sdguard
 from sdguard import GuardConfig, Profile, testbed
 from sdguard.cli.main import app
-from sdguard.decision.cache import name_of
+from sdguard.decision.cache import cache_folder, keep_in_cache, name_of
+from sdguard.decision.identity import identity
+from sdguard.decision.known_profiles import known_profile
 from sdguard.decision.profile import ProfileError
 from sdguard.decision.traffic import append_scores, logged_scores, profile_of_traffic
 
@@ -64,15 +67,26 @@ def test_the_promise_holds_up_to_the_stated_share(profile: Profile, memorized: f
 def test_scores_of_another_profile_and_lines_that_are_none_are_refused(profile: Profile, tmp_path: Path) -> None:
     path = tmp_path / "log"
     with pytest.raises(ProfileError, match="cannot be read"):
-        logged_scores(path, profile)
+        logged_scores(path, [profile])
     append_scores(path, [{"profile": "another", "score": 1.0}] * 200)
-    with pytest.raises(ProfileError, match=r"holds 0 scores that profile .* gave, and 200 that another profile gave; 100 are needed"):
-        logged_scores(path, profile)
+    with pytest.raises(
+        ProfileError, match=r"holds 0 scores that profile .* gave, and 200 that another profile gave; 100 by one profile are needed"
+    ):
+        logged_scores(path, [profile])
     append_scores(path, [{"profile": name_of(profile), "score": float(i)} for i in range(100)])
-    assert logged_scores(path, profile) == [float(i) for i in range(100)]
+    assert logged_scores(path, [profile])[1] == [float(i) for i in range(100)]
     path.write_text(path.read_text() + "null\n")
     with pytest.raises(ProfileError, match="line 301 is no line"):
-        logged_scores(path, profile)
+        logged_scores(path, [profile])
+
+
+def test_a_log_is_of_the_first_profile_that_gave_enough_of_it(profile: Profile, tmp_path: Path) -> None:
+    path, newer = tmp_path / "log", replace(profile, prompts_digest="newer")
+    append_scores(path, [{"profile": name_of(newer), "score": 1.0}] * 99)
+    append_scores(path, [{"profile": name_of(profile), "score": 2.0}] * 100)
+    assert logged_scores(path, [newer, profile]) == (profile, [2.0] * 100)
+    append_scores(path, [{"profile": name_of(newer), "score": 1.0}])
+    assert logged_scores(path, [newer, profile]) == (newer, [1.0] * 100)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +96,7 @@ def test_hostile_lines_are_refused_by_number(line: bytes, profile: Profile, tmp_
     path = tmp_path / "log"
     path.write_bytes(line + b"\n")
     with pytest.raises(ProfileError, match=rf"^{path}: line 1 is no line of a log of scores: remove it, and try again\.$"):
-        logged_scores(path, profile)
+        logged_scores(path, [profile])
 
 
 def test_a_line_that_a_full_disk_cut_off_spoils_no_other(profile: Profile, tmp_path: Path) -> None:
@@ -92,9 +106,9 @@ def test_a_line_that_a_full_disk_cut_off_spoils_no_other(profile: Profile, tmp_p
     path.write_bytes(whole + whole[:20])
     append_scores(path, [{"profile": name_of(profile), "score": 100.0}])
     with pytest.raises(ProfileError, match="line 101 is no line"):
-        logged_scores(path, profile)
+        logged_scores(path, [profile])
     path.write_bytes(b"".join(line for i, line in enumerate(path.read_bytes().splitlines(True)) if i != 100))
-    assert logged_scores(path, profile) == [float(i) for i in range(101)]
+    assert logged_scores(path, [profile])[1] == [float(i) for i in range(101)]
 
 
 def test_the_command_makes_a_profile_that_a_run_can_name(embedded: Any, tmp_path: Path) -> None:
@@ -112,3 +126,19 @@ def test_the_command_makes_a_profile_that_a_run_can_name(embedded: Any, tmp_path
     short = CliRunner().invoke(app, ["calibrate", "--from-log", str(log), "--fpr", "0.001", "--out", str(out)])
     assert short.exit_code == 1
     assert "needs at least 999 scored" in " ".join(short.stderr.split())
+
+
+def test_the_command_says_whether_the_guard_takes_what_it_made_and_can_be_given_another_share(
+    tiny: Any, profile: Profile, tmp_path: Path
+) -> None:
+    log, model = tmp_path / "log", tmp_path / "model"
+    append_scores(log, [{"profile": name_of(profile), "score": float(i)} for i in range(200)])
+    tiny.save_pretrained(model)
+    keep_in_cache(profile, cache_folder() / f"{name_of(profile)}.json")
+    for share, kept in (("0.3", 140), ("0.1", 180)):
+        made = CliRunner().invoke(app, ["calibrate", "--model", str(model), "--from-log", str(log), "--memorized-share", share])
+        assert made.exit_code == 0, made.stderr
+        assert "does not take it" not in made.stdout
+        taken = known_profile(tiny, identity(tiny))
+        assert taken is not None
+        assert taken.prompts == kept

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from sdguard.files import prompt_files
 from sdguard.files.prompt_files import (
     LONGEST_HEADER,
     SPARSE_CELLS,
@@ -124,6 +126,66 @@ def test_every_kind_of_text_in_parquet_is_text(kind: pa.DataType, tmp_path: Path
     path = tmp_path / "set.parquet"
     parquet.write_table(pa.table({"size": [1, 2, 3], "about": pa.array(["a cat", "a dog", "a cat"]).cast(kind)}), path)
     assert read_prompts(path).tolist() == ["a cat", "a dog", "a cat"]
+
+
+def test_in_a_table_of_one_column_a_blank_line_is_an_empty_row_and_none_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("\nprompt\na cat\n\n\na dog\n\n\n")
+    for read in (prompts_by_row, read_prompts):
+        with pytest.raises(ValueError, match="no text in row 1 of column 'prompt', the first of 2 such rows"):
+            read(path)
+    assert prompts_by_row(path, skip_empty=True) == {0: "a cat", 3: "a dog"}
+    path.write_text("prompt,size\na cat,1\n\na dog,2\n")
+    assert prompts_by_row(path) == {0: "a cat", 1: "a dog"}
+
+
+@pytest.mark.parametrize("header", ["NA,a cat", "#1,a cat", "null,a cat", "3,a cat"])
+def test_a_first_line_that_may_be_a_row_is_refused_as_a_header(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(f"{header}\n3,a dog\n4,an owl\n")
+    with pytest.raises(ValueError, match="does not tell whether its first line is a header"):
+        prompts_by_row(path)
+    path.write_text(",beschreibung\n3,a dog\n4,an owl\n")
+    assert prompts_by_row(path) == {0: "a dog", 1: "an owl"}
+
+
+@pytest.mark.parametrize("name", ["set.csv", "set.jsonl"])
+def test_two_columns_that_differ_in_case_alone_are_told_apart_by_a_name_only(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("Prompt,prompt\na,b\n" if name == "set.csv" else '{"Prompt": "a", "prompt": "b"}\n')
+    with pytest.raises(ValueError, match="has 2 columns 'Prompt' and 'prompt': it does not tell which"):
+        prompts_by_row(path)
+    assert prompts_by_row(path, "Prompt") == {0: "a"}
+
+
+def test_a_quote_in_a_raw_table_of_tabs_does_not_take_in_the_rows_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "set.tsv"
+    path.write_text('caption\turl\n"hello\thttp://1\nfoo\thttp://2\nworld"\thttp://3\n')
+    with pytest.raises(ValueError, match="line 2 begins a text in quotes that goes on over tabs and lines"):
+        prompts_by_row(path)
+
+
+def test_text_in_parquet_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    path, offsets = tmp_path / "set.parquet", np.array([0, 2, 6], dtype=np.int32)
+    text = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(b"okcaf\xe9")])
+    parquet.write_table(pa.table({"prompt": text}), path)
+    for read in (prompts_by_row, read_prompts):
+        with pytest.raises(ValueError, match=r"set.parquet is no .parquet file that can be read: .*UTF8"):
+            read(path)
+
+
+def test_of_a_parquet_file_no_other_column_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, held = tmp_path / "set.parquet", list[tuple[int, list[str]]]()
+    parquet.write_table(pa.table({"prompt": ["a cat"] * 600, "image": [b"0" * 100] * 600}), path)
+    plain = prompt_files.plain_table
+
+    def noted(table: pa.Table) -> pd.DataFrame:
+        held.append((len(table), table.column_names))
+        return plain(table)
+
+    monkeypatch.setattr(prompt_files, "plain_table", noted)
+    assert len(prompts_by_row(path)) == 600
+    assert max(rows for rows, names in held if "image" in names) <= prompt_files.COLUMN_ROWS
 
 
 def test_a_first_line_that_names_the_separator_is_none_of_the_table(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def guarded(pipe: Any, **config: Any) -> Any:
 
 
 # the audit log
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.25), Fraction(1, 4)])
+def test_a_rate_of_any_kind_of_number_can_be_written_down(rate: Any, pipe: Any, log: Path) -> None:
+    (report,) = call(guarded(pipe, mode="observe", profile=NONE, audit_log=log, false_positive_rate=rate), ["a cat"]).guard
+    assert records(log)[0]["false_positive_rate"] == json.loads(report.to_json())["false_positive_rate"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["audit_log", "score_log"])
+def test_a_path_that_no_file_can_have_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is .*; no file's path has the character 0 in it"):
+        guarded(None, **{name: "a\0b"})
 
 
 def test_every_image_has_a_record_that_says_what_its_report_says(pipe: Any, log: Path) -> None:

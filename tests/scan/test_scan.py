@@ -313,6 +313,75 @@ def test_a_killed_command_goes_on(
     assert not work.exists()
 
 
+def test_what_is_kept_of_another_scan_stays(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, other = tmp_path / "scan.csv", tmp_path / "other.txt"
+    other.write_text("a tower\na bridge\n")
+
+    def stopped(pipe: Any, profile: Profile, batch: Any, **given: Any) -> Any:
+        if batch[0][0]:
+            raise KeyboardInterrupt
+        return scan_batch(pipe, profile, batch, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scanning, "scan_batch", stopped)
+        assert command(other, "--out", out, "--batch-size", "1").exit_code != 0
+    kept = sorted(parts_folder(out).rglob("*.json"))
+    assert kept
+    assert command(listed, "--out", out).exit_code == 0
+    assert sorted(parts_folder(out).rglob("*.json")) == kept
+    assert command(other, "--out", out).exit_code == 0
+    assert not parts_folder(out).exists()
+
+
+def test_what_a_killed_ranking_left_goes(prompts: dict[int, str], listed: Path, tmp_path: Path) -> None:
+    left = parts_folder(tmp_path / "scan.csv") / "ranking-0"
+    left.mkdir(parents=True)
+    assert command(listed, "--out", tmp_path / "scan.csv").exit_code == 0
+    assert not parts_folder(tmp_path / "scan.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "of_a_batch", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_batch_that_does_not_fit_into_memory_is_halved(
+    of_a_batch: Exception, table: pd.DataFrame, embedded: Any, profile: Profile, prompts: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, whole = list[int](), scanning.read_prompts
+
+    def small(pipe: Any, some: Any, seeds: Any) -> Any:
+        sizes.append(len(some))
+        if len(some) > 2:
+            raise of_a_batch
+        return whole(pipe, some, seeds)
+
+    monkeypatch.setattr(scanning, "read_prompts", small)
+    found = pd.DataFrame([row for rows in scan(embedded, profile, prompts, seeds=2, batch_size=6) for row in rows])
+    known = table.columns.intersection(found.columns)
+    same(found[known], table.sort_values("row", ignore_index=True)[known])
+    assert max(sizes) == 6
+
+
+def test_what_fits_into_no_memory_is_told_in_one_sentence(listed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(scanning, "read_prompts", none)
+    result = command(listed, "--out", tmp_path / "scan.csv")
+    assert result.exit_code == 1
+    assert "There is not enough memory" in result.stderr
+
+
+def test_a_file_of_prompts_is_not_written_over_nor_a_directory(listed: Path, tmp_path: Path) -> None:
+    csv, content = tmp_path / "mine.csv", "prompt,size\na cat,1\n"
+    csv.write_text(content)
+    (tmp_path / "folder.csv").mkdir()
+    for out, says in ((csv, "is read, and would be written over"), (tmp_path / "folder.csv", "is a directory")):
+        result = command(csv, "--out", out)
+        assert result.exit_code == 1
+        assert says in " ".join(result.stderr.split())
+    assert csv.read_text() == content
+
+
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read in pieces of two rows."""
