@@ -124,6 +124,13 @@ def prompt_file(folder: Path, rng: Random) -> tuple[Path, list[str]]:
         separator = "\t" if kind == "tsv" else rng.choice(",;\t")
         if len(columns) == 1 and kind == "csv":
             separator = ","  # a header of one column names no other
+        if (
+            separator == "\t"
+        ):  # a text over several lines with tabs in it is refused there, since such tables are mostly written without quotes
+            columns = {
+                column: [text.replace("\t", " ") if isinstance(text, str) else text for text in columns[column]] for column in columns
+            }
+            prompts = list(columns[name])
         path.write_bytes(csv_bytes([list(columns), *zip(*columns.values(), strict=True)], separator, rng))
     elif kind in ("jsonl", "ndjson"):
         rows, plain = table.to_dict("records"), rng.random() < 0.5
@@ -169,7 +176,10 @@ def misshapen_prompts(folder: Path, rng: Random) -> str:
         "headless.csv": "\n".join(rows),
         "alone.csv": "\n".join(f'"{row}"' for row in rows),
         "blank.csv": "\n".join(["id,prompt", *rows[:at], f"{at}, ", *rows[at:]]),
-        "twice.csv": "\n".join(["prompt,prompt", *rows]),
+        "twice.csv": "\n".join([rng.choice(["prompt,prompt", "Prompt,prompt"]), *rows]),
+        "header.csv": "\n".join([rng.choice(["NA,a cat", "#1,a cat", "-1,a cat"]), *rows]),
+        "empty.csv": "\n".join(["prompt", *(f'"{text}"' for text in texts[:at]), "", *(f'"{text}"' for text in texts[at:])]),
+        "raw.tsv": "\n".join(["prompt\turl", '"a\tu', *(f"{text}\tu" for text in texts), 'b"\tu']),
         "long.csv": "prompt," + "a" * 70_000 + "\n" + "\n".join(rows),
         "quotes.csv": "\n".join(["prompt" + ',"' * 9999, *rows]),
         "none.csv": "id,prompt\n",
@@ -200,7 +210,7 @@ def use(profile: Profile) -> str:
     name_of(profile)
     json.dumps(asdict(profile))
     profile.check(profile.model)
-    _ = profile.p_value(0.5), profile.threshold(0.5), profile.frequency
+    _ = profile.p_value(0.5), profile.threshold(0.5), profile.frequency, profile.limits()
     for name in profile.series:
         profile.at(name, 500.0)
     return UNKNOWN

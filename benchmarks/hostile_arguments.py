@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ from sdguard.steering import METHODS
 CONFIG: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "mode": (("steer", "observe", "block"), ("Steer", "", None, 5, ["steer"])),
     "false_positive_rate": (
-        (0.01, 0.5, 1e-9, 5e-324),
+        (0.01, 0.5, 1e-9, 5e-324, np.float32(0.5), Fraction(1, 2)),
         (0, 1, -1, 2.5, float("nan"), float("inf"), "0.01", None, 10**400, 10**5000, 1j, True, [0.1]),
     ),
     "on_failure": (("withhold", "pass", "raise"), ("", None, 0, {"pass"})),
@@ -46,9 +47,9 @@ CONFIG: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "steering": ((None, [*METHODS][:2], tuple(METHODS)), ([], "rewording", ["nothing"], 5, [5], [["rewording"]], [None])),
     "rewriter": ((None, str), ("a", 5)),
     "calibration_prompts": ((None, ["a", "b", "c", "d"]), ("a cat", [], 5, [1, 2, 3, 4], [None] * 4)),
-    "score_log": ((None, "log", Path("log")), (5, ["log"])),
+    "score_log": ((None, "log", Path("log")), (5, ["log"], "a\0b")),
     "log_prompts": ((True, False), ("no", None, 2)),
-    "audit_log": ((None, "log", Path("log")), (5, ["log"])),
+    "audit_log": ((None, "audit", Path("audit")), (5, ["audit"], Path("a\0b"))),
     "audit_log_bytes": ((1, 10**12), (0, -1, 1.5, True, None, "1", 1j)),
     "on_verdict": ((None, print), ("print", 5)),
     "on_call": ((None, print), ("print", 5)),

@@ -107,6 +107,8 @@ class GuardConfig:
                 raise TypeError(f"{name} is {shown(getattr(self, name))}; it must be the path of a file.")
             if "\0" in str(getattr(self, name)):
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; no file's path has the character 0 in it.")
+        if self.score_log and self.audit_log and Path(self.score_log).resolve() == Path(self.audit_log).resolve():
+            raise ValueError(f"score_log and audit_log are one file, {shown(str(self.audit_log))}; their lines are not of one kind.")
         if not isinstance(self.audit_log_bytes, int) or isinstance(self.audit_log_bytes, bool):
             raise TypeError(f"audit_log_bytes is {shown(self.audit_log_bytes)}; it must be a whole number.")
         if self.audit_log_bytes < 1:

@@ -72,6 +72,11 @@ def test_a_rate_of_any_kind_of_number_can_be_written_down(rate: Any, pipe: Any, 
     assert records(log)[0]["false_positive_rate"] == json.loads(report.to_json())["false_positive_rate"] == 0.25
 
 
+def test_the_two_logs_are_two_files(log: Path) -> None:
+    with pytest.raises(ValueError, match="score_log and audit_log are one file"):
+        GuardConfig(score_log=str(log), audit_log=log)
+
+
 @pytest.mark.parametrize("name", ["audit_log", "score_log"])
 def test_a_path_that_no_file_can_have_is_refused_at_once(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} is .*; no file's path has the character 0 in it"):
