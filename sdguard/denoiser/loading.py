@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from sdguard.choices import GUIDANCE_SCALE, STEPS, Precision
-from sdguard.files.inputs import BadInput, shown
+from sdguard.files.inputs import BadInput, first_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +36,7 @@ def load_pipeline(model: str) -> Any:
         named = source if there else model
         return DiffusionPipeline.from_pretrained(named, **absent_parts(DiffusionPipeline.load_config(named)))
     except Exception as error:  # whatever diffusers, transformers and safetensors say of a damaged file
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"The model {model} could not be loaded: {first}") from None
+        raise BadInput(f"The model {model} could not be loaded: {first_line(error)}.") from None
 
 
 def load_for_runs(
@@ -69,12 +68,11 @@ def load_for_runs(
             pipe.load_lora_weights(lora)
             pipe.set_adapters(pipe.get_active_adapters(), lora_scale)
         except Exception as error:  # as in load_pipeline
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise BadInput(f"The LoRA {lora} could not be loaded: {first}") from None
+            raise BadInput(f"The LoRA {lora} could not be loaded: {first_line(error)}.") from None
     try:
         return pipe.to(place, *([getattr(torch, dtype)] if dtype else []))
     except (RuntimeError, AssertionError) as error:  # torch's, of a device that is none, or is not there
-        raise BadInput(f"The model cannot be put on the device {str(place)!r}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"The model cannot be put on the device {str(place)!r}: {first_line(error)}.") from None
 
 
 def absent_parts(index: dict[str, Any]) -> dict[str, None]:

@@ -25,6 +25,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
+def first_line(error: object) -> str:
+    """The first line of an error's text, or its name, without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def are_texts(values: Any) -> bool:
     """Whether values are a collection of texts in an order."""
     return (

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from sdguard.files.atomic import atomic_write
+from sdguard.files.inputs import first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -314,11 +315,6 @@ def refused_in_one_sentence(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is no {kind_of(path)} file that can be read: {first_line(error)}; save it as UTF-8.") from None
     except (ValueError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is no {kind_of(path)} file that can be read: {first_line(error)}.") from None
-
-
-def first_line(error: object) -> str:
-    """The first line of an error's text, or its name, without a full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 # which of it are prompts
