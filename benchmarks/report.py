@@ -112,7 +112,7 @@ def draw_series(samples: pd.DataFrame) -> Figure:
 
 
 def draw_dose(samples: pd.DataFrame) -> Figure:
-    """Copy rate, and the guard's score, over how often training showed a caption."""
+    """Copy rate, and the guard's score, over how often each pass of training showed a caption."""
     figure, (rate, score) = plt.subplots(1, 2, figsize=(11, 4.2))
     for kind in ("verbatim", "template"):
         here = samples[samples.kind == kind]
@@ -123,10 +123,11 @@ def draw_dose(samples: pd.DataFrame) -> Figure:
         low, middle, high = (grouped.score.quantile(share) for share in (0.1, 0.5, 0.9))
         score.errorbar(counts, middle, [middle - low, high - middle], fmt="o-", color=COLOURS[kind], label=kind, capsize=3)
     threshold = samples[samples.p_value <= RATE][GUARD].min()
+    shown = sorted(samples[samples.kind.isin(("verbatim", "template"))].repetitions.unique())
     score.axhline(threshold, color="grey", ls=":", label="threshold at 1%")
     for axis, label in ((rate, "copies among 16 seeds, %"), (score, "score (median, 10 to 90%)")):
-        axis.set(xscale="log", xlabel="repetitions in training", ylabel=label)
-        axis.set_xticks(counts, [f"{count:.0f}" for count in counts], minor=False)
+        axis.set(xscale="log", xlabel="repetitions in a pass of training", ylabel=label)
+        axis.set_xticks(shown, [f"{count:.0f}" for count in shown], minor=False, rotation=60, fontsize=8)
         axis.minorticks_off()
         axis.legend(fontsize=8)
     return figure
