@@ -128,8 +128,8 @@ def draw(table: pd.DataFrame, fresh: pd.DataFrame, made: pd.DataFrame, found: di
             axis.fill_between(at, quantiles[0.1], quantiles[0.9], color=colour, alpha=0.15, lw=0)
         if name == "deficit":
             axis.axhline(1.645, color="grey", ls=":", lw=1)
-        axis.set_xticks(range(len(counts)), counts, fontsize=8)
-        axis.set(title=MEASURES[name], xlabel="repetitions in an epoch of training")
+        axis.set_xticks(range(len(counts)), counts, fontsize=8, rotation=60)
+        axis.set(title=MEASURES[name], xlabel="repetitions in a pass of training")
         axis.legend(fontsize=7)
     verdicts = {verdict: (table.verdict == verdict, COLOURS[verdict]) for verdict in (NEITHER, DATA, OVERFITTING)}
     scatter(figure.add_subplot(grid[1, 1]), fresh, table, verdicts, "pictures")

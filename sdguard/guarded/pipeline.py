@@ -280,7 +280,7 @@ def beside(callback: Callable[..., Any], aside: Aside) -> Callable[..., Any]:
 
 
 def prompts_of(given: dict[str, Any]) -> list[str | None]:
-    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings.
+    """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings, or something else than a text.
 
     Raises `TypeError`, in one sentence, where the call does not say how many images are made of a prompt, which pipelines do not check.
     """
@@ -288,7 +288,7 @@ def prompts_of(given: dict[str, Any]) -> list[str | None]:
     if prompt is None:
         prompts: list[str | None] = [None] * len(given["prompt_embeds"])
     else:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else [text if isinstance(text, str) else None for text in prompt]
     try:
         count = operator.index(given["num_images_per_prompt"])
     except TypeError:

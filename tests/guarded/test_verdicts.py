@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,6 +71,15 @@ def guarded(pipe: Any, **config: Any) -> Any:
 def test_a_rate_of_any_kind_of_number_can_be_written_down(rate: Any, pipe: Any, log: Path) -> None:
     (report,) = call(guarded(pipe, mode="observe", profile=NONE, audit_log=log, false_positive_rate=rate), ["a cat"]).guard
     assert records(log)[0]["false_positive_rate"] == json.loads(report.to_json())["false_positive_rate"] == 0.25
+
+
+def test_of_what_is_no_text_the_pipeline_itself_complains(pipe: Any, log: Path) -> None:
+    strange = ["a cat", ["a dog", 5]]
+    with pytest.raises(Exception) as plain:  # noqa: PT011
+        call(pipe, strange)
+    with pytest.raises(plain.type, match=re.escape(str(plain.value))):
+        call(guarded(pipe, mode="observe", profile=NONE, audit_log=log), strange)
+    assert [record["prompt_sha256"] is None for record in records(log)] == [False, True]
 
 
 def test_the_two_logs_are_two_files(log: Path) -> None:
