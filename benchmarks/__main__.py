@@ -2,32 +2,35 @@
 
 import typer
 
-from benchmarks import (
-    audit,
-    audit_log,
-    cures,
-    detection,
-    development,
-    examples,
-    figures,
-    first_use,
-    fuzz,
-    kills,
-    leave_one_out,
-    load,
-    matrix,
-    old_releases,
-    overhead,
-    prompt_sets,
-    report,
-    reproduce,
-    scan,
-    settings,
-    steering,
-    upstream,
-)
-from benchmarks.running import print_no_verdicts
-from benchmarks.zoo import commands as zoo
+try:
+    from benchmarks import (
+        audit,
+        audit_log,
+        cures,
+        detection,
+        development,
+        examples,
+        figures,
+        first_use,
+        fuzz,
+        kills,
+        leave_one_out,
+        load,
+        matrix,
+        old_releases,
+        overhead,
+        prompt_sets,
+        report,
+        reproduce,
+        scan,
+        settings,
+        steering,
+        upstream,
+    )
+    from benchmarks.running import print_no_verdicts
+    from benchmarks.zoo import commands as zoo
+except ModuleNotFoundError as error:
+    raise SystemExit(f"The benchmarks need {error.name}, which the extra 'bench' brings: pip install -e '.[bench]' in a clone.") from None
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Measure the guard, and draw what was measured.")
 app.command("detection")(detection.main)

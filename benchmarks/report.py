@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import inspect
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ import torch
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from benchmarks import audit
@@ -146,32 +147,34 @@ def neighbours(points: np.ndarray, reach: float) -> list[list[int]]:
 
 
 def label(axis: Axes, points: np.ndarray, names: Sequence[str]) -> None:
-    """Write each point's name beside it, towards the middle, or on the other side where a name stands already; points that all but coincide
-    share theirs. The axis has its limits."""
+    """Write each point's name beside it, towards the middle, or else at the nearest place where no name stands, tied to it by a line.
+
+    Points that all but coincide share theirs. The axis has its limits.
+    """
     places = axis.transData.transform(points)
     middle = axis.transData.transform((0.75 * axis.get_xlim()[1], 0))[0]
     written: list[Annotation] = []
     for group in neighbours(places, reach=12):
-        edge = places[group[0]][0] > middle
-        below = edge and len(group) > 1  # beside it stands what lies near
-
-        def write(left: bool, group: list[int] = group, below: bool = below) -> Annotation:
-            return axis.annotate(
-                ("\n" if below else "; ").join(names[i] for i in group),
-                points[group].mean(axis=0),
-                (4, -10) if below else (-8, 0) if left else (8, 0),
+        edge, point = places[group[0]][0] > middle, points[group].mean(axis=0)
+        for rise, left in itertools.product(sorted(range(-200, 201, 10), key=abs), (edge, not edge)):
+            text = axis.annotate(
+                "\n".join(names[i] for i in group),
+                point,
+                (-8 if left else 8, rise),
                 textcoords="offset points",
                 fontsize=7,
                 ha="right" if left else "left",
-                va="top" if below else "center",
+                va="center",
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+                arrowprops={"arrowstyle": "-", "color": "grey", "lw": 0.5} if rise else None,
             )
-
-        text = write(edge)
-        if any(text.get_window_extent().overlaps(other.get_window_extent()) for other in written):
+            text.get_window_extent()  # puts it in its place
+            box, inside = Text.get_window_extent(text).expanded(1.02, 1.3), axis.get_window_extent()  # without its line
+            free = not any(box.overlaps(Text.get_window_extent(other)) for other in written)
+            if free and inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1:
+                written.append(text)
+                break
             text.remove()
-            text = write(not edge)
-        written.append(text)
 
 
 def draw_cost(rows: pd.DataFrame) -> Figure:
@@ -184,6 +187,7 @@ def draw_cost(rows: pd.DataFrame) -> Figure:
     axis.axhline(0.5, color="grey", ls=":", lw=0.8)
     axis.set(xlabel="extra denoiser evaluations an image", ylabel="area under the ROC curve", xlim=(-0.7, None), ylim=(-0.05, 1.05))
     named = here[(here.kind == "verbatim") & (here.auc < 0.98)]
+    figure.tight_layout()
     label(axis, named[["evaluations", "auc"]].to_numpy(), [plain(name).strip("*") for name in named.detector])
     axis.legend(fontsize=8)
     return figure
@@ -199,6 +203,8 @@ def draw_steering(rows: pd.DataFrame) -> Figure:
     axis.scatter(*points[::-1].T, color=colours[::-1])  # the first, which is the fallback sequence, on top
     axis.axhline(100 * here.alignment_expected.iloc[0], color="grey", ls=":", label="never-seen captions of the same objects")
     axis.set(xlabel="copies left, % (mean of verbatim and template)", ylabel="pictures that show their object, %", xlim=(-5, 105))
+    axis.set_ylim(None, 1.06 * points[:, 1].max())
+    figure.tight_layout()
     label(axis, points, here.method.tolist())
     axis.legend(fontsize=8, loc="lower right")
     return figure
@@ -398,13 +404,15 @@ def brief_results(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
         if row["rule"] != SHIPPED or name not in models:
             continue
         own, by_shipped = (row[f"{prompts}, checked"]["flagged"] for prompts in ("own", "shipped"))
-        flagged = [own["copies"], own["never seen, cleaned"], own["ordinary"], by_shipped["ordinary"]]
+        asked = row["told apart"]["ordinary"]["of"]
+        flagged = [share(own[what][0]) if own[what][0] >= 0 else "-" for what in ("copies", "never seen, cleaned")]
+        flagged += [f"{found['ordinary'][0] * asked:.0f} of {asked}" for found in (own, by_shipped)]
         left = ["-"] * 3
         if guarded := runs[FROM_TEXT].get(name):
             memorized, withheld, kept = (guarded[what] for what in ("memorized", "withheld", "aligned"))
             shown = [f"{each['share'] * each['of']:.0f} of {each['of']}" for each in (memorized, withheld)]
             left = [*shown, f"{kept['share']:.0%} ({runs[NEVER_SEEN][name]['aligned']['share']:.0%})"]
-        lines.append([name, *("-" if math.isnan(value) else share(value) for value, _, _ in flagged), *left])
+        lines.append([name, *flagged, *left])
     header = [
         "",
         "copies flagged",
@@ -425,8 +433,9 @@ def brief_cost(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
     others = max(each["evaluations"] / (1 - each["free"]) for each in own)
     flagged = [guarded[name]["evaluations"] for name in models if name in guarded]
     return (
-        f"After that {min(free):.0%} to {max(free):.0%} of ordinary prompts, on the models below, cost no extra denoiser evaluation "
-        f"(a guided step is two), the others {others:.0f}, a flagged one {min(flagged):.0f} to {max(flagged):.0f} on average."
+        f"After that {min(free):.0%} to {max(free):.0%} of ordinary prompts, on the models below, cost no extra evaluation of the denoiser "
+        f"(a guided step is two), the others {others:.0f}, a flagged one {min(flagged):.0f} to {max(flagged):.0f} on average; a negative "
+        f"prompt adds one, another size or few steps two, a model without guidance one a call."
     )
 
 
