@@ -19,7 +19,7 @@ def independent_noise(x: Tensor, draw: int = 0, shape: tuple[int, ...] | None = 
     for row in x.cpu():
         digest = hashlib.blake2b(row.contiguous().numpy().tobytes(), digest_size=7, key=draw.to_bytes(4, "big") if draw else b"")
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big"))
-        rows.append(torch.randn(shape or row.shape, generator=generator))
+        rows.append(torch.randn(shape or row.shape, generator=generator, device="cpu"))
     return torch.stack(rows).to(x)
 
 

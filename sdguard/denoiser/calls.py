@@ -81,9 +81,17 @@ def concat_kwargs(first: Any, second: Any) -> Any:
 
 
 def concat_calls(first: DenoiserCall, second: DenoiserCall, sample: str) -> DenoiserCall:
-    """Two calls as one with the rows of both; ``sample`` is the name of the denoiser's first argument."""
+    """Two calls as one with the rows of both; ``sample`` is the name of the denoiser's first argument.
+
+    Raises `ValueError`, in one sentence, where their texts are not as long as each other.
+    """
     names = [name for name in (sample, TEXT, *PER_ROW) if name in first.kwargs]
-    count = len(first.prediction)
+    count, tokens = len(first.prediction), [call.kwargs[TEXT].shape[1] for call in (first, second)]
+    if tokens[0] != tokens[1]:
+        raise ValueError(
+            f"The prompt's embedding has {tokens[1]} tokens and the negative prompt's {tokens[0]}: under guard they have to have as many, "
+            f"as they have with max_sequence_length={tokens[1]}."
+        )
 
     def for_each(entry: Tensor) -> Tensor:  # one text for the whole batch, which the denoiser spreads itself
         return entry.expand(count, *entry.shape[1:]) if len(entry) == 1 else entry

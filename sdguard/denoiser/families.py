@@ -159,6 +159,11 @@ def default_of(pipe: Any, name: str) -> Any:
     return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
+def text_width(widths: Any) -> int:
+    """The width of the text embeddings of a U-Net, which has one for all its blocks or one for each."""
+    return int(widths[0] if isinstance(widths, (list, tuple)) else widths)
+
+
 def plain_unet(pipe: Any, x: Tensor) -> dict[str, Any]:
     """Nothing, but for latent consistency models the guidance scale that they are told, and for IP-Adapters pictures that act nowhere."""
     config = pipe.unet.config
@@ -288,7 +293,7 @@ class Family:
     by_place: tuple[str, ...] = ("sample", "timestep")
     plain: PlainArguments = plain_unet
     behind: Behind = mask_first
-    widths: Callable[[Any], tuple[int, int]] = lambda pipe: (int(pipe.unet.config.cross_attention_dim), 0)
+    widths: Callable[[Any], tuple[int, int]] = lambda pipe: (text_width(pipe.unet.config.cross_attention_dim), 0)
     beside: tuple[str, ...] = ()
     masks: bool = False
     scale: str = "cross_attention_kwargs"
@@ -314,7 +319,7 @@ UPSCALE = replace(SD, plain=plain_upscale, behind=nothing, guidance=told_guidanc
 SDXL = Family(
     encode_two_clips,
     plain=plain_sdxl,
-    widths=lambda pipe: (int(pipe.unet.config.cross_attention_dim), two_pooled(pipe)),
+    widths=lambda pipe: (text_width(pipe.unet.config.cross_attention_dim), two_pooled(pipe)),
     beside=("added_cond_kwargs", "text_embeds"),
     empty_negative_is_none=False,
     classes=(
@@ -450,6 +455,8 @@ def denoiser_of(pipe: Any) -> Any:
 def default_size(pipe: Any) -> tuple[int, int]:
     """Height and width in pixels of what a pipeline makes when it is not told."""
     side = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
+    if side is None:
+        raise TypeError("The denoiser's configuration has no sample_size, so that nothing tells the size that the model is meant for.")
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     return int(height * pipe.vae_scale_factor), int(width * pipe.vae_scale_factor)
 
@@ -468,6 +475,8 @@ def check_pipeline(pipe: Any) -> None:
             f"The denoiser is a {type(denoiser).__name__} and no torch module, so that the guard cannot stand around its calls."
         )
     check_weights(denoiser)
+    if denoiser is not None:
+        default_size(pipe)  # says what it needs to know
     if scheduler is not None:
         nothing = torch.zeros(())
         to_noise(nothing, nothing, noise_level(scheduler, 1.0), prediction_type(scheduler))  # says what of these it does not know

@@ -183,6 +183,12 @@ class DenoiserHook(ModelHook):
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
 
     @property
+    def is_told_text(self) -> bool:
+        """Whether the call was given a prompt with something in it."""
+        texts = self.encoder.given.get("prompt") or ()
+        return any(isinstance(text, str) and text.strip() for text in ([texts] if isinstance(texts, str) else texts))
+
+    @property
     def own_forward(self) -> Callable[..., Any]:
         """The denoiser's forward pass for the guard's own evaluations, within `bare`: beneath the hook, and not compiled."""
         denoiser = denoiser_of(self.pipe)
@@ -328,7 +334,12 @@ class DenoiserHook(ModelHook):
             self.pipe, self.own_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
         )
         plain = not record.half_made and reference.is_plain(kwargs, seen, record.patches)
-        is_plain, is_empty = read_answers(plain, plain is not False and same_texts(seen.null_condition, null))
+        told = seen.step == 0 and self.is_told_text
+        is_plain, is_empty, is_blank = read_answers(
+            plain, (told or plain is not False) and same_texts(seen.null_condition, null), told and same_texts(seen.condition, null)
+        )
+        if is_blank and not is_empty:
+            raise ValueError("the call's text rows hold the empty prompt: the pipeline puts its halves in another order than diffusers")
         if not is_plain:
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
             return replace(found, denoiser=module)

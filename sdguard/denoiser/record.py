@@ -119,6 +119,8 @@ class RunRecord:
         is no part of the list, and where the scheduler does not count.
         """
         place = place_of(self.scheduler, given)
+        if place is not None and place >= len(self.schedule):  # a loop of its own has planned more calls since
+            self.schedule = scheduled_calls(self.scheduler, self.scheduler.timesteps.cpu())
         if place is not None:
             timestep, level = self.schedule[place]
         else:

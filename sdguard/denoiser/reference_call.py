@@ -45,17 +45,21 @@ def latent_shape(pipe: Any) -> tuple[int, int, int]:
     """Channels, height and width of the latents that make a picture of the model's own size."""
     height, width = (side // int(pipe.vae_scale_factor) for side in default_size(pipe))
     patch = 2 if family_of(pipe).packed_latents else 1
-    # masks, masked pictures and depth maps stand behind the latents' own channels
-    return int(pipe.vae.config.latent_channels), height - height % patch, width - width % patch
+    if getattr(pipe, "vae", None) is not None:
+        channels = int(pipe.vae.config.latent_channels)
+    else:  # dropped by who asks for latents; masks and pictures go in behind them, and variances come out
+        config = denoiser_of(pipe).config
+        channels = min(filter(None, (getattr(config, name, None) for name in ("in_channels", "out_channels")))) // patch**2
+    return channels, height - height % patch, width - width % patch
 
 
 def drawn_noise(pipe: Any, seed: int) -> Tensor:
     """The noise ``[C, H, W]`` that a run of the model's own size starts with from a seed."""
     shape, generator = latent_shape(pipe), torch.Generator().manual_seed(seed)
     if not family_of(pipe).drawn_in_patches:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device="cpu")
     rows, columns = shape[1] // 2, shape[2] // 2
-    return unpack_latents(torch.randn(4 * shape[0], rows * columns, generator=generator).T[None], (rows, columns))[0]
+    return unpack_latents(torch.randn(4 * shape[0], rows * columns, generator=generator, device="cpu").T[None], (rows, columns))[0]
 
 
 def has_text_encoders(pipe: Any) -> bool:
@@ -196,9 +200,9 @@ class ReferenceCall:
     @classmethod
     def of(cls, pipe: Any, condition: Tensor, adapters: dict[str, Any] | None = None) -> ReferenceCall:
         """The reference call of a pipeline outside any run, in the precision of ``condition``."""
-        return cls(
-            pipe, uncompiled(denoiser_of(pipe)), adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep)
-        )
+        # beneath hooks that torch calls around the forward pass, as the guard reads within a run
+        forward = uncompiled(denoiser_of(pipe)).forward
+        return cls(pipe, forward, adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep))
 
     def arguments(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
         """All arguments of the denoiser but its timestep, for latents ``[B, C, H, W]`` and a packed text condition ``[B, T (+ 1), E]``."""

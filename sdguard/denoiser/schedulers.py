@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any, NamedTuple
 
@@ -54,13 +55,24 @@ def place_of(scheduler: Any, timestep: Any) -> int | None:
     return index if index is not None and 0 <= index < len(listed) else None
 
 
+def deep_copies(values: dict[str, Any]) -> dict[str, Any]:
+    """Deep copies of values by name; what cannot be copied, such as a lock, is shared."""
+    with contextlib.suppress(Exception):
+        return copy.deepcopy(values)
+    found = dict(values)
+    for name, value in values.items():
+        with contextlib.suppress(Exception):
+            found[name] = copy.deepcopy(value)
+    return found
+
+
 def clone_scheduler(scheduler: Any) -> Any:
     """A copy of a scheduler with a memory of its own, free of whatever stands on the instance in place of ``step`` and its like."""
     clone, wrapped = copy.copy(scheduler), ("step", "add_noise", "scale_noise")
     memory = {
         name: value for name, value in vars(scheduler).items() if name not in (*wrapped, "_internal_dict")
     }  # the latter is its config
-    vars(clone).update(copy.deepcopy(memory))
+    vars(clone).update(deep_copies(memory))
     for name in wrapped:
         vars(clone).pop(name, None)
     return clone

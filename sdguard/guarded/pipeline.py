@@ -222,13 +222,13 @@ class GuardedPipeline(wrapt.ObjectProxy):
                 named = {name: alone.get(id(value), value) for name, value in kwargs.items()}
                 output = pipe(*(alone.get(id(value), value) for value in args), **named)
             run.finish()
+            images = blank(images_in(output, given, len(prompts)), run.withheld)
         except BaseException as error:
             run.abandon(error)
             tell_of_failure(config, run.reports)
             raise
         finally:
             self._self_reports = run.reports
-        images = blank(output.images if given["return_dict"] else output[0], run.withheld)
         tell(config, run.reports)
         if not given["return_dict"]:
             return (images, *output[1:])
@@ -239,6 +239,21 @@ class GuardedPipeline(wrapt.ObjectProxy):
     def profile(self, given: dict[str, Any]) -> Profile | None:
         """The profile of a run with these arguments: the one given, a known one or one made now, or None where it goes on without."""
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
+
+
+def images_in(output: Any, given: dict[str, Any], count: int) -> Any:
+    """The images of a pipeline's output; raises `RuntimeError` where they are not as many as were judged, `TypeError` for none.
+
+    A run without steps has none.
+    """
+    if given["return_dict"] and not hasattr(output, "images"):
+        raise TypeError(
+            f"The pipeline gave a {type(output).__name__} and no output with images: it cannot be told which of them were judged."
+        )
+    images = output.images if given["return_dict"] else output[0]
+    if len(images) not in (0, count):
+        raise RuntimeError(f"{len(images)} images were made where {count} were judged: the pipeline is changed by being called.")
+    return images
 
 
 def forwarded(kind: type) -> dict[str, Any]:
@@ -263,13 +278,26 @@ def class_for(kind: type) -> type[GuardedPipeline]:
 
 
 def callbacks_in(given: dict[str, Any]) -> list[Callable[..., Any]]:
-    """The caller's own functions among a call's arguments called between its steps; diffusers' own only change the run's values."""
+    """The functions among a call's arguments that are called between its steps."""
     found = [arguments_in(given).get(name) for name in ("callback_on_step_end", "callback")]
-    return [of for of in found if callable(of) and not isinstance(of, PipelineCallback | MultiPipelineCallbacks)]
+    return [of for of in found if callable(of)]
 
 
-def beside(callback: Callable[..., Any], aside: Aside) -> Callable[..., Any]:
-    """A callback that finds the pipeline unguarded: what it makes of denoiser and scheduler is none of the run's."""
+def beside(callback: Any, aside: Aside) -> Any:
+    """A callback that finds the pipeline unguarded: what it makes of denoiser and scheduler is none of the run's.
+
+    diffusers' own callbacks only change the run's values, and are given as they are.
+    """
+    if isinstance(callback, MultiPipelineCallbacks):
+        several = copy.copy(callback)
+        several.callbacks = [beside(of, aside) for of in callback.callbacks]
+        return several
+    if isinstance(callback, PipelineCallback):  # a pipeline asks it which tensors it is to be given
+        if type(callback).__module__.startswith("diffusers."):
+            return callback
+        one = copy.copy(callback)
+        vars(one)["callback_fn"] = beside(callback.callback_fn, aside)
+        return one
 
     @functools.wraps(callback)
     def alone(*args: Any, **kwargs: Any) -> Any:

@@ -74,7 +74,7 @@ def test_a_rate_of_any_kind_of_number_can_be_written_down(rate: Any, pipe: Any, 
 
 
 def test_of_what_is_no_text_the_pipeline_itself_complains(pipe: Any, log: Path) -> None:
-    strange = ["a cat", ["a dog", 5]]
+    strange: Any = ["a cat", ["a dog", 5]]
     with pytest.raises(Exception) as plain:  # noqa: PT011
         call(pipe, strange)
     with pytest.raises(plain.type, match=re.escape(str(plain.value))):

@@ -1,0 +1,190 @@
+"""Pipelines with loops, callbacks and parts that diffusers does not have: guarded as they are, or refused or withheld with a reason."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from families import PROMPTS, SIZE, build, call, profile_for
+
+import sdguard
+from sdguard import GuardConfig
+from sdguard.denoiser.families import check_pipeline
+from sdguard.denoiser.probe import read_prompts
+from sdguard.guarded import pipeline as pipeline_module
+
+NONE = profile_for(1e6)
+
+
+@pytest.fixture(autouse=True)
+def _given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles that are given are taken for any run."""
+    monkeypatch.setattr(pipeline_module, "profile_of", lambda pipe, config, adapter_scale: config.profile)
+
+
+@pytest.fixture
+def pipe(embedded: Any) -> Any:
+    return build("StableDiffusionPipeline", embedded.tokenizer)
+
+
+def guarded(pipe: Any) -> Any:
+    return sdguard.guard(pipe, GuardConfig("observe", profile=NONE))
+
+
+def same(pipe: Any, **extra: Any) -> list[str]:
+    """The verdicts of a guarded run that gives what the unguarded one gives, bit by bit."""
+    plain, found = call(pipe, **extra), call(guarded(pipe), **extra)
+    assert np.array_equal(np.asarray(plain.images), np.asarray(found.images))
+    return [report.verdict for report in found.guard]
+
+
+def test_a_loop_of_its_own_runs_once_and_draws_once(pipe: Any) -> None:
+    runs = []
+
+    class StableDiffusionPipeline(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            runs.append(torch.randn(1, generator=kwargs["generator"][0]))
+            return super().__call__(*args, **kwargs)
+
+    pipe.__class__ = StableDiffusionPipeline
+    assert same(pipe) == ["clean"] * 3
+    assert len(runs) == 2
+
+
+def test_a_second_pass_of_more_steps_belongs_to_the_run(pipe: Any) -> None:
+    class StableDiffusionPipeline(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            first = super().__call__(*args, **{**kwargs, "output_type": "latent", "num_inference_steps": 2}).images
+            return super().__call__(*args, **{**kwargs, "latents": first, "num_inference_steps": 5})
+
+    pipe.__class__ = StableDiffusionPipeline
+    assert same(pipe) == ["clean"] * 3
+
+
+class TextFirst(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+    """A loop of its own, in which the rows with text come before those without."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: list[str],
+        num_inference_steps: int = 4,
+        guidance_scale: float = 4.0,
+        generator: Any = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "latent",
+        return_dict: bool = True,
+    ) -> Any:
+        both = torch.cat(self.encode_prompt(prompt, "cpu", num_images_per_prompt, True))
+        self._guidance_scale = guidance_scale
+        self.scheduler.set_timesteps(num_inference_steps)
+        side = self.unet.config.sample_size
+        x = torch.cat([torch.randn(1, 4, side, side, generator=one) for one in generator]) * self.scheduler.init_noise_sigma
+        for timestep in self.scheduler.timesteps:
+            given = self.scheduler.scale_model_input(torch.cat([x, x]), timestep)
+            with_text, without = self.unet(given, timestep, encoder_hidden_states=both).sample.chunk(2)
+            x = self.scheduler.step(without + guidance_scale * (with_text - without), timestep, x).prev_sample
+        return StableDiffusionPipelineOutput(images=x, nsfw_content_detected=None)
+
+
+def test_a_loop_that_puts_text_first_is_not_judged_and_so_not_clean(pipe: Any) -> None:
+    first = TextFirst(**pipe.components, requires_safety_checker=False)
+    seeds = [torch.Generator().manual_seed(i) for i in range(3)]
+    output = sdguard.guard(first, GuardConfig(profile=NONE))(PROMPTS, generator=seeds)
+    assert {report.verdict for report in output.guard} == {"withheld"}
+    assert all("another order" in (report.error or "") for report in output.guard)
+    assert not output.images.any()
+
+
+def test_more_images_than_were_judged_are_not_delivered(pipe: Any) -> None:
+    class StableDiffusionPipeline(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().__call__(*args, **kwargs)
+            output.images = np.concatenate([output.images] * 2)
+            return output
+
+    pipe.__class__ = StableDiffusionPipeline
+    told: list[Any] = []
+    with pytest.raises(RuntimeError, match="6 images were made where 3 were judged"):
+        call(sdguard.guard(pipe, GuardConfig("observe", profile=NONE, on_verdict=told.append)))
+    assert len(told) == 3
+
+
+def test_what_is_no_output_is_one_sentence(pipe: Any) -> None:
+    class StableDiffusionPipeline(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs).images
+
+    pipe.__class__ = StableDiffusionPipeline
+    with pytest.raises(TypeError, match="gave a ndarray and no output with images"):
+        call(guarded(pipe))
+
+
+class Peek(PipelineCallback):  # type: ignore[misc]
+    """A callback as diffusers documents it, that asks the denoiser about another text."""
+
+    tensor_inputs = ("latents", "prompt_embeds")
+    seen = 0
+
+    def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        self.seen += 1
+        with torch.no_grad():
+            pipeline.unet(callback_kwargs["latents"][:1], timestep, callback_kwargs["prompt_embeds"][-1:])
+        return callback_kwargs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_callback_of_diffusers_documented_form_asks_is_none_of_the_run(several: bool, pipe: Any) -> None:
+    peek = Peek()
+    assert same(pipe, callback_on_step_end=MultiPipelineCallbacks([peek]) if several else peek) == ["clean"] * 3
+    assert peek.seen == 8
+
+
+def test_latents_need_no_vae(pipe: Any) -> None:
+    pipe.vae = None
+    assert same(pipe, output_type="latent") == ["clean"] * 3
+
+
+def test_a_width_for_each_block_is_a_width(pipe: Any) -> None:
+    width = pipe.unet.config.cross_attention_dim
+    pipe.unet.register_to_config(cross_attention_dim=(width,) * len(pipe.unet.config.block_out_channels))
+    assert same(pipe, height=SIZE + 8) == ["clean"] * 3
+
+
+def test_a_model_that_names_no_size_is_refused_before_any_call(pipe: Any) -> None:
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(TypeError, match="has no sample_size"):
+        sdguard.guard(pipe)
+    with pytest.raises(TypeError, match="has no sample_size"):
+        check_pipeline(pipe)
+
+
+def test_a_scheduler_may_hold_what_cannot_be_copied(pipe: Any) -> None:
+    pipe.scheduler.lock = threading.Lock()
+    assert same(pipe) == ["clean"] * 3
+
+
+def test_a_hook_around_the_denoiser_is_read_past_by_calibration_as_by_a_run(pipe: Any) -> None:
+    before = read_prompts(pipe, PROMPTS, range(7, 10)).guidance_norm
+    pipe.unet.register_forward_hook(lambda module, given, output: (output[0] * 3, *output[1:]))
+    assert torch.equal(read_prompts(pipe, PROMPTS, range(7, 10)).guidance_norm, before)
+
+
+def test_embeddings_of_two_lengths_are_one_sentence(embedded: Any) -> None:
+    pipe = build("FluxPipeline", embedded.tokenizer)
+    text, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=12)
+    given = {
+        "prompt": None,
+        "prompt_embeds": text,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt": ["blurry"] * 3,
+        "true_cfg_scale": 3.0,
+    }
+    with pytest.raises(ValueError, match=r"has 12 tokens and the negative prompt's 8: .* with max_sequence_length=12\.$"):
+        call(guarded(pipe), **given)
