@@ -435,7 +435,7 @@ def brief_cost(rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
     return (
         f"After that {min(free):.0%} to {max(free):.0%} of ordinary prompts, on the models below, cost no extra evaluation of the denoiser "
         f"(a guided step is two), the others {others:.0f}, a flagged one {min(flagged):.0f} to {max(flagged):.0f} on average; a negative "
-        f"prompt adds one, another size or few steps two, a model without guidance one a call."
+        f"prompt adds one, another size or few steps two."
     )
 
 
