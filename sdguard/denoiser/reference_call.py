@@ -200,9 +200,9 @@ class ReferenceCall:
     @classmethod
     def of(cls, pipe: Any, condition: Tensor, adapters: dict[str, Any] | None = None) -> ReferenceCall:
         """The reference call of a pipeline outside any run, in the precision of ``condition``."""
-        # beneath hooks that torch calls around the forward pass, as the guard reads within a run
-        forward = uncompiled(denoiser_of(pipe)).forward
-        return cls(pipe, forward, adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep))
+        return cls(
+            pipe, uncompiled(denoiser_of(pipe)), adapters or {}, condition.dtype, lambda timestep: noise_level(pipe.scheduler, timestep)
+        )
 
     def arguments(self, x: Tensor, condition: Tensor) -> dict[str, Any]:
         """All arguments of the denoiser but its timestep, for latents ``[B, C, H, W]`` and a packed text condition ``[B, T (+ 1), E]``."""
