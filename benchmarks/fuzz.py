@@ -124,12 +124,9 @@ def prompt_file(folder: Path, rng: Random) -> tuple[Path, list[str]]:
         separator = "\t" if kind == "tsv" else rng.choice(",;\t")
         if len(columns) == 1 and kind == "csv":
             separator = ","  # a header of one column names no other
-        if (
-            separator == "\t"
-        ):  # a text over several lines with tabs in it is refused there, since such tables are mostly written without quotes
-            columns = {
-                column: [text.replace("\t", " ") if isinstance(text, str) else text for text in columns[column]] for column in columns
-            }
+        if separator == "\t":
+            # a text over several lines with tabs in it is refused there, since such tables are mostly written without quotes
+            columns = {column: [str(entry).replace("\t", " ") for entry in entries] for column, entries in columns.items()}
             prompts = list(columns[name])
         path.write_bytes(csv_bytes([list(columns), *zip(*columns.values(), strict=True)], separator, rng))
     elif kind in ("jsonl", "ndjson"):

@@ -179,13 +179,12 @@ def rm_command(names: Annotated[list[str], typer.Argument(help="Names that 'sdgu
 def export_command(name: Name, file: Annotated[Path, typer.Argument(help="Where it goes.", metavar="FILE")]) -> None:
     """Write a cached profile into a file, which goes into a model's folder under sdguard/, or to 'sdguard profiles import' elsewhere."""
     from sdguard.decision.known_profiles import read_profile
-    from sdguard.files.outputs import ensure_writable
+    from sdguard.files.outputs import check_file, ensure_writable
 
     with one_sentence():
         profile = read_profile(cached(name))
+        check_file(file)
         ensure_writable(file.parent)
-        if os.path.isdir(file):
-            raise BadInput(f"{file} is a directory.")
         profile.save(file)
     say_line(f"{file}")
 

@@ -14,13 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import should_reduce_batch_size
 
 from sdguard.choices import BATCH_SIZE
 from sdguard.decision.cascade import BY_NAME, PLAN, Cascade, judge
 from sdguard.decision.identity import identity
 from sdguard.decision.profile import FORMAT, SAME_PICTURE, SERIES, Profile, digest_of
-from sdguard.denoiser.probe import read_prompts
+from sdguard.denoiser.probe import fitting, read_prompts
 from sdguard.denoiser.reference_call import reference_timestep
 from sdguard.files.inputs import are_texts, shown
 from sdguard.files.resumable import Parts, run_pieces
@@ -150,14 +149,12 @@ class Measurement:
     @torch.no_grad()
     def read_batch(self, look: Callable[[Observation], Values], timestep: float | None, batch: Sequence[int]) -> Values:
         """What ``look`` makes of one batch; of its halves, where it does not fit into memory."""
-        try:
-            prompts, seeds = [self.prompts[i] for i in batch], [self.seed + i for i in batch]
+
+        def read(some: Sequence[int]) -> Values:
+            prompts, seeds = [self.prompts[i] for i in some], [self.seed + i for i in some]
             return look(read_prompts(self.pipe, prompts, seeds, self.adapter_scale, timestep))
-        except Exception as error:
-            if len(batch) == 1 or not should_reduce_batch_size(error):
-                raise
-        half = len(batch) // 2
-        return joined([self.read_batch(look, timestep, batch[:half]), self.read_batch(look, timestep, batch[half:])])
+
+        return joined(fitting(read, batch))
 
     def advance(self, first_time: bool, batch: Sequence[int]) -> None:
         """Report the progress after a batch, whose prompts count the first time that they are read."""

@@ -6,9 +6,10 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import ClassifierFreeGuidance
 from PIL import Image
 from torch import Tensor
@@ -20,6 +21,9 @@ from sdguard.denoiser.reference_call import ReferenceCall, drawn_noise
 from sdguard.denoiser.schedulers import clone_scheduler
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.observation import Observation, Prediction
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class _Enough(BaseException):
@@ -95,6 +99,17 @@ def isolated_components(pipe: Any, setting: dict[str, Any]) -> Iterator[dict[str
         yield {name: value for name, value in setting.items() if name not in options}
     finally:
         pipe.guider, pipe.scheduler = before
+
+
+def fitting(read: Callable[[Sequence[Item]], Result], batch: Sequence[Item]) -> list[Result]:
+    """What ``read`` makes of a batch, or of its halves where it does not fit into memory, and so on down to single items."""
+    try:
+        return [read(batch)]
+    except Exception as error:
+        if len(batch) == 1 or not should_reduce_batch_size(error):
+            raise
+    half = len(batch) // 2
+    return [*fitting(read, batch[:half]), *fitting(read, batch[half:])]
 
 
 def for_each(count: int, value: Any) -> Any:

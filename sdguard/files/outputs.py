@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,16 @@ def ensure_writable(folder: Path) -> None:
 
 
 def check_file(path: Path, *read: Path | None) -> None:
-    """Raise `BadInput` where ``path`` cannot be the file of a result: it is a directory, or one of the files that are ``read``."""
-    if path.is_dir():
+    """Raise `BadInput` where ``path`` cannot be the file of a result: no file's name, a directory, or one of those that are ``read``."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # as where the name is too long
+        raise BadInput(f"{path} cannot be written: {error.strerror}.") from None
+    if os.path.isdir(path):
         raise BadInput(f"{path} is a directory: the result is a file.")
-    if any(file is not None and path.resolve() == file.resolve() for file in read):
+    if any(file is not None and os.path.realpath(path) == os.path.realpath(file) for file in read):
         raise BadInput(f"{path} is read, and would be written over: give the result another name.")
 
 

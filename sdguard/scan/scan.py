@@ -19,13 +19,12 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 
 from sdguard.choices import BATCH_SIZE
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.loading import are_truncated
-from sdguard.denoiser.probe import read_prompts
+from sdguard.denoiser.probe import fitting, read_prompts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.resumable import Parts
 from sdguard.guarded.config import GuardConfig
@@ -73,14 +72,11 @@ def scan_batch(pipe: Any, profile: Profile, batch: Batch, *, seeds: int, false_p
     for each seed k ``seed_k``, ``score_k``, ``p_value_k`` and the value of each signal of the cascade, ``NAME_k``, nan where it was not
     read.
     """
-    try:
-        return rows_of(pipe, profile, batch, seeds, false_positive_rate)
-    except Exception as error:
-        if len(batch) == 1 or not should_reduce_batch_size(error):
-            raise
-    half = len(batch) // 2
-    halves = (batch[:half], batch[half:])
-    return [row for part in halves for row in scan_batch(pipe, profile, part, seeds=seeds, false_positive_rate=false_positive_rate)]
+
+    def rows(some: Batch) -> list[Row]:
+        return rows_of(pipe, profile, some, seeds, false_positive_rate)
+
+    return [row for part in fitting(rows, batch) for row in part]
 
 
 def rows_of(pipe: Any, profile: Profile, batch: Batch, seeds: int, false_positive_rate: float) -> list[Row]:

@@ -382,6 +382,12 @@ def test_a_file_of_prompts_is_not_written_over_nor_a_directory(listed: Path, tmp
     assert csv.read_text() == content
 
 
+def test_a_name_that_is_too_long_for_a_result_is_one_sentence(listed: Path, tmp_path: Path) -> None:
+    result = command(listed, "--out", tmp_path / f"{'a' * 300}.csv")
+    assert result.exit_code == 1
+    assert "cannot be written" in " ".join(result.stderr.split())
+
+
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are read in pieces of two rows."""
