@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +27,14 @@ def independent_noise(x: Tensor, draw: int = 0, shape: tuple[int, ...] | None = 
 
 @contextmanager
 def generators_kept(drawn_from: bool) -> Iterator[None]:
-    """After the block torch's own generators are where they were, if they may be ``drawn_from`` in it, as by dropout in training mode."""
+    """After the block the generators of torch, numpy and Python are where they were, if they may be ``drawn_from``, as by dropout."""
     if not drawn_from:
         yield
         return
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        yield
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -19,10 +20,12 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from torch import Tensor, nn
 
+from sdguard.denoiser.foreign import DEEP_CACHE, foreign_in
+from sdguard.denoiser.kept_state import Kept, has_changed, kept_by, put_back
 from sdguard.noise import generators_kept
 
-#: the package of DeepCache, whose helper stands in the closures of forwards that it has replaced.
-DEEP_CACHE = "DeepCache"
+#: attributes of a module that hold what torch calls around its forward.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 #: the module of torch whose captured graphs hold what they stand for in their closure.
 GRAPHS = "torch.cuda.graphs"
 
@@ -41,14 +44,16 @@ class Around(NamedTuple):
         references: what holds the forwards that hooks of caches have replaced.
         helpers: of DeepCache, which have replaced forwards.
         compiled: what holds a compiled call or forward of a module, under which name, and what stands there where nothing is compiled.
-        trains: whether any is in training mode, where it may draw random numbers.
+        foreign: what comes from elsewhere than the libraries that are known.
+        draws: whether any may draw random numbers: in training mode, or by code from elsewhere.
     """
 
     registries: list[Any]
     references: list[Any]
     helpers: list[Any]
     compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]]
-    trains: bool
+    foreign: list[Any]
+    draws: bool
 
 
 def around(denoiser: nn.Module) -> Around:
@@ -70,7 +75,9 @@ def around(denoiser: nn.Module) -> Around:
         if held.get("_compiled_call_impl") is not None:
             compiled.append((held, "_compiled_call_impl", None))
     hooked = (pair for of in registries for pair in zip(map(of.hooks.get, of._hook_order), of._fn_refs, strict=True))
-    return Around(registries, [reference for hook, reference in hooked if is_cache(hook)], helpers_in(forwards), compiled, trains)
+    caches = [reference for hook, reference in hooked if is_cache(hook)]
+    foreign = foreign_in(modules)
+    return Around(registries, caches, helpers_in(forwards), compiled, foreign, trains or bool(foreign))
 
 
 def not_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,10 +97,10 @@ def helpers_in(forwards: list[Any]) -> list[Any]:
     return list({id(helper): helper for helper in held if hasattr(helper, "cached_output")}.values())
 
 
-def has_caches(denoiser: nn.Module) -> bool:
-    """Whether parts of a denoiser's calls are kept for the next."""
+def has_caches(denoiser: nn.Module, fresh: Iterable[Kept]) -> bool:
+    """Whether parts of a denoiser's calls are kept for the next; ``fresh`` is what `kept_state` was before the run under way."""
     found = around(denoiser)
-    return bool(found.references or found.helpers)
+    return bool(found.references or found.helpers) or has_changed(fresh)
 
 
 @contextmanager
@@ -130,15 +137,27 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     return vars(module).get("_compiled_call_impl")
 
 
+def kept_state(denoiser: nn.Module) -> list[Kept]:
+    """What code from elsewhere keeps between a denoiser's calls, as it is now. Cost: some two milliseconds for SDXL where there is none."""
+    foreign = around(denoiser).foreign
+    # such code is given the denoiser, and puts what it keeps there
+    return kept_by([denoiser, *foreign]) if foreign else []
+
+
 @contextmanager
-def bare(denoiser: nn.Module) -> Iterator[None]:
+def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
     """Within the block a denoiser computes all that it is asked for, by its own code; what is kept of other calls is not used or changed.
 
-    Nor is where torch's generators are, of which the run's own calls may draw.
+    Nor is where torch's generators are, of which the run's own calls may draw; and hooks of torch's on the denoiser itself are not called.
     Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
+
+    Args:
+        fresh: what `kept_state` was before the run under way: what code from elsewhere has kept of it since is not used either.
     """
-    registries, references, helpers, compiled, trains = around(denoiser)
+    registries, references, helpers, compiled, foreign, draws = around(denoiser)
+    kept = kept_by([denoiser, *foreign]) if foreign else []
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
+    put_back(fresh)
     for reference in references:
         reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
         reference.post_forward = lambda module, output: output
@@ -149,10 +168,16 @@ def bare(denoiser: nn.Module) -> Iterator[None]:
     calls = [held[name] for held, name, _ in compiled]
     for held, name, plain in compiled:
         held[name] = plain
+    hooks = [(held, name, held[name]) for held in map(vars, {denoiser, uncompiled(denoiser)}) for name in HOOKS if held[name]]
+    for held, name, _ in hooks:
+        held[name] = OrderedDict()
     try:
-        with weights_kept(registries), generators_kept(trains):
+        with weights_kept(registries), generators_kept(draws):
             yield
     finally:
+        put_back(kept)
+        for held, name, of in hooks:
+            held[name] = of
         for (held, name, _), call in zip(compiled, calls, strict=True):
             held[name] = call
         for of, was in before:

@@ -13,7 +13,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.bare import bare, compiled_call, has_caches, not_compiled, uncompiled
+from sdguard.denoiser.bare import bare, compiled_call, has_caches, kept_state, not_compiled, uncompiled
 from sdguard.denoiser.calls import (
     DenoiserCall,
     by_name,
@@ -79,6 +79,7 @@ class DenoiserHook(ModelHook):
     takes its place in the batch again, in the scheduler's memory too.
 
     Attributes:
+        fresh: what code from elsewhere had kept on the denoiser when the run began.
         record: the run so far.
         busy: whether a call is under way.
         conditional: the conditional half of the step under way, where it is a call of its own.
@@ -94,6 +95,7 @@ class DenoiserHook(ModelHook):
         super().__init__()
         self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
+        self.fresh = kept_state(denoiser_of(self.pipe))
         self.record, self.busy = RunRecord(), False
         self.conditional: DenoiserCall | None = None
         self.text_branch = torch.zeros(0)
@@ -149,12 +151,12 @@ class DenoiserHook(ModelHook):
         Cost: none, with caches 1 for each such row.
         """
         changed = self.with_corrected_conditions(kwargs)
-        if changed is kwargs or not has_caches(denoiser_of(self.pipe)):
+        if changed is kwargs or not has_caches(denoiser_of(self.pipe), self.fresh):
             return changed, own_call(self.fn_ref.original_forward, self.family, changed)
         output = own_call(self.fn_ref.original_forward, self.family, kwargs)
         rows = torch.tensor([row for row, correction in self.watcher.corrections.items() if correction.condition is not None])
         places = len(output[0]) - self.record.images + rows
-        with bare(denoiser_of(self.pipe)):
+        with bare(denoiser_of(self.pipe), self.fresh):
             apart = evaluated(self.own_forward, self.family, only_rows(changed, places, self.family))
         self.record.evaluations[rows] += 1
         prediction = output[0].clone()
@@ -330,9 +332,8 @@ class DenoiserHook(ModelHook):
         """
         kwargs, record, null = call.kwargs, self.record, self.own_null(seen.condition)
         scale = (kwargs.get(self.family.scale) or {}).get("scale")
-        reference = ReferenceCall(
-            self.pipe, self.own_forward, {} if scale is None else {"scale": scale}, seen.condition.dtype, record.level_at
-        )
+        adapters = {} if scale is None else {"scale": scale}
+        reference = ReferenceCall(self.pipe, self.own_forward, adapters, seen.condition.dtype, record.level_at, self.fresh)
         plain = not record.half_made and reference.is_plain(kwargs, seen, record.patches)
         told = seen.step == 0 and self.is_told_text
         is_plain, is_empty, is_blank = read_answers(
@@ -364,7 +365,7 @@ class DenoiserHook(ModelHook):
             arguments = with_condition(chosen, condition.to(dtype), family)
             arguments[family.sample] = with_latents(whole, x, patches)
             arguments["timestep"] = timestep_of(timestep, x, family)
-            with bare(denoiser_of(self.pipe)):
+            with bare(denoiser_of(self.pipe), self.fresh):
                 output = evaluated(forward, family, arguments)
             return self.to_noise(unpack_latents(output, patches)[:, : x.shape[1]], x, timestep)
 

@@ -80,9 +80,10 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[Aside]:
 
     Of several threads that share a denoiser one is watched at a time, the others wait.
     """
-    pipe, hook = encoder.pipe, DenoiserHook(watcher, encoder)
+    pipe = encoder.pipe
     denoiser = denoiser_of(pipe)
     with lock_of(denoiser), ExitStack() as standing:
+        hook = DenoiserHook(watcher, encoder)
 
         def stand() -> None:
             standing.enter_context(attached(denoiser_of(pipe), hook))

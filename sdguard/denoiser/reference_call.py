@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdguard.denoiser.bare import bare, uncompiled
 from sdguard.denoiser.calls import evaluated, timestep_of
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
+from sdguard.denoiser.kept_state import Kept
 from sdguard.denoiser.latents import Patches, dtype_taken, pack_latents, patches_of, unpack_latents, with_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
 from sdguard.noise import independent_noise
@@ -189,6 +190,7 @@ class ReferenceCall:
         adapters: what goes to the attention layers: the scale of LoRA, where the call has one.
         dtype: of latents and conditions.
         level_at: the noise level of any timestep.
+        fresh: as `bare` takes it.
     """
 
     pipe: Any
@@ -196,6 +198,7 @@ class ReferenceCall:
     adapters: dict[str, Any]
     dtype: torch.dtype
     level_at: Callable[[float], NoiseLevel]
+    fresh: Sequence[Kept] = ()
 
     @classmethod
     def of(cls, pipe: Any, condition: Tensor, adapters: dict[str, Any] | None = None) -> ReferenceCall:
@@ -232,7 +235,7 @@ class ReferenceCall:
         family = family_of(self.pipe)
         arguments = self.arguments(x, condition)
         arguments["timestep"] = timestep_of(timestep, x, family)
-        with bare(denoiser_of(self.pipe)):
+        with bare(denoiser_of(self.pipe), self.fresh):
             output = evaluated(self.forward, family, arguments)
         output = unpack_latents(output, patches_of(x, family))
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))

@@ -1,0 +1,81 @@
+"""Code from elsewhere on a denoiser: classes, forwards, processors and hooks of none of the libraries whose work the weights describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+#: the package of DeepCache, whose helper stands in the closures of forwards that it has replaced.
+DEEP_CACHE = "DeepCache"
+
+#: packages whose module classes, forwards and hooks compute what the weights say, or stand aside wherever the guard reads.
+TRUSTED = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", DEEP_CACHE, __name__.partition(".")[0]})
+
+#: attributes of a module's own under which forwards and hooks are put on it.
+MARKS = frozenset({"forward", "_old_forward", "_diffusers_hook"})
+
+
+def code_of(function: Any) -> tuple[str, str]:
+    """The package and the full name of what a callable runs, also where it bears another's name."""
+    while under := getattr(function, "_torchdynamo_orig_callable", None) or (function.func if isinstance(function, partial) else None):
+        function = under
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    # the globals, since functools.wraps copies __module__ and the name
+    module = str(function.__globals__.get("__name__")) if code is not None else type(function).__module__
+    return module.partition(".")[0], f"{module}.{code.co_qualname if code is not None else type(function).__qualname__}"
+
+
+def is_foreign(function: Any) -> bool:
+    """Whether a callable runs code from elsewhere."""
+    return code_of(function)[0] not in TRUSTED
+
+
+def is_foreign_class(kind: type) -> bool:
+    """Whether a class comes from elsewhere."""
+    return kind.__module__.partition(".")[0] not in TRUSTED
+
+
+def is_patched_class(kind: type) -> bool:
+    """Whether a module's class comes from elsewhere, or its forward was replaced there."""
+    return is_foreign_class(kind) or is_foreign(kind.forward)  # type: ignore[attr-defined]
+
+
+def forwards_on(held: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
+    """Forwards that were put on a module, those under hooks too, and hooks of torch's; ``held`` are the module's attributes."""
+    registry = held.get("_diffusers_hook")
+    # a forward replaced first lies under the hooks
+    under = [] if registry is None else [of for kept in registry._fn_refs for of in (kept.forward, kept.original_forward) if of]
+    own = [held[name] for name in ("forward", "_old_forward") if name in held]
+    return chain(own, under, held["_forward_hooks"].values(), held["_forward_pre_hooks"].values())
+
+
+def foreign_on(held: Mapping[str, Any]) -> Iterator[Any]:
+    """Hooks and forwards that were put on a module from elsewhere; ``held`` are the module's attributes."""
+    hooks = () if (registry := held.get("_diffusers_hook")) is None else registry.hooks.values()
+    yield from (hook for hook in hooks if is_foreign_class(type(hook)))
+    yield from filter(is_foreign, forwards_on(held))
+
+
+def foreign_in(modules: Sequence[nn.Module]) -> list[Any]:
+    """What comes from elsewhere in modules: the modules of such classes, and what was put on any. Cost: a millisecond for SDXL."""
+    found: list[Any] = []
+    patched = {kind for kind in set(map(type, modules)) if is_patched_class(kind)}
+    processors: dict[type, bool] = {}
+    for module in modules:
+        held = vars(module)
+        if patched and type(module) in patched:
+            found += [module, type(module).forward]
+        if (processor := held.get("processor")) is not None:
+            kind = type(processor)
+            if kind not in processors:
+                processors[kind] = is_foreign_class(kind)
+            if processors[kind]:
+                found.append(processor)
+        if not MARKS.isdisjoint(held) or held["_forward_hooks"] or held["_forward_pre_hooks"]:
+            found += foreign_on(held)
+    return found

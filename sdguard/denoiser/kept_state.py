@@ -1,0 +1,258 @@
+"""What code from elsewhere keeps from one call of a denoiser to the next, and putting it back.
+
+A patch may count calls, keep what it computed, follow a controller or draw numbers of its own (TeaCache by hand, prompt-to-prompt). What it
+keeps lies in attributes, closures, containers, tensors and generators that can be reached from it; each is copied here, and is put back
+into the very object that held it. What it keeps out of Python's sight is not seen.
+"""
+
+from __future__ import annotations
+
+import operator
+import pickle
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sdguard.denoiser.foreign import TRUSTED
+
+
+class Kept(NamedTuple):
+    """One object that may change: whether it is what it was, and putting it back to that."""
+
+    is_same: Callable[[], bool]
+    restore: Callable[[], None]
+
+
+#: attributes of torch's own, and those under which what a run lasts for is put on a module.
+NOT_KEPT = frozenset(
+    {*vars(nn.Module()), "forward", "_old_forward", "_diffusers_hook", "_hf_hook", "_compiled_call_impl", "_internal_dict"}
+)
+#: classes of what cannot change, or is no patch's to change.
+FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Parameter, ModuleType)
+#: elements of a module's tensors up to which they are copied: a count or a mean is, weights in a form of somebody's own are not.
+SMALL = 1 << 16
+MISSING = object()
+
+
+def kept_by(roots: Iterable[Any]) -> list[Kept]:
+    """Copies of all that is kept by ``roots`` and by what can be reached from them."""
+    seen: dict[int, Any] = {}
+    found, things = [], list(roots)
+    for thing in things:
+        if isinstance(thing, FIXED) or id(thing) in seen:
+            continue
+        seen[id(thing)] = thing  # held, so that no other object comes to have its id
+        kept, below = copied(thing)
+        found.extend(kept)
+        things.extend(below)
+    return found
+
+
+def has_changed(kept: Iterable[Kept]) -> bool:
+    """Whether anything is another than when it was copied."""
+    return not all(of.is_same() for of in kept)
+
+
+def put_back(kept: Iterable[Kept]) -> None:
+    """Put everything back to what it was when it was copied."""
+    for of in kept:
+        if not of.is_same():
+            of.restore()
+
+
+def copied(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
+    """What of one object can change, and what can be reached from it."""
+    match thing:
+        case Tensor():
+            return [of_tensor(thing)], ()
+        case np.ndarray():
+            return [of_state(thing.copy, partial(np.copyto, thing), same_bytes)], thing.flat if thing.dtype == object else ()
+        case torch.Generator():
+            return [of_state(thing.get_state, thing.set_state, torch.equal)], ()
+        case np.random.Generator():
+            bits = thing.bit_generator
+            return [of_state(lambda: bits.state, partial(setattr, bits, "state"), same_pickles)], ()
+        case np.random.RandomState():
+            return [of_state(thing.get_state, thing.set_state, same_pickles)], ()
+        case random.Random():
+            return [of_state(thing.getstate, thing.setstate, same_pickles)], ()
+        case dict():
+            return [of_mapping(thing)], thing.values()
+        case list():
+            return [of_state(thing.copy, partial(thing.__setitem__, slice(None)), same_objects)], list(thing)
+        case deque():
+            return [of_state(thing.copy, partial(refill, thing, thing.extend), same_objects)], list(thing)
+        case set():
+            return [of_state(thing.copy, partial(refill, thing, thing.update))], list(thing)
+        case tuple() | frozenset():
+            return [], thing
+        case SimpleNamespace():
+            return [of_mapping(vars(thing))], vars(thing).values()
+        case CellType():
+            return of_cell(thing)
+        case MethodType():
+            return [], (thing.__self__, thing.__func__)
+        case partial():
+            return [], (thing.func, *thing.args, *thing.keywords.values())
+        case FunctionType():
+            return of_function(thing)
+        case type():
+            return of_class(thing)
+        case nn.Module():
+            return of_module(thing)
+    return of_instance(thing)
+
+
+def same_objects(some: Any, others: Any) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def same_bytes(some: Any, others: Any) -> bool:
+    """Whether two arrays hold the same bytes."""
+    return bool(some.tobytes() == others.tobytes())
+
+
+def same_pickles(some: Any, others: Any) -> bool:
+    """Whether two states of a generator, with arrays in them or not, are the same."""
+    return pickle.dumps(some) == pickle.dumps(others)
+
+
+def refill(collection: Any, add: Callable[[Any], None], elements: Any) -> None:
+    """Give a collection other elements."""
+    collection.clear()
+    add(elements)
+
+
+def of_state(read: Callable[[], Any], write: Callable[[Any], Any], same: Callable[[Any, Any], bool] = operator.eq) -> Kept:
+    """What is read and written as a whole."""
+    before = read()
+    return Kept(lambda: same(read(), before), lambda: write(before))
+
+
+def of_tensor(tensor: Tensor) -> Kept:
+    """A tensor's values; whether they were written to is told by torch's own count, where there is one."""
+    values, version = tensor.detach().clone(), None if tensor.is_inference() else tensor._version
+
+    def restore() -> None:
+        with torch.inference_mode():
+            tensor.copy_(values)
+
+    return Kept(lambda: torch.equal(tensor, values) if version is None else tensor._version == version, restore)
+
+
+def of_mapping(live: dict[Any, Any], names: Callable[[Any], bool] = lambda name: True) -> Kept:
+    """The entries of a dictionary under some names; those that are as they were are not written to, as others may write beside."""
+    before = {name: value for name, value in live.items() if names(name)}
+
+    def is_same() -> bool:
+        now = {name: value for name, value in live.items() if names(name)}
+        return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+
+    def restore() -> None:
+        for name in [name for name in live if names(name) and name not in before]:
+            del live[name]
+        live.update({name: value for name, value in before.items() if live.get(name, MISSING) is not value})
+
+    return Kept(is_same, restore)
+
+
+def of_cell(cell: Any) -> tuple[list[Kept], Iterable[Any]]:
+    """What a closure's variable holds."""
+    try:
+        before = cell.cell_contents
+    except ValueError:  # not assigned yet
+        return [], ()
+    return [of_state(lambda: cell.cell_contents, partial(setattr, cell, "cell_contents"), operator.is_)], (before,)
+
+
+def package_of(thing: Any) -> str:
+    """The package that a function or a class comes from."""
+    return str(thing.__globals__.get("__name__") if isinstance(thing, FunctionType) else thing.__module__).partition(".")[0]
+
+
+def is_somebodys(package: str) -> bool:
+    """Whether a package is neither Python's own nor one of the libraries that nothing is looked for in."""
+    return (package not in TRUSTED and package not in sys.stdlib_module_names) or package == "__main__"
+
+
+def of_function(function: Any) -> tuple[list[Kept], Iterable[Any]]:
+    """A function's closure, attributes and defaults; of one from elsewhere the global variables that it may write to as well."""
+    held, package = vars(function), package_of(function)
+    below = [*(function.__closure__ or ()), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *held.values()]
+    if not is_somebodys(package):
+        return [of_mapping(held)], below
+    known = function.__globals__
+    names = {*names_in(function.__code__)} & known.keys()
+    # another package's functions and classes are its own affair
+    reached = [known[name] for name in names if not isinstance(known[name], (FunctionType, type)) or package_of(known[name]) == package]
+    return [of_mapping(held), of_mapping(known, names.__contains__)], [*below, *reached]
+
+
+def names_in(code: Any) -> Iterator[str]:
+    """The names that a piece of code and those in it use, of global variables among others."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if hasattr(inner, "co_names"):
+            yield from names_in(inner)
+
+
+def of_class(kind: type) -> tuple[list[Kept], Iterable[Any]]:
+    """What a class holds that is no code of its own, and where it comes from elsewhere its methods and bases."""
+
+    def data() -> dict[str, Any]:
+        return {name: value for name, value in vars(kind).items() if is_data(name, value)}
+
+    own = data()
+
+    def is_same() -> bool:
+        now = data()
+        return now.keys() == own.keys() and all(now[name] is value for name, value in own.items())
+
+    def restore() -> None:
+        for name in data().keys() - own.keys():
+            delattr(kind, name)
+        for name, value in own.items():
+            if vars(kind).get(name, MISSING) is not value:
+                setattr(kind, name, value)
+
+    if not is_somebodys(package_of(kind)):
+        return [Kept(is_same, restore)], own.values()
+    bases = [base for base in kind.__bases__ if is_somebodys(package_of(base))]
+    return [Kept(is_same, restore)], [*own.values(), *bases, *(of for of in vars(kind).values() if isinstance(of, FunctionType))]
+
+
+def is_data(name: str, value: Any) -> bool:
+    """Whether a class's attribute is data: no method, no property and nothing of Python's own."""
+    return not (name.startswith(("__", "_abc_")) or callable(value) or hasattr(value, "__get__"))
+
+
+def of_module(module: nn.Module) -> tuple[list[Kept], Iterable[Any]]:
+    """What was put on a module beside what torch and diffusers have there, and buffers of few numbers."""
+    held = vars(module)
+    values = [*(value for name, value in held.items() if name not in NOT_KEPT), *held["_buffers"].values()]
+    small = [value for value in values if not isinstance(value, Tensor) or value.numel() <= SMALL]
+    return [of_mapping(held, lambda name: name not in NOT_KEPT)], [*small, type(module)]
+
+
+def of_instance(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
+    """The attributes of an object; of a library's own the plain ones alone, and nothing beyond them."""
+    held = getattr(thing, "__dict__", None)
+    if not is_somebodys(package_of(type(thing))):
+        plain = {name for name, value in held.items() if isinstance(value, FIXED)} if isinstance(held, dict) else set()
+        return [of_mapping(held, plain.__contains__)] if isinstance(held, dict) and plain else [], ()
+    slots = {name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())} - {"__dict__", "__weakref__"}
+    kept = [of_state(partial(getattr, thing, name), partial(setattr, thing, name), operator.is_) for name in slots if hasattr(thing, name)]
+    below = [getattr(thing, name) for name in slots if hasattr(thing, name)]
+    if isinstance(held, dict):
+        kept.append(of_mapping(held))
+        below += held.values()
+    return kept, [*below, type(thing)]

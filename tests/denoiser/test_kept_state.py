@@ -1,0 +1,423 @@
+"""Code from elsewhere that keeps something from one call of the denoiser to the next: the guard's evaluations leave it as it was."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from families import PROMPTS, build, call, profile_for, reworded
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sdguard
+from sdguard import GuardConfig
+from sdguard.denoiser.kept_state import has_changed, kept_by, put_back
+from sdguard.denoiser.probe import read_prompts
+from sdguard.guarded import run as run_module
+
+CALLS = [0]
+CALLED = 0
+
+
+@pytest.fixture(autouse=True)
+def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration's profile is taken as it is, whatever model it was made for; what is flagged is reworded."""
+    monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+
+
+#: gives the next number
+Count = Callable[[], float]
+
+
+class Counter:
+    """Counts in an attribute."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> float:
+        self.count += 1
+        return self.count
+
+
+class Slotted:
+    """Counts in a slot."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> float:
+        self.count += 1
+        return self.count
+
+
+class OfClass:
+    """Counts in its class."""
+
+    count = 0
+
+    def __call__(self) -> float:
+        type(self).count += 1
+        return self.count
+
+
+class Inherited(OfClass):
+    """Counts in the class that it is made from."""
+
+    def __call__(self) -> float:
+        OfClass.count += 1
+        return OfClass.count
+
+
+def in_closure() -> Count:
+    count = 0
+
+    def counted() -> float:
+        nonlocal count
+        count += 1
+        return count
+
+    return counted
+
+
+def globally() -> float:
+    global CALLED
+    CALLED += 1
+    return CALLED
+
+
+def in_a_global_list() -> float:
+    CALLS[0] += 1
+    return CALLS[0]
+
+
+def on_a_function() -> Count:
+    def counted() -> float:
+        counted.count += 1  # type: ignore[attr-defined]
+        return counted.count  # type: ignore[attr-defined]
+
+    counted.count = 0  # type: ignore[attr-defined]
+    return counted
+
+
+def in_a_default() -> Count:
+    def counted(kept: list[int] = []) -> float:  # noqa: B006
+        kept.append(1)
+        return len(kept)
+
+    return counted
+
+
+def grown(kept: Any, add: Callable[[Any], Any]) -> Count:
+    def counted() -> float:
+        add(len(kept))
+        return len(kept)
+
+    return counted
+
+
+def in_a_tensor() -> Count:
+    kept = torch.zeros(())
+
+    def counted() -> float:
+        return kept.add_(1).item()
+
+    return counted
+
+
+def in_an_inference_tensor() -> Count:
+    with torch.inference_mode():
+        kept = torch.zeros(())
+
+    def counted() -> float:
+        with torch.inference_mode():
+            return kept.add_(1).item()
+
+    return counted
+
+
+def in_an_array() -> Count:
+    kept = np.zeros(1)
+
+    def counted() -> float:
+        kept[0] += 1
+        return float(kept[0])
+
+    return counted
+
+
+def in_a_namespace() -> Count:
+    kept = SimpleNamespace(inner={"count": (SimpleNamespace(count=0),)})
+
+    def counted() -> float:
+        kept.inner["count"][0].count += 1
+        return float(kept.inner["count"][0].count)
+
+    return counted
+
+
+def drawn(generator: Any) -> Count:
+    return lambda: 10 * float(torch.rand((), generator=generator) if isinstance(generator, torch.Generator) else generator.random())
+
+
+def seeded(start: Callable[[int], Any], draw: Callable[[], float]) -> Callable[[], Count]:
+    """A count by a library's own generator, which nobody gives to the patch."""
+
+    def made() -> Count:
+        start(3)
+        return lambda: 10 * float(draw())
+
+    return made
+
+
+_list, _set, _dict, _deque = list[int](), set[int](), dict[int, int](), deque[int]()
+
+#: where a patch may keep what it counts, by what makes a count that is kept there
+PLACES: dict[str, Callable[[], Count]] = {
+    "attribute": Counter,
+    "slot": Slotted,
+    "class": OfClass,
+    "base class": Inherited,
+    "bound method": lambda: Counter().__call__,
+    "partial": lambda: partial(Counter.__call__, Counter()),
+    "closure": in_closure,
+    "global variable": lambda: globally,
+    "global list": lambda: in_a_global_list,
+    "function": on_a_function,
+    "default": in_a_default,
+    "list": lambda: grown(_list, _list.append),
+    "set": lambda: grown(_set, _set.add),
+    "dictionary": lambda: grown(_dict, lambda value: _dict.update({value: value})),
+    "queue": lambda: grown(_deque, _deque.append),
+    "tensor": in_a_tensor,
+    "inference tensor": in_an_inference_tensor,
+    "array": in_an_array,
+    "namespace": in_a_namespace,
+    "torch's generator": lambda: drawn(torch.Generator().manual_seed(3)),
+    "numpy's generator": lambda: drawn(np.random.default_rng(3)),
+    "numpy's old generator": lambda: drawn(np.random.RandomState(3)),
+    "Python's generator": lambda: drawn(random.Random(3)),
+    "torch itself": seeded(torch.manual_seed, lambda: torch.rand(()).item()),
+    "numpy itself": seeded(np.random.seed, np.random.random),
+    "Python itself": seeded(random.seed, random.random),
+}
+
+
+@pytest.fixture
+def pipe(embedded: Any) -> Any:
+    return build("StableDiffusionPipeline", embedded.tokenizer)
+
+
+def patched(pipe: Any, count: Count) -> Any:
+    """A pipeline whose middle block gives the more the higher the count of its calls is."""
+    inner = pipe.unet.mid_block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return inner(*args, **kwargs) * (1 + 0.1 * count())
+
+    pipe.unet.mid_block.forward = forward
+    return pipe
+
+
+def pictures(made: Callable[[], Any], guard: Callable[[Any], Any], **extra: Any) -> Any:
+    """A run's output by a pipeline that is made anew for it, so that its patches begin with what they begin with."""
+    global CALLED
+    CALLED, CALLS[0], OfClass.count = 0, 0, 0
+    for kept in (_list, _set, _dict, _deque):
+        kept.clear()
+    return call(guard(made()), **extra)
+
+
+def guarded(threshold: float) -> Callable[[Any], Any]:
+    return lambda pipe: sdguard.guard(pipe, GuardConfig(profile=profile_for(threshold)))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_patch_keeps_is_not_moved_by_the_guards_own_evaluations(place: str, embedded: Any) -> None:
+    def made() -> Any:
+        return patched(build("StableDiffusionPipeline", embedded.tokenizer), PLACES[place]())
+
+    extra = {"negative_prompt": ["a cow"] * 3}  # so that the reading is a call of the guard's own
+    plain = pictures(made, sdguard.unguard, **extra)
+    clean = pictures(made, guarded(1e6), **extra)
+    assert np.array_equal(clean.images, plain.images)
+    assert [report.error for report in clean.guard] == [None] * 3
+    assert all(report.extra_evaluations for report in clean.guard)
+    norms = [report.signals["guidance_norm"]["value"] for report in clean.guard]
+    row, bound = norms.index(max(norms)), sum(sorted(norms)[-2:]) / 2
+    steered = pictures(made, guarded(bound), **extra)
+    assert [(report.verdict, report.error) for report in steered.guard] == [("steered" if i == row else "clean", None) for i in range(3)]
+    assert [np.array_equal(steered.images[i], plain.images[i]) for i in range(3)] == [i != row for i in range(3)]
+
+
+def test_the_guard_reads_as_a_run_begins_whatever_a_patch_has_kept_since(pipe: Any) -> None:
+    patched(pipe, Counter())
+    alone, seen = read_prompts(pipe, PROMPTS, [7, 8, 9]), []
+    config = GuardConfig("observe", profile=profile_for(1e6), on_call=lambda observation, reports: seen.append(observation.at_reference))
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    call(sdguard.guard(pipe, config))  # whose first timestep is another than the guard reads at
+    assert seen[0].timestep == alone.timestep
+    torch.testing.assert_close(seen[0].eps_c, alone.eps_c, atol=1e-5, rtol=1e-4)
+
+
+class TeaCache:
+    """A forward in the place of a class's, that gives at every second call what it gave at the last, and counts in the class."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+        inner = kind.forward
+
+        def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if type(self).cnt % 2 == 0:
+                self.previous_residual = inner(self, hidden_states, *args, **kwargs)[0] - hidden_states
+            type(self).cnt = (type(self).cnt + 1) % type(self).num_steps
+            return (hidden_states + self.previous_residual,)
+
+        monkeypatch.setattr(kind, "cnt", 0, raising=False)
+        monkeypatch.setattr(kind, "num_steps", 4, raising=False)
+        monkeypatch.setattr(kind, "forward", forward)
+
+
+def test_teacache_by_hand_keeps_what_it_keeps_without_the_guard(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build("FluxPipeline", embedded.tokenizer)
+    before = call(pipe).images
+    TeaCache(monkeypatch, diffusers.FluxTransformer2DModel)
+    plain = call(pipe).images
+    assert not np.array_equal(plain, before)
+    clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
+    assert np.array_equal(clean.images, plain)
+    assert [report.error for report in clean.guard] == [None] * 3
+    steered = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e-9))))
+    assert [report.verdict for report in steered.guard] == ["steered"] * 3
+    assert np.array_equal(call(pipe).images, plain)
+
+
+def test_a_steered_row_finds_nothing_of_its_own_text_in_what_a_patch_keeps(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what it is without the patch, which gives others what it gave before: all of it is evaluated under the new text."""
+    pipe, config = build("FluxPipeline", embedded.tokenizer), GuardConfig(profile=profile_for(1e-9))
+    plain = call(sdguard.guard(pipe, config)).images
+    TeaCache(monkeypatch, diffusers.FluxTransformer2DModel)
+    np.testing.assert_allclose(call(sdguard.guard(pipe, config)).images, plain, atol=1e-5)
+
+
+class Controlled:
+    """An attention processor that hands what it computes to a controller, as prompt-to-prompt's."""
+
+    def __init__(self, controller: Any, inner: Any) -> None:
+        self.controller, self.inner = controller, inner
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.controller(self.inner(attn, hidden_states, *args, **kwargs))
+
+
+class Controller:
+    """Keeps what it is given and mixes in the mean of it, at the first half of the steps alone."""
+
+    def __init__(self, layers: int) -> None:
+        self.step, self.layer, self.layers = 0, 0, layers
+        self.store: dict[str, list[Tensor]] = {"all": []}
+
+    def __call__(self, given: Tensor) -> Tensor:
+        self.store["all"].append(given)
+        self.layer += 1
+        if self.layer == self.layers:
+            self.step, self.layer = self.step + 1, 0
+        mean = torch.stack([kept.mean() for kept in self.store["all"]]).mean()
+        return given + mean if self.step < 2 else given
+
+
+def test_a_controller_counts_the_pipelines_calls_alone(embedded: Any) -> None:
+    def run(guard: Callable[[Any], Any]) -> tuple[Any, Controller]:
+        pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+        controller = Controller(len(pipe.unet.attn_processors))
+        pipe.unet.set_attn_processor({name: Controlled(controller, inner) for name, inner in pipe.unet.attn_processors.items()})
+        return call(guard(pipe), negative_prompt=["a cow"] * 3), controller
+
+    (plain, untouched), (clean, controller) = run(sdguard.unguard), run(guarded(1e6))
+    assert np.array_equal(clean.images, plain.images)
+    assert (controller.step, controller.layer, len(controller.store["all"])) == (4, 0, len(untouched.store["all"]))
+
+
+def test_hooks_on_the_denoiser_itself_hear_of_the_pipelines_calls_alone(pipe: Any) -> None:
+    heard: list[int] = []
+    pipe.unet.register_forward_hook(lambda module, given, output: heard.append(1))
+    call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), negative_prompt=["a cow"] * 3)
+    assert len(heard) == 4
+    read_prompts(pipe, PROMPTS, [7, 8, 9])
+    assert len(heard) == 4
+
+
+def test_a_hook_that_changes_the_denoisers_output_changes_no_reading(pipe: Any) -> None:
+    alone = read_prompts(pipe, PROMPTS, [7, 8, 9])
+    handle = pipe.unet.register_forward_hook(lambda module, given, output: (output[0] * 2,))
+    assert torch.equal(read_prompts(pipe, PROMPTS, [7, 8, 9]).eps_c, alone.eps_c)
+    handle.remove()
+
+
+VALUES = st.recursive(
+    st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def spoiled(value: Any) -> None:
+    """Change whatever can be changed of nested values, from within."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        spoiled(inner)
+    if isinstance(value, dict):
+        value.clear()
+    if isinstance(value, list):
+        value[:] = [None]
+
+
+@given(VALUES)
+def test_nested_values_are_put_back_into_the_very_objects(value: Any) -> None:
+    holder = {"value": value}
+    before, kept = repr(holder), kept_by([holder])
+    assert not has_changed(kept)
+    spoiled(holder)
+    assert has_changed(kept)
+    put_back(kept)
+    assert repr(holder) == before
+    assert holder["value"] is value
+
+
+def test_what_came_since_goes_and_what_was_there_is_put_back() -> None:
+    class Kind:
+        known = 1
+
+    thing = Kind()
+    thing.kept = [thing]  # type: ignore[attr-defined]
+    kept = kept_by([thing])
+    Kind.known, Kind.new, thing.new = 2, 3, 4  # type: ignore[attr-defined]
+    del thing.kept  # type: ignore[attr-defined]
+    put_back(kept)
+    assert (Kind.known, thing.kept, vars(thing).keys()) == (1, [thing], {"kept"})  # type: ignore[attr-defined]
+    assert not hasattr(Kind, "new")
+
+
+def test_weights_in_a_form_of_somebodys_own_are_not_copied() -> None:
+    class Quantised(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("packed", torch.zeros(1 << 20, dtype=torch.uint8))
+            self.register_buffer("count", torch.zeros(1, dtype=torch.uint8))
+
+    module = Quantised()
+    kept = kept_by([module])
+    for buffer in module.buffers():
+        buffer.add_(1)
+    put_back(kept)
+    assert [int(buffer[0]) for buffer in module.buffers()] == [1, 0]
