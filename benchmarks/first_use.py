@@ -8,11 +8,13 @@ prompts it would take, without a look at profiles that are known. An evaluation 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import typer
+from torch import Tensor
 
 from benchmarks.documents import ROOT, markdown, put
 from benchmarks.models import development_models, embedded_model, read_model
@@ -21,7 +23,8 @@ from sdguard.cli.errors import one_sentence
 from sdguard.decision.calibration import calibrate, evenly
 from sdguard.decision.ordinary_prompts import ordinary_prompts
 from sdguard.decision.store import FIRST_USE_PROMPTS
-from sdguard.denoiser.families import denoiser_of, family_of
+from sdguard.denoiser import reference_call
+from sdguard.denoiser.families import Family
 from sdguard.files.atomic import write_text
 
 NAME = "first-use"
@@ -31,17 +34,15 @@ PICTURE_STEPS, SECONDS = 50, 4
 
 def calibration_cost(pipe: Any, prompts: list[str]) -> int:
     """Evaluations that a calibration of ``pipe`` on ``prompts`` takes."""
-    denoiser, sample, taken = denoiser_of(pipe), family_of(pipe).sample, 0
+    taken, evaluated = 0, reference_call.evaluated
 
-    def count(_: Any, places: tuple[Any, ...], names: dict[str, Any]) -> None:
+    def counted(forward: Callable[..., Any], family: Family, kwargs: dict[str, Any]) -> Tensor:
         nonlocal taken
-        taken += len(names[sample] if sample in names else places[0])
+        taken += len(kwargs[family.sample])
+        return evaluated(forward, family, kwargs)
 
-    handle = denoiser.register_forward_pre_hook(count, with_kwargs=True)
-    try:
+    with mock.patch.object(reference_call, "evaluated", counted):
         calibrate(pipe, prompts)
-    finally:
-        handle.remove()
     return taken
 
 

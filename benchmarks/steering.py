@@ -73,6 +73,9 @@ class Always:
     def reads(self, step: int) -> bool:
         return step == 0
 
+    def expects(self, rows: int, branches: int) -> bool:
+        return True
+
     def follows(self, step: int) -> bool:
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from sdguard.denoiser.bare import bare, compiled_call, has_caches, kept_state, n
 from sdguard.denoiser.calls import (
     DenoiserCall,
     by_name,
+    call_denoiser,
     concat_calls,
     evaluated,
     only_rows,
@@ -26,7 +28,7 @@ from sdguard.denoiser.calls import (
     snapshot,
     timestep_of,
 )
-from sdguard.denoiser.families import denoiser_of, family_of
+from sdguard.denoiser.families import TEXT, denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
 from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_embeddings, unpack_latents, with_condition, with_latents
 from sdguard.denoiser.record import RunRecord
@@ -51,6 +53,9 @@ class Watcher(Protocol):
 
     def reads(self, step: int) -> bool:
         """Whether a call is to be shown where that costs an evaluation an image: in a run without an unconditional branch."""
+
+    def expects(self, rows: int, branches: int) -> bool:
+        """Whether a call of so many rows, those of all its branches, is one of the run's; no other is shown or changed."""
 
     def follows(self, step: int) -> bool:
         """Whether a call has to be observed whatever its text; of the others what is predicted is shown (`glance`), which takes less."""
@@ -83,6 +88,7 @@ class DenoiserHook(ModelHook):
         record: the run so far.
         busy: whether a call is under way.
         conditional: the conditional half of the step under way, where it is a call of its own.
+        uneven: whether its unconditional half has a text of another length, in whose place the model's own empty prompt is seen.
         text_branch: what the pipeline has been given for its conditional rows, at the step under way.
         activated: the correction of each row that is in force.
         arriving: rows that enter the batch at the ``scheduler.step`` under way.
@@ -98,6 +104,7 @@ class DenoiserHook(ModelHook):
         self.fresh = kept_state(denoiser_of(self.pipe))
         self.record, self.busy = RunRecord(), False
         self.conditional: DenoiserCall | None = None
+        self.uneven = False
         self.text_branch = torch.zeros(0)
         self.activated: dict[int, Correction] = {}
         self.arriving: dict[int, Replayed] = {}
@@ -133,7 +140,10 @@ class DenoiserHook(ModelHook):
             conditional, self.conditional = self.conditional, None
             return self.second_half(module, kwargs, conditional)
         is_half = self.family.sequential_cfg and self.guidance != 1
-        self.begin_step(kwargs, len(kwargs[self.family.sample]) // (1 if is_half or self.guidance == 1 else 2))
+        rows, branches = len(kwargs[self.family.sample]), 1 if is_half or self.guidance == 1 else 2
+        if not self.watcher.expects(rows, branches):
+            return call_denoiser(self.fn_ref.original_forward, self.family, kwargs)
+        self.begin_step(kwargs, rows // branches)
         kwargs, output = self.evaluate(kwargs)
         if is_half:
             self.conditional = snapshot(kwargs, output[0])
@@ -178,11 +188,22 @@ class DenoiserHook(ModelHook):
     def second_half(self, module: Any, kwargs: dict[str, Any], conditional: DenoiserCall) -> Any:
         """The unconditional call of a step whose branches are two calls; the pipeline has the output of the other already."""
         output = own_call(self.fn_ref.original_forward, self.family, kwargs)
+        self.uneven = kwargs[TEXT].shape[1] != conditional.kwargs[TEXT].shape[1]
+        if self.uneven:
+            kwargs = self.with_own_null(kwargs, conditional.kwargs)
         both = concat_calls(DenoiserCall(kwargs, output[0]), conditional, self.family.sample)
         wanted = self.process_step(module, both)
         if wanted is both.prediction:
             return output
         return replace_prediction(output, solve_unconditional(wanted, output[0], conditional.prediction, self.guidance, self.rescale))
+
+    def with_own_null(self, kwargs: dict[str, Any], conditional: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of an unconditional call with the model's own empty prompt, as long as the conditional text, for theirs."""
+        condition = condition_of(conditional, self.family)
+        null = condition  # where there is none the reading asks for it again, and an error reaches the report
+        with contextlib.suppress(Exception):
+            null = self.own_null(condition).expand_as(condition)
+        return with_condition({**conditional, self.family.sample: kwargs[self.family.sample]}, null, self.family)
 
     @property
     def is_told_text(self) -> bool:
@@ -334,7 +355,7 @@ class DenoiserHook(ModelHook):
         scale = (kwargs.get(self.family.scale) or {}).get("scale")
         adapters = {} if scale is None else {"scale": scale}
         reference = ReferenceCall(self.pipe, self.own_forward, adapters, seen.condition.dtype, record.level_at, self.fresh)
-        plain = not record.half_made and reference.is_plain(kwargs, seen, record.patches)
+        plain = not record.half_made and not self.uneven and reference.is_plain(kwargs, seen, record.patches)
         told = seen.step == 0 and self.is_told_text
         is_plain, is_empty, is_blank = read_answers(
             plain, (told or plain is not False) and same_texts(seen.null_condition, null), told and same_texts(seen.condition, null)

@@ -40,6 +40,9 @@ class _FirstCalls:
     def reads(self, step: int) -> bool:
         return True
 
+    def expects(self, rows: int, branches: int) -> bool:
+        return True
+
     def follows(self, step: int) -> bool:
         return True
 

@@ -165,6 +165,9 @@ class RunOpener:
     def reads(self, step: int) -> bool:
         return self.run.reads(step) if self.run else True
 
+    def expects(self, rows: int, branches: int) -> bool:
+        return True
+
     def follows(self, step: int) -> bool:
         return self.run.follows(step) if self.run else True
 

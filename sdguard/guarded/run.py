@@ -160,6 +160,18 @@ class GuardedRun:
         """The call that is judged whatever happens; one with another text condition is shown as well."""
         return step == 0
 
+    def expects(self, rows: int, branches: int) -> bool:
+        """Whether a call has a row for each branch of each image; what is made by any other is not judged, and none of it is clean."""
+        if rows == branches * len(self._reports):
+            return True
+        told = f"a call of the denoiser had {rows} rows where {len(self._reports)} images with {branches} branches were expected"
+        unjudged = [report for report in self._reports if not report.error and report.verdict != "withheld"]
+        if unjudged:
+            self.fail(unjudged, RuntimeError(f"{told}, so that it cannot be told what is whose"))
+        for report in unjudged:
+            self.settle(report)
+        return False
+
     def follows(self, step: int) -> bool:
         """The call that is judged, and all where something is steered, or somebody else is to see them."""
         return step == 0 or bool(self.corrections) or self.config.on_call is not None

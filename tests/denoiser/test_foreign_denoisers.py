@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import sdguard
 from sdguard import GuardConfig
+from sdguard.correction import Correction
 from sdguard.decision.identity import identity
 from sdguard.denoiser.probe import probe_run, read_prompts
 from sdguard.explain.attribution import norm_gradient
 from sdguard.guarded import run as run_module
+from sdguard.steering.fallback import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +242,51 @@ def test_gradients_of_weights_that_are_stored_in_eight_bits_are_those_of_their_v
     (_, one), (_, other) = (norm_gradient(of, of.condition) for of in seen)
     assert other.any()
     torch.testing.assert_close(one, other)
+
+
+def longer(pipe: Any, length: int) -> dict[str, Any]:
+    """The prompts as embeddings of ``length`` tokens, beside a negative prompt that is encoded to fewer."""
+    if isinstance(pipe, diffusers.FluxPipeline):
+        text, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=length)
+        return {"prompt_embeds": text, "pooled_prompt_embeds": pooled, "negative_prompt": ["blurry"] * 3, "true_cfg_scale": 3.0}
+    if isinstance(pipe, diffusers.ChromaPipeline):
+        text, _, mask, *_ = pipe.encode_prompt(PROMPTS, device="cpu", max_sequence_length=length)
+        return {"prompt_embeds": text, "prompt_attention_mask": mask, "negative_prompt": ["blurry"] * 3}
+    text, _ = pipe.encode_prompt(PROMPTS, device="cpu", max_sequence_length=length)
+    return {
+        "prompt_embeds": text,
+        "negative_prompt_embeds": pipe.encode_prompt(["blurry"] * 3, device="cpu", max_sequence_length=length - 3)[0],
+    }
+
+
+@pytest.mark.parametrize("length", [12, 21])
+@pytest.mark.parametrize("name", ["FluxPipeline", "ChromaPipeline", "Flux2KleinPipeline"])
+def test_embeddings_of_prompt_and_negative_prompt_may_be_of_two_lengths(name: str, length: int, embedded: Any) -> None:
+    pipe = build(name, embedded.tokenizer)
+    extra = {"prompt": None, **longer(pipe, length)}
+    plain = call(pipe, **extra).images
+    clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), **extra)
+    assert np.array_equal(clean.images, plain)
+    assert [report.error for report in clean.guard] == [None] * 3
+
+
+def test_a_negative_prompt_of_another_length_moves_no_reading(embedded: Any) -> None:
+    """Its length is the only difference here: it is the empty prompt, as long as the prompt or shorter."""
+    pipe, seen = build("FluxPipeline", embedded.tokenizer), []
+    text, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=12)
+    given = {"prompt": None, "prompt_embeds": text, "pooled_prompt_embeds": pooled, "true_cfg_scale": 3.0}
+    config = GuardConfig("observe", profile=profile_for(1e6), on_call=lambda observation, reports: seen.append(observation.at_reference))
+    for length in (12, 9):
+        call(sdguard.guard(pipe, config), **given, negative_prompt=[""] * 3, max_sequence_length=length)
+    first, other = seen[0], seen[4]
+    torch.testing.assert_close(other.eps_c, first.eps_c)
+    torch.testing.assert_close(other.eps_u, first.eps_u)
+
+
+def test_of_embeddings_of_two_lengths_the_flagged_row_alone_is_steered(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(flagged: Any, methods: Any, outcomes: Any = None) -> list[Outcome]:
+        return [Outcome(Correction({}, condition=text / 2), [{"method": "halving"}]) for text in flagged.observation.condition]
+
+    monkeypatch.setattr(run_module, "try_in_order", halved)
+    pipe = build("FluxPipeline", embedded.tokenizer)
+    is_left_alone_but_for_the_flagged_row(pipe, prompt=None, **longer(pipe, 12))

@@ -39,6 +39,9 @@ class At:
     def reads(self, step: int) -> bool:
         return step == self.step
 
+    def expects(self, rows: int, branches: int) -> bool:
+        return True
+
     def follows(self, step: int) -> bool:
         return True
 

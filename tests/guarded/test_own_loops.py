@@ -69,6 +69,10 @@ def test_a_second_pass_of_more_steps_belongs_to_the_run(pipe: Any) -> None:
 class TextFirst(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
     """A loop of its own, in which the rows with text come before those without."""
 
+    def halves(self, given: Any, timestep: Any, both: Any) -> Any:
+        """What is predicted with text, and without."""
+        return self.unet(torch.cat([given, given]), timestep, encoder_hidden_states=both).sample.chunk(2)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -86,8 +90,7 @@ class TextFirst(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
         side = self.unet.config.sample_size
         x = torch.cat([torch.randn(1, 4, side, side, generator=one) for one in generator]) * self.scheduler.init_noise_sigma
         for timestep in self.scheduler.timesteps:
-            given = self.scheduler.scale_model_input(torch.cat([x, x]), timestep)
-            with_text, without = self.unet(given, timestep, encoder_hidden_states=both).sample.chunk(2)
+            with_text, without = self.halves(self.scheduler.scale_model_input(x, timestep), timestep, both)
             x = self.scheduler.step(without + guidance_scale * (with_text - without), timestep, x).prev_sample
         return StableDiffusionPipelineOutput(images=x, nsfw_content_detected=None)
 
@@ -99,6 +102,53 @@ def test_a_loop_that_puts_text_first_is_not_judged_and_so_not_clean(pipe: Any) -
     assert {report.verdict for report in output.guard} == {"withheld"}
     assert all("another order" in (report.error or "") for report in output.guard)
     assert not output.images.any()
+
+
+class OneByOne(TextFirst):
+    """A loop of its own, which asks for the two halves one after the other."""
+
+    def halves(self, given: Any, timestep: Any, both: Any) -> Any:
+        return [self.unet(given, timestep, encoder_hidden_states=half).sample for half in both.chunk(2)]
+
+
+class PromptByPrompt(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+    """A loop of its own, in which each prompt has a run."""
+
+    def __call__(self, prompt: list[str], generator: Any = None, num_images_per_prompt: int = 1, return_dict: bool = True) -> Any:
+        runs = zip(prompt, generator, strict=True)
+        made = [super(PromptByPrompt, self).__call__(p, num_inference_steps=2, generator=g, output_type="np") for p, g in runs]
+        return StableDiffusionPipelineOutput(images=np.concatenate([one.images for one in made]), nsfw_content_detected=None)
+
+
+@pytest.mark.parametrize("kind", [OneByOne, PromptByPrompt])
+def test_a_loop_of_other_calls_is_not_judged_and_so_not_clean(kind: Any, pipe: Any) -> None:
+    own = kind(**pipe.components, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+
+    def run(pipe: Any) -> Any:
+        return pipe(PROMPTS, generator=[torch.Generator().manual_seed(i) for i in range(3)])
+
+    looked_at = run(guarded(own))
+    assert np.array_equal(looked_at.images, run(own).images)
+    assert {report.verdict for report in looked_at.guard} == {"flagged"}
+    output = run(sdguard.guard(own, GuardConfig(profile=NONE)))
+    assert {report.verdict for report in output.guard} == {"withheld"}
+    assert all("rows where 3 images with 2 branches were expected" in (report.error or "") for report in output.guard)
+    assert not output.images.any()
+
+
+@pytest.mark.parametrize("threshold", [1e6, 1e-9])
+def test_a_callback_that_drops_images_is_one_sentence(threshold: float, pipe: Any) -> None:
+    def drop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step != 1:
+            return {}
+        null, text = values["prompt_embeds"].chunk(2)
+        return {"latents": values["latents"][:2], "prompt_embeds": torch.cat([null[:2], text[:2]])}
+
+    extra = {"callback_on_step_end": drop, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    assert len(call(pipe, **extra).images) == 2
+    with pytest.raises(RuntimeError, match=r"^2 images were made where 3 were judged"):
+        call(sdguard.guard(pipe, GuardConfig(profile=profile_for(threshold), steering=["rewording"])), **extra)
 
 
 def test_more_images_than_were_judged_are_not_delivered(pipe: Any) -> None:
@@ -167,17 +217,3 @@ def test_a_model_that_names_no_size_is_refused_before_any_call(pipe: Any) -> Non
 def test_a_scheduler_may_hold_what_cannot_be_copied(pipe: Any) -> None:
     pipe.scheduler.lock = threading.Lock()
     assert same(pipe) == ["clean"] * 3
-
-
-def test_embeddings_of_two_lengths_are_one_sentence(embedded: Any) -> None:
-    pipe = build("FluxPipeline", embedded.tokenizer)
-    text, pooled, _ = pipe.encode_prompt(PROMPTS, None, device="cpu", max_sequence_length=12)
-    given = {
-        "prompt": None,
-        "prompt_embeds": text,
-        "pooled_prompt_embeds": pooled,
-        "negative_prompt": ["blurry"] * 3,
-        "true_cfg_scale": 3.0,
-    }
-    with pytest.raises(ValueError, match=r"has 12 tokens and the negative prompt's 8: .* with max_sequence_length=12\.$"):
-        call(guarded(pipe), **given)
