@@ -18,7 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,6 +131,16 @@ def measure(checkout: Path, pipeline: str, files: Sequence[Path]) -> dict[str, A
     return compared(plain, guarded, again)
 
 
+@contextmanager
+def cancelled_on_error(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """What is raised within the block ends what has not begun."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
 def table(results: Mapping[str, Any]) -> str:
     """The documentation's table and, below it, the tests that fail guarded alone, each with its reason."""
     counted = ("tests", "passed_unguarded", "passed_guarded", "calls", "identical")
@@ -146,6 +158,7 @@ def table(results: Mapping[str, Any]) -> str:
 def main(
     checkout: Annotated[Path, typer.Option(help="A checkout of diffusers, as of its repository.")],
     only: Annotated[list[str] | None, typer.Option(help="A pipeline class whose tests run, again if they have; may be repeated.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Classes whose tests run at the same time.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the results go.")] = Path(__file__).parent / "results",
     root: Annotated[Path, typer.Option(help="Where README.md and docs/ lie, whose table is written.")] = ROOT,
 ) -> None:
@@ -159,11 +172,12 @@ def main(
         before = json.loads(path.read_text()) if path.exists() else {}
         known = before["pipelines"] if before.get("versions") == about else {}
         wanted = only or [name for name in files if name not in known]
-        with Progress() as progress:
+        with Progress() as progress, ThreadPoolExecutor(at_once) as pool, cancelled_on_error(pool):
             task = progress.add_task("pipeline classes", total=len(wanted))
-            for name in wanted:
-                progress.update(task, description=name)
-                known[name] = measure(checkout, name, files[name])
+            measured = {pool.submit(measure, checkout, name, files[name]): name for name in wanted}
+            for done in as_completed(measured):
+                name = measured[done]
+                known[name] = done.result()
                 known = {name: known[name] for name in files if name in known}
                 write_text(path, json.dumps({"versions": about, "supported": len(files), "pipelines": known}, indent=1) + "\n")
                 counts = {column: value for column, value in known[name].items() if isinstance(value, int)}

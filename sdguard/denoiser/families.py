@@ -423,9 +423,11 @@ REFUSED: dict[str, str] = {
 
 def family_of(pipe: Any) -> Family:
     """The family of a pipeline, that of the nearest class that it is made from; raises `TypeError` for one sdguard does not support."""
-    return family_of_class(type(pipe))
+    cls: type = type(pipe)
+    return family_of_class(cls)
 
 
+@functools.cache
 def family_of_class(cls: type) -> Family:
     """The family of a pipeline class, or of the nearest class that it is made from.
 

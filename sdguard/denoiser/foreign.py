@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -61,21 +62,21 @@ def foreign_on(held: Mapping[str, Any]) -> Iterator[Any]:
     yield from filter(is_foreign, forwards_on(held))
 
 
+def modules_in(root: nn.Module) -> list[nn.Module]:
+    """A module and all inside it; by hand, since ``nn.Module.modules`` takes several times as long."""
+    modules = [root]
+    for module in modules:
+        modules.extend(filter(None, vars(module)["_modules"].values()))
+    return modules
+
+
 def foreign_in(modules: Sequence[nn.Module]) -> list[Any]:
     """What comes from elsewhere in modules: the modules of such classes, and what was put on any. Cost: a millisecond for SDXL."""
-    found: list[Any] = []
+    attributes = list(map(vars, modules))
     patched = {kind for kind in set(map(type, modules)) if is_patched_class(kind)}
-    processors: dict[type, bool] = {}
-    for module in modules:
-        held = vars(module)
-        if patched and type(module) in patched:
-            found += [module, type(module).forward]
-        if (processor := held.get("processor")) is not None:
-            kind = type(processor)
-            if kind not in processors:
-                processors[kind] = is_foreign_class(kind)
-            if processors[kind]:
-                found.append(processor)
-        if not MARKS.isdisjoint(held) or held["_forward_hooks"] or held["_forward_pre_hooks"]:
-            found += foreign_on(held)
-    return found
+    of_class = [part for module in modules if type(module) in patched for part in (module, type(module).forward)] if patched else []
+    processors = [held["processor"] for held in attributes if "processor" in held]
+    marked = [held for held in attributes if held["_forward_hooks"] or held["_forward_pre_hooks"] or not MARKS.isdisjoint(held)]
+    elsewhere = {kind for kind in set(map(type, processors)) if kind is not NoneType and is_foreign_class(kind)}
+    of_attention = [processor for processor in processors if type(processor) in elsewhere]
+    return [*of_class, *of_attention, *chain.from_iterable(map(foreign_on, marked))]

@@ -145,7 +145,7 @@ def test_a_callback_that_drops_images_is_one_sentence(threshold: float, pipe: An
         null, text = values["prompt_embeds"].chunk(2)
         return {"latents": values["latents"][:2], "prompt_embeds": torch.cat([null[:2], text[:2]])}
 
-    extra = {"callback_on_step_end": drop, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    extra: dict[str, Any] = {"callback_on_step_end": drop, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     assert len(call(pipe, **extra).images) == 2
     with pytest.raises(RuntimeError, match=r"^2 images were made where 3 were judged"):
         call(sdguard.guard(pipe, GuardConfig(profile=profile_for(threshold), steering=["rewording"])), **extra)
