@@ -28,6 +28,7 @@ from sdguard.denoiser.calls import (
     snapshot,
     timestep_of,
 )
+from sdguard.denoiser.faces import faces_at, told_of_faces
 from sdguard.denoiser.families import TEXT, denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
 from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_embeddings, unpack_latents, with_condition, with_latents
@@ -166,7 +167,7 @@ class DenoiserHook(ModelHook):
         output = own_call(self.fn_ref.original_forward, self.family, kwargs)
         rows = torch.tensor([row for row, correction in self.watcher.corrections.items() if correction.condition is not None])
         places = len(output[0]) - self.record.images + rows
-        with bare(denoiser_of(self.pipe), self.fresh):
+        with bare(denoiser_of(self.pipe), self.fresh), told_of_faces(denoiser_of(self.pipe), faces_at(places, len(output[0]))):
             apart = evaluated(self.own_forward, self.family, only_rows(changed, places, self.family))
         self.record.evaluations[rows] += 1
         prediction = output[0].clone()
@@ -386,7 +387,7 @@ class DenoiserHook(ModelHook):
             arguments = with_condition(chosen, condition.to(dtype), family)
             arguments[family.sample] = with_latents(whole, x, patches)
             arguments["timestep"] = timestep_of(timestep, x, family)
-            with bare(denoiser_of(self.pipe), self.fresh):
+            with bare(denoiser_of(self.pipe), self.fresh), told_of_faces(denoiser_of(self.pipe), faces_at(places, len(sample))):
                 output = evaluated(forward, family, arguments)
             return self.to_noise(unpack_latents(output, patches)[:, : x.shape[1]], x, timestep)
 

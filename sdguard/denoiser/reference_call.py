@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sdguard.denoiser.bare import bare, uncompiled
 from sdguard.denoiser.calls import evaluated, timestep_of
+from sdguard.denoiser.faces import no_faces, told_of_faces
 from sdguard.denoiser.families import TEXT, default_of, default_size, denoiser_of, family_of
 from sdguard.denoiser.kept_state import Kept
 from sdguard.denoiser.latents import Patches, dtype_taken, pack_latents, patches_of, unpack_latents, with_condition
@@ -235,7 +236,7 @@ class ReferenceCall:
         family = family_of(self.pipe)
         arguments = self.arguments(x, condition)
         arguments["timestep"] = timestep_of(timestep, x, family)
-        with bare(denoiser_of(self.pipe), self.fresh):
+        with bare(denoiser_of(self.pipe), self.fresh), told_of_faces(denoiser_of(self.pipe), no_faces(len(x))):
             output = evaluated(self.forward, family, arguments)
         output = unpack_latents(output, patches_of(x, family))
         return to_noise(output[:, : x.shape[1]].float(), x.float(), self.level_at(timestep), prediction_type(self.pipe.scheduler))

@@ -273,7 +273,8 @@ def class_for(kind: type) -> type[GuardedPipeline]:
     def call(self: GuardedPipeline, *args: Any, **kwargs: Any) -> Any:
         return GuardedPipeline.__call__(self, *args, **kwargs)
 
-    held = {**forwarded(kind), "__call__": call, "pipeline_class": kind, "__module__": __name__, "__doc__": GuardedPipeline.__doc__}
+    held = {**forwarded(kind), "__call__": call, "pipeline_class": kind, "__doc__": GuardedPipeline.__doc__}
+    held["__module__"] = kind.__module__  # by which libraries tell that it is a pipeline
     return type(GuardedPipeline.__name__, (GuardedPipeline,), held)
 
 

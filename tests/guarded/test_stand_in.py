@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import gradio
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,13 @@ def pipe(embedded: Any) -> Any:
 def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration's profile is taken as it is, whatever model it was made for."""
     monkeypatch.setattr(GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
+
+
+@pytest.mark.usefixtures("_given_profile")
+def test_gradio_makes_a_page_of_a_guarded_pipeline(pipe: Any) -> None:
+    page = gradio.Interface.from_pipeline(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
+    assert [part.label for part in page.input_components][:2] == ["Prompt", "Negative prompt"]
+    assert page.fn("a lion", "", 2, 4.0).size == (16, 16)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
