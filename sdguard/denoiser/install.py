@@ -78,11 +78,11 @@ Aside = Callable[[], AbstractContextManager[None]]
 def watched(encoder: Encoder, watcher: Watcher) -> Iterator[Aside]:
     """Within the block ``watcher`` sees every call of the denoiser of the encoder's pipeline, but for those in a block of what it gives.
 
-    Of several threads that share a denoiser one is watched at a time, the others wait.
+    Of several threads that share a denoiser one is watched at a time, the others wait until it is over, or in such a block.
     """
     pipe = encoder.pipe
     denoiser = denoiser_of(pipe)
-    with lock_of(denoiser), ExitStack() as standing:
+    with (lock := lock_of(denoiser)), ExitStack() as standing:
         hook = DenoiserHook(watcher, encoder)
 
         def stand() -> None:
@@ -92,9 +92,11 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[Aside]:
         @contextmanager
         def aside() -> Iterator[None]:
             standing.close()
+            lock.release()  # it may wait for a run of another thread
             try:
                 yield
             finally:
+                lock.acquire()
                 stand()
 
         stand()

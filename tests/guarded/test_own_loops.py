@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -193,6 +194,25 @@ def test_what_a_callback_of_diffusers_documented_form_asks_is_none_of_the_run(se
     peek = Peek()
     assert same(pipe, callback_on_step_end=MultiPipelineCallbacks([peek]) if several else peek) == ["clean"] * 3
     assert peek.seen == 8
+
+
+def test_a_callback_may_wait_for_a_run_of_another_thread(pipe: Any) -> None:
+    parts = {**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)}
+    other = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    plain, beside, made = call(pipe).images, call(other, num_inference_steps=2).images, list[Any]()
+
+    def wait(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        thread = threading.Thread(target=lambda: made.append(call(guarded(other), num_inference_steps=2)), daemon=True)
+        thread.start()
+        thread.join(60)
+        return {}
+
+    found = call(guarded(pipe), callback_on_step_end=wait)
+    assert np.array_equal(found.images, plain)
+    assert len(made) == 4
+    assert all(np.array_equal(output.images, beside) for output in made)
+    assert {report.verdict for output in (found, *made) for report in output.guard} == {"clean"}
 
 
 def test_latents_need_no_vae(pipe: Any) -> None:

@@ -38,7 +38,7 @@ def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_given_profile")
 def test_gradio_makes_a_page_of_a_guarded_pipeline(pipe: Any) -> None:
-    page = gradio.Interface.from_pipeline(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
+    page: Any = gradio.Interface.from_pipeline(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
     assert [part.label for part in page.input_components][:2] == ["Prompt", "Negative prompt"]
     assert page.fn("a lion", "", 2, 4.0).size == (16, 16)
 
