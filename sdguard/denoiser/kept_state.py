@@ -25,10 +25,17 @@ from sdguard.denoiser.foreign import TRUSTED
 
 
 class Kept(NamedTuple):
-    """One object that may change: whether it is what it was, and putting it back to that."""
+    """One object that may change.
+
+    Attributes:
+        is_same: whether it is what it was.
+        restore: puts it back to that.
+        is_memory: whether it is memory alone, which a captured graph writes what it gives into.
+    """
 
     is_same: Callable[[], bool]
     restore: Callable[[], None]
+    is_memory: bool = False
 
 
 #: attributes of torch's own, and those under which what a run lasts for is put on a module.
@@ -57,8 +64,8 @@ def kept_by(roots: Iterable[Any]) -> list[Kept]:
 
 
 def has_changed(kept: Iterable[Kept]) -> bool:
-    """Whether anything is another than when it was copied."""
-    return not all(of.is_same() for of in kept)
+    """Whether anything is another than when it was copied, values in memory aside."""
+    return not all(of.is_same() for of in kept if not of.is_memory)
 
 
 def put_back(kept: Iterable[Kept]) -> None:
@@ -146,7 +153,7 @@ def of_tensor(tensor: Tensor) -> Kept:
         with torch.inference_mode():
             tensor.copy_(values)
 
-    return Kept(lambda: torch.equal(tensor, values) if version is None else tensor._version == version, restore)
+    return Kept(lambda: torch.equal(tensor, values) if version is None else tensor._version == version, restore, is_memory=True)
 
 
 def of_mapping(live: dict[Any, Any], names: Callable[[Any], bool] = lambda name: True) -> Kept:
