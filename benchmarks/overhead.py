@@ -5,7 +5,7 @@ sizes are built from their configurations with random weights; nothing is downlo
 right after the other, in either order, so that a noisy machine is noisy to both; the cost is the median of these pairs' ratios with its
 95% interval (by order statistics). The clean path's is the smallest, so that it has `CLEAN_PAIRS` pairs where the others have one. On a
 CPU, memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``, the name with what is
-not usual: another precision, ``compiled``, ``cuda``.
+not usual: another precision, ``compiled``, another number of steps, ``cuda``.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ SHAPES = Path(__file__).parent / "shapes"
 PROMPT = "a zebra in snow"
 PATHS = ("clean", "gray", "flagged")
 CLEAN_PAIRS = 5
+#: denoising steps of a run where nothing else is said.
+STEPS = 10
 
 
 def built(shape: str, dtype: torch.dtype, device: str) -> Any:
@@ -107,7 +109,12 @@ def caller(pipe: Any, path: str, setting: dict[str, Any], folder: Path) -> Calla
 
 def unusual(about: dict[str, Any]) -> list[str]:
     """What is not usual of a measured run, beside its device; older results do not say that nothing was compiled."""
-    return [about["dtype"]] * (about["dtype"] != "float32") + ["compiled"] * about.get("compiled", False)
+    found = {
+        about["dtype"]: about["dtype"] != "float32",
+        "compiled": about.get("compiled"),
+        f"{about['steps']} steps": about["steps"] != STEPS,
+    }
+    return [name for name, is_so in found.items() if is_so]
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -137,7 +144,7 @@ def main(
     size: Annotated[
         int | None, typer.Option(help="Height and width in pixels. [default: 64 embedded, 128 else on a CPU, the model's on a GPU]")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 10,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
     rounds: Annotated[int, typer.Option(help="Rounds: one pair of a gray and a flagged call, five of a clean one.")] = 9,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     compiled: Annotated[bool, typer.Option("--compiled", help="With a compiled denoiser (fullgraph=True), the clean path alone.")] = False,
@@ -196,7 +203,7 @@ def main(
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
     }
-    name = "-".join(["overhead", shape, *unusual(about), *([device] if device != "cpu" else [])])
+    name = "-".join(["overhead", shape, *unusual(about), *([device] if device != "cpu" else [])]).replace(" ", "-")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{name}.json", json.dumps({"about": about, "rows": rows}, indent=1))
     typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.3f}"))
