@@ -85,6 +85,9 @@ class Always:
     def made(self, latents: torch.Tensor) -> None:
         """Nothing is asked of the picture here."""
 
+    def lost(self, row: int, error: Exception) -> None:
+        raise error
+
     def rewritten(self, observation: Observation, found: torch.Tensor) -> None:
         """Nobody writes into the benchmark's texts."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -44,16 +43,14 @@ class Around(NamedTuple):
         references: what holds the forwards that hooks of caches have replaced.
         helpers: of DeepCache, which have replaced forwards.
         compiled: what holds a compiled call or forward of a module, under which name, and what stands there where nothing is compiled.
-        foreign: what comes from elsewhere than the libraries that are known.
-        draws: whether any may draw random numbers: in training mode, or by code from elsewhere.
+        trains: whether any is in training mode, where it may draw random numbers.
     """
 
     registries: list[Any]
     references: list[Any]
     helpers: list[Any]
     compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]]
-    foreign: list[Any]
-    draws: bool
+    trains: bool
 
 
 def around(denoiser: nn.Module) -> Around:
@@ -61,8 +58,8 @@ def around(denoiser: nn.Module) -> Around:
     registries: list[Any] = []
     forwards: list[Callable[..., Any]] = []
     compiled: list[tuple[dict[str, Any], str, Callable[..., Any] | None]] = []
-    modules, trains = modules_in(denoiser), False
-    for held in map(vars, modules):
+    trains = False
+    for held in map(vars, modules_in(denoiser)):
         trains |= held.get("training", False)
         if "_diffusers_hook" in held:
             registries.append(held["_diffusers_hook"])
@@ -74,8 +71,7 @@ def around(denoiser: nn.Module) -> Around:
             compiled.append((held, "_compiled_call_impl", None))
     hooked = (pair for of in registries for pair in zip(map(of.hooks.get, of._hook_order), of._fn_refs, strict=True))
     caches = [reference for hook, reference in hooked if is_cache(hook)]
-    foreign = foreign_in(modules)
-    return Around(registries, caches, helpers_in(forwards), compiled, foreign, trains or bool(foreign))
+    return Around(registries, caches, helpers_in(forwards), compiled, trains)
 
 
 def not_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,23 +133,42 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
 
 def kept_state(denoiser: nn.Module) -> list[Kept]:
     """What code from elsewhere keeps between a denoiser's calls, as it is now. Cost: some two milliseconds for SDXL where there is none."""
-    foreign = foreign_in(modules_in(denoiser))
+    modules = modules_in(denoiser)
+    foreign = foreign_in(modules)
     # such code is given the denoiser, and puts what it keeps there
-    return kept_by([denoiser, *foreign]) if foreign else []
+    return kept_by([denoiser, *foreign], modules) if foreign else []
+
+
+def hooked(denoiser: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass of a denoiser with the hooks of torch's on it, which may tell what is in it of what it is called with."""
+    if not any(vars(denoiser)[name] for name in HOOKS):
+        return forward
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        held = vars(denoiser)
+        before = {name: held[name] for name in ("forward",) if name in held}
+        held["forward"] = forward
+        try:
+            return denoiser(*args, **kwargs)
+        finally:
+            del held["forward"]
+            held.update(before)
+
+    return called
 
 
 @contextmanager
 def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
     """Within the block a denoiser computes all that it is asked for, by its own code; what is kept of other calls is not used or changed.
 
-    Nor is where torch's generators are, of which the run's own calls may draw; and hooks of torch's on the denoiser itself are not called.
+    Nor is where torch's generators are, of which the run's own calls may draw.
     Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
 
     Args:
         fresh: what `kept_state` was before the run under way: what code from elsewhere has kept of it since is not used either.
     """
-    registries, references, helpers, compiled, foreign, draws = around(denoiser)
-    kept = kept_by([denoiser, *foreign]) if foreign else []
+    registries, references, helpers, compiled, trains = around(denoiser)
+    kept = kept_state(denoiser)
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     put_back(fresh)
     for reference in references:
@@ -166,16 +181,11 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
     calls = [held[name] for held, name, _ in compiled]
     for held, name, plain in compiled:
         held[name] = plain
-    hooks = [(held, name, held[name]) for held in map(vars, {denoiser, uncompiled(denoiser)}) for name in HOOKS if held[name]]
-    for held, name, _ in hooks:
-        held[name] = OrderedDict()
     try:
-        with weights_kept(registries), generators_kept(draws):
+        with weights_kept(registries), generators_kept(trains or bool(kept)):
             yield
     finally:
         put_back(kept)
-        for held, name, of in hooks:
-            held[name] = of
         for (held, name, _), call in zip(compiled, calls, strict=True):
             held[name] = call
         for of, was in before:

@@ -434,10 +434,10 @@ def family_of_class(cls: type) -> Family:
     Raises:
         TypeError: sdguard does not support it, for a reason that is said where it is known.
     """
-    for name, is_own in ((base.__name__, base.__module__.startswith("diffusers.")) for base in cls.__mro__):
+    for name in (base.__name__ for base in cls.__mro__ if base.__module__.startswith("diffusers.")):
         if name in FAMILIES:
             return FAMILIES[name]
-        if why := next((why for part, why in REFUSED.items() if is_own and part in name), None):
+        if why := next((why for part, why in REFUSED.items() if part in name), None):
             raise TypeError(f"sdguard does not support {cls.__name__}: {why}.")
     names = [name.removesuffix("Pipeline") for name in FAMILIES]
     shortest = [name for name in names if not any(name != other and name.startswith(other) for other in names)]
@@ -480,5 +480,7 @@ def check_pipeline(pipe: Any) -> None:
     if denoiser is not None:
         default_size(pipe)  # says what it needs to know
     if scheduler is not None:
+        if scheduler.config.get("invert_sigmas"):
+            raise TypeError("The scheduler inverts its sigmas (invert_sigmas), so that its noise levels are not known to sdguard.")
         nothing = torch.zeros(())
         to_noise(nothing, nothing, noise_level(scheduler, 1.0), prediction_type(scheduler))  # says what of these it does not know

@@ -14,7 +14,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.bare import bare, compiled_call, has_caches, kept_state, not_compiled, uncompiled
+from sdguard.denoiser.bare import bare, compiled_call, has_caches, hooked, kept_state, not_compiled, uncompiled
 from sdguard.denoiser.calls import (
     DenoiserCall,
     by_name,
@@ -31,6 +31,7 @@ from sdguard.denoiser.calls import (
 from sdguard.denoiser.faces import faces_at, told_of_faces
 from sdguard.denoiser.families import TEXT, denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
+from sdguard.denoiser.kept_state import Kept
 from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_embeddings, unpack_latents, with_condition, with_latents
 from sdguard.denoiser.record import RunRecord
 from sdguard.denoiser.reference_call import (
@@ -67,6 +68,9 @@ class Watcher(Protocol):
     def glance(self, prediction: Prediction) -> None:
         """Look at what a call predicts that is not observed."""
 
+    def lost(self, row: int, error: Exception) -> None:
+        """Note that a row's correction could not be put into force, and is none any more."""
+
     def rewritten(self, observation: Observation, found: Tensor) -> None:
         """Look, when the run is over, at what its text was where it was written into unseen.
 
@@ -85,7 +89,7 @@ class DenoiserHook(ModelHook):
     takes its place in the batch again, in the scheduler's memory too.
 
     Attributes:
-        fresh: what code from elsewhere had kept on the denoiser when the run began.
+        fresh: what code from elsewhere had kept on the denoiser before its first call; empty where there is none.
         record: the run so far.
         busy: whether a call is under way.
         conditional: the conditional half of the step under way, where it is a call of its own.
@@ -102,7 +106,7 @@ class DenoiserHook(ModelHook):
         super().__init__()
         self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
-        self.fresh = kept_state(denoiser_of(self.pipe))
+        self.fresh: list[Kept] = []
         self.record, self.busy = RunRecord(), False
         self.conditional: DenoiserCall | None = None
         self.uneven = False
@@ -217,7 +221,8 @@ class DenoiserHook(ModelHook):
         """The denoiser's forward pass for the guard's own evaluations, within `bare`: beneath the hook, and not compiled."""
         denoiser = denoiser_of(self.pipe)
         inner = uncompiled(denoiser)
-        return inner if inner is not denoiser or compiled_call(denoiser) else not_compiled(self.fn_ref.original_forward)
+        is_called = inner is not denoiser or compiled_call(denoiser)
+        return inner if is_called else hooked(denoiser, not_compiled(self.fn_ref.original_forward))
 
     @property
     def is_foreign(self) -> bool:
@@ -235,6 +240,8 @@ class DenoiserHook(ModelHook):
         """Note that a step of ``images`` images begins."""
         sample, timestep = kwargs[self.family.sample], kwargs["timestep"]
         if not self.record.timesteps:
+            # now, as the pipeline's call may set up what such code keeps, and not when the run began
+            self.fresh = kept_state(denoiser_of(self.pipe))
             places = kwargs["img_ids"] if self.family.packed_latents else None
             self.record.begin(self.pipe.scheduler, images, sample.dtype, timestep, places)
         self.record.note_timestep(timestep, self.family.timestep_scale)
@@ -265,8 +272,14 @@ class DenoiserHook(ModelHook):
         self.record.note(observation)
         self.watcher.observe(observation)
         prediction = call.prediction
-        for row, correction in self.watcher.corrections.items():
-            if (branches := self.corrected_branches(row, correction, observation)) is not None:
+        for row, correction in list(self.watcher.corrections.items()):
+            try:
+                branches = self.corrected_branches(row, correction, observation)
+            except Exception as error:  # as of code from elsewhere that wants whole batches: its neighbours go on
+                del self.watcher.corrections[row]
+                self.watcher.lost(row, error)
+                continue
+            if branches is not None:
                 prediction = prediction.clone()
                 rows = slice(row, None, self.record.images)
                 prediction[rows] = with_latents(prediction[rows], branches, self.record.patches)
@@ -363,7 +376,7 @@ class DenoiserHook(ModelHook):
         )
         if is_blank and not is_empty:
             raise ValueError("the call's text rows hold the empty prompt: the pipeline puts its halves in another order than diffusers")
-        if not is_plain:
+        if not is_plain or (self.fresh and not is_empty):  # code from elsewhere may want the halves of a batch together
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
             return replace(found, denoiser=module)
         found = replace(seen, denoise=reference.denoise, memo={})

@@ -7,21 +7,26 @@ into the very object that held it. What it keeps out of Python's sight is not se
 
 from __future__ import annotations
 
+import copy
+import inspect
 import operator
 import pickle
 import random
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections import UserDict, UserList, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from sdguard.denoiser.foreign import TRUSTED
+from sdguard.denoiser.foreign import TRUSTED, code_of
 
 
 class Kept(NamedTuple):
@@ -44,14 +49,20 @@ NOT_KEPT = frozenset(
 )
 #: classes of what cannot change, or is no patch's to change.
 FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Parameter, ModuleType)
-#: elements of a module's tensors up to which they are copied: a count or a mean is, weights in a form of somebody's own are not.
+#: containers that may be looked into wherever they are held.
+CONTAINERS = (dict, list, set, deque, UserDict, UserList)
+#: elements of a module's buffers up to which they are copied: a count or a mean is, weights in a form of somebody's own are not.
 SMALL = 1 << 16
 MISSING = object()
 
 
-def kept_by(roots: Iterable[Any]) -> list[Kept]:
-    """Copies of all that is kept by ``roots`` and by what can be reached from them."""
+def kept_by(roots: Iterable[Any], within: Iterable[nn.Module] = ()) -> list[Kept]:
+    """Copies of all that is kept by ``roots`` and by what can be reached from them.
+
+    Of modules, all inside them is looked at as well, but for those of ``within``, which are looked at where they are roots or reached.
+    """
     seen: dict[int, Any] = {}
+    known = set(map(id, within))
     found, things = [], list(roots)
     for thing in things:
         if isinstance(thing, FIXED) or id(thing) in seen:
@@ -60,6 +71,11 @@ def kept_by(roots: Iterable[Any]) -> list[Kept]:
         kept, below = copied(thing)
         found.extend(kept)
         things.extend(below)
+        if isinstance(thing, nn.Module) and id(thing) not in known:
+            things.extend(vars(thing)["_modules"].values())
+        elif isinstance(thing, (Tensor, *CONTAINERS)) and getattr(thing, "__dict__", None):  # attributes of a class of somebody's own
+            found.append(of_mapping(vars(thing)))
+            things.extend(vars(thing).values())
     return found
 
 
@@ -73,6 +89,16 @@ def put_back(kept: Iterable[Kept]) -> None:
     for of in kept:
         if not of.is_same():
             of.restore()
+
+
+@contextmanager
+def left_alone(foreign: Sequence[Any], within: Iterable[nn.Module]) -> Iterator[None]:
+    """After the block what some ``foreign`` code keeps is what it was."""
+    kept = kept_by(foreign, within) if foreign else []
+    try:
+        yield
+    finally:
+        put_back(kept)
 
 
 def copied(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
@@ -93,6 +119,8 @@ def copied(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
             return [of_state(thing.getstate, thing.setstate, same_pickles)], ()
         case dict():
             return [of_mapping(thing)], thing.values()
+        case bytearray() | array():
+            return [of_state(partial(copy.copy, thing), partial(thing.__setitem__, slice(None)))], ()
         case list():
             return [of_state(thing.copy, partial(thing.__setitem__, slice(None)), same_objects)], list(thing)
         case deque():
@@ -101,7 +129,7 @@ def copied(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
             return [of_state(thing.copy, partial(refill, thing, thing.update))], list(thing)
         case tuple() | frozenset():
             return [], thing
-        case SimpleNamespace():
+        case SimpleNamespace() | UserDict() | UserList():
             return [of_mapping(vars(thing))], vars(thing).values()
         case CellType():
             return of_cell(thing)
@@ -182,8 +210,15 @@ def of_cell(cell: Any) -> tuple[list[Kept], Iterable[Any]]:
 
 
 def package_of(thing: Any) -> str:
-    """The package that a function or a class comes from."""
-    return str(thing.__globals__.get("__name__") if isinstance(thing, FunctionType) else thing.__module__).partition(".")[0]
+    """The package that a function, a class or a module comes from."""
+    match thing:
+        case FunctionType():  # also within what decorates it
+            return code_of(inspect.unwrap(thing))[0]
+        case ModuleType():
+            name = thing.__name__
+        case _:
+            name = thing.__module__
+    return str(name).partition(".")[0]
 
 
 def is_somebodys(package: str) -> bool:
@@ -193,15 +228,26 @@ def is_somebodys(package: str) -> bool:
 
 def of_function(function: Any) -> tuple[list[Kept], Iterable[Any]]:
     """A function's closure, attributes and defaults; of one from elsewhere the global variables that it may write to as well."""
-    held, package = vars(function), package_of(function)
+    held, package = vars(function), code_of(function)[0]
     below = [*(function.__closure__ or ()), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *held.values()]
     if not is_somebodys(package):
         return [of_mapping(held)], below
-    known = function.__globals__
-    names = {*names_in(function.__code__)} & known.keys()
+    names, module = {*names_in(function.__code__)}, function.__globals__
+    # its module, and the modules of its package that it names
+    spaces = [module, *(vars(of) for of in named(module, names) if isinstance(of, ModuleType) and package_of(of) == package)]
     # another package's functions and classes are its own affair
-    reached = [known[name] for name in names if not isinstance(known[name], (FunctionType, type)) or package_of(known[name]) == package]
-    return [of_mapping(held), of_mapping(known, names.__contains__)], [*below, *reached]
+    reached = [
+        of
+        for space in spaces
+        for of in named(space, names)
+        if not isinstance(of, (FunctionType, type, ModuleType)) or package_of(of) == package
+    ]
+    return [of_mapping(held), *(of_mapping(space, names.__contains__) for space in spaces)], [*below, *reached]
+
+
+def named(space: dict[str, Any], names: set[str]) -> list[Any]:
+    """What some names stand for among a module's global variables."""
+    return [space[name] for name in names if name in space]
 
 
 def names_in(code: Any) -> Iterator[str]:
@@ -244,22 +290,39 @@ def is_data(name: str, value: Any) -> bool:
 
 def of_module(module: nn.Module) -> tuple[list[Kept], Iterable[Any]]:
     """What was put on a module beside what torch and diffusers have there, and buffers of few numbers."""
-    held = vars(module)
-    values = [*(value for name, value in held.items() if name not in NOT_KEPT), *held["_buffers"].values()]
-    small = [value for value in values if not isinstance(value, Tensor) or value.numel() <= SMALL]
-    return [of_mapping(held, lambda name: name not in NOT_KEPT)], [*small, type(module)]
+    held, buffers = vars(module), vars(module)["_buffers"]
+    own = [value for name, value in held.items() if name not in NOT_KEPT]
+    small = [buffer for buffer in buffers.values() if buffer is not None and buffer.numel() <= SMALL]
+    return [of_mapping(held, lambda name: name not in NOT_KEPT), of_mapping(buffers), of_mapping(held["_modules"])], [
+        *own,
+        *small,
+        type(module),
+    ]
 
 
 def of_instance(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
-    """The attributes of an object; of a library's own the plain ones alone, and nothing beyond them."""
+    """The attributes of an object; of a library's own, or a pipeline, those alone that are plain, containers or somebody's."""
     held = getattr(thing, "__dict__", None)
-    if not is_somebodys(package_of(type(thing))):
-        plain = {name for name, value in held.items() if isinstance(value, FIXED)} if isinstance(held, dict) else set()
-        return [of_mapping(held, plain.__contains__)] if isinstance(held, dict) and plain else [], ()
-    slots = {name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())} - {"__dict__", "__weakref__"}
-    kept = [of_state(partial(getattr, thing, name), partial(setattr, thing, name), operator.is_) for name in slots if hasattr(thing, name)]
-    below = [getattr(thing, name) for name in slots if hasattr(thing, name)]
+    wrapped = getattr(thing, "__wrapped__", None)  # of a function whose results are remembered
+    if isinstance(thing, DiffusionPipeline) or not is_somebodys(package_of(type(thing))):
+        if not isinstance(held, dict):
+            return [], [wrapped]
+        shallow = (*FIXED, *CONTAINERS, SchedulerMixin)
+        own = {name: of for name, of in held.items() if isinstance(of, shallow) or is_somebodys(package_of(type(of)))}
+        return [of_mapping(held, own.keys().__contains__)], [wrapped, *own.values()]
+    slots = [name for name in slots_of(type(thing)) if hasattr(thing, name)]
+    kept = [of_state(partial(getattr, thing, name), partial(setattr, thing, name), operator.is_) for name in slots]
+    below = [getattr(thing, name) for name in slots]
     if isinstance(held, dict):
         kept.append(of_mapping(held))
         below += held.values()
     return kept, [*below, type(thing)]
+
+
+def slots_of(kind: type) -> Iterator[str]:
+    """The names of the slots of a class, as they are found on its objects."""
+    for base in kind.__mro__:
+        declared = vars(base).get("__slots__", ())
+        for name in (declared,) if isinstance(declared, str) else declared:
+            is_private = name.startswith("__") and not name.endswith("__")
+            yield f"_{base.__name__.lstrip('_')}{name}" if is_private else name

@@ -59,6 +59,8 @@ def pack_condition(tokens: Tensor, beside: Tensor | None) -> Tensor:
     """Token embeddings and, as a last row, what stands beside them, ``[n, T (+ 1), E]``; the narrower are filled up with zeros."""
     if beside is None:
         return tokens
+    rows = max(len(tokens), len(beside))  # one text beside several, which denoisers spread over the batch
+    tokens, beside = tokens.expand(rows, -1, -1), beside.expand(rows, -1)
     width = max(tokens.shape[-1], beside.shape[-1])
     return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in (tokens, beside.unsqueeze(1))], dim=1)
 

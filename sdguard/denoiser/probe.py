@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sdguard.correction import Correction
 from sdguard.denoiser.families import GUIDANCE, default_of, denoiser_of, family_of, is_modular
+from sdguard.denoiser.foreign import foreign_in, modules_in
 from sdguard.denoiser.install import lock_of, watched
 from sdguard.denoiser.reference_call import ReferenceCall, drawn_noise
 from sdguard.denoiser.schedulers import clone_scheduler
@@ -51,6 +53,9 @@ class _FirstCalls:
 
     def made(self, latents: Tensor) -> None:
         """Nothing is corrected, and so nothing looked at."""
+
+    def lost(self, row: int, error: Exception) -> None:
+        raise error
 
     def rewritten(self, observation: Observation, found: Tensor) -> None:
         """Nothing is judged here."""
@@ -158,15 +163,29 @@ def read_prompts(
 ) -> Observation:
     """The guard's own reference call of prompts, one seed each, outside any run: its noise is what a run from that seed starts with.
 
-    ``timestep`` is another than the reference call's, where one is given. Neither the pipeline's call nor anybody's random generator takes
-    part. Cost: 2 denoiser evaluations a prompt.
+    ``timestep`` is another than the reference call's, where one is given. Nobody's random generator takes part, nor does the pipeline's
+    call, but for a denoiser with code from elsewhere on it that cannot be called outside of a run: it is read within one.
+    Cost: 2 denoiser evaluations a prompt; 2 more where a run had to be begun.
     """
     adapters = {} if adapter_scale is None else {"scale": adapter_scale}
-    encoder = Encoder(pipe, {family_of(pipe).scale: adapters})
-    with lock_of(denoiser_of(pipe)):
-        condition, null = encoder.both(list(prompts))
-        noise = [drawn_noise(pipe, seed) for seed in seeds]
+    encoder, denoiser = Encoder(pipe, {family_of(pipe).scale: adapters}), denoiser_of(pipe)
+
+    def read() -> Observation:
         evaluations, scale = torch.zeros(len(prompts), dtype=torch.long), float(default_of(pipe, "guidance_scale") or 1.0)
-        return ReferenceCall.of(pipe, condition, adapters).observation(
-            torch.stack(noise).to(condition.device), condition, null, evaluations, scale, timestep
-        )
+        reference = ReferenceCall.of(pipe, condition, adapters)
+        return reference.observation(noise.to(condition.device), condition, null, evaluations, scale, timestep)
+
+    with lock_of(denoiser):
+        condition, null = encoder.both(list(prompts))
+        noise = torch.stack([drawn_noise(pipe, seed) for seed in seeds])
+        try:
+            return read()
+        except Exception as error:
+            if should_reduce_batch_size(error) or not foreign_in(modules_in(denoiser)):
+                raise
+            found: list[Observation] = []
+            with contextlib.suppress(Exception):  # which may say less than the first
+                probe_run(pipe, prompts[:1], seeds[:1], lambda _: found.append(read()))
+            if not found:
+                raise
+            return found[0]

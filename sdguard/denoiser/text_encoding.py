@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from sdguard.denoiser.families import default_of, family_of
+from sdguard.denoiser.foreign import foreign_in, is_foreign, modules_in
+from sdguard.denoiser.kept_state import left_alone
 from sdguard.denoiser.latents import pack_condition
 from sdguard.noise import generators_kept
 
@@ -41,7 +43,9 @@ class Encoder:
     def both(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Text condition of n texts, and of the unconditional prompt for each, ``[n, T (+ 1), E]``."""
         encoders = [part for name in ENCODERS if (part := getattr(self.pipe, name, None)) is not None]
-        with generators_kept(any(module.training for part in encoders for module in part.modules())):
+        modules = [module for part in encoders for module in modules_in(part)]
+        foreign = [*foreign_in(modules), *(of for of in [getattr(self.pipe, "encode_prompt", None)] if of and is_foreign(of))]
+        with generators_kept(bool(foreign) or any(module.training for module in modules)), left_alone(foreign, modules):
             text, pooled, null, null_pooled = family_of(self.pipe).encode(self.pipe, texts, self.options)
         return pack_condition(text, pooled), pack_condition(null, null_pooled)
 

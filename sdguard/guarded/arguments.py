@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sdguard.denoiser.families import default_of, parameters_of_call, signatures_of_call
+from sdguard.denoiser.foreign import is_foreign
 from sdguard.files.inputs import shown
 
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
@@ -245,12 +246,20 @@ class _Checked(BaseException):
     """Ends a call once the pipeline has checked it."""
 
 
+def layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A function and those that it is wrapped around, from without."""
+    found: Callable[..., Any] | None = function
+    while found is not None:
+        yield found
+        found = getattr(found, "__wrapped__", None)
+
+
 def check_inputs(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Have a pipeline check a call as it does itself before all else; raises what it raises. Nothing is evaluated, drawn or changed.
 
-    A subclass with a call of its own may do anything before it checks: it checks when it is called.
+    A call, or a check, of somebody's own may do anything beside: it checks when it is called.
     """
-    if not type(pipe).__call__.__module__.startswith("diffusers."):
+    if any(map(is_foreign, (*layers(type(pipe).__call__), *layers(pipe.check_inputs)))):
         return
 
     def checked(*args: Any, **kwargs: Any) -> None:

@@ -179,6 +179,10 @@ class RunOpener:
         if self.run:
             self.run.made(latents)
 
+    def lost(self, row: int, error: Exception) -> None:
+        if self.run:
+            self.run.lost(row, error)
+
     def rewritten(self, observation: Observation, found: Tensor) -> None:
         if self.run:
             self.run.rewritten(observation, found)

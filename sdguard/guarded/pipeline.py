@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import wrapt
@@ -20,6 +21,7 @@ from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.families import check_pipeline, family_of, is_modular
+from sdguard.denoiser.foreign import is_foreign
 from sdguard.denoiser.install import Aside, watched
 from sdguard.denoiser.reference_call import keep_null_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
@@ -169,6 +171,12 @@ class GuardedPipeline(wrapt.ObjectProxy):
         keep_null_condition(pipe, {**given, family_of(pipe).scale: {"scale": call.arguments.get("lora_scale")}}, found[0].shape[1])
         return found
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if isinstance(found, MethodType) and found.__self__ is self.__wrapped__ and is_foreign(found):
+            return MethodType(found.__func__, self)  # what somebody's own method makes by calling itself is guarded
+        return found
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ENCODERS and value is None:
             keep_null_condition(self.__wrapped__)
@@ -222,7 +230,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
                 named = {name: alone.get(id(value), value) for name, value in kwargs.items()}
                 output = pipe(*(alone.get(id(value), value) for value in args), **named)
             run.finish()
-            images = blank(images_in(output, given, len(prompts)), run.withheld)
+            images = blank(images_in(output, len(prompts)), run.withheld)
         except BaseException as error:
             run.abandon(error)
             tell_of_failure(config, run.reports)
@@ -230,7 +238,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         finally:
             self._self_reports = run.reports
         tell(config, run.reports)
-        if not given["return_dict"]:
+        if isinstance(output, tuple):
             return (images, *output[1:])
         output.images = images
         output.guard = run.reports  # not those of the last call, which may be another thread's
@@ -241,16 +249,16 @@ class GuardedPipeline(wrapt.ObjectProxy):
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
 
 
-def images_in(output: Any, given: dict[str, Any], count: int) -> Any:
+def images_in(output: Any, count: int) -> Any:
     """The images of a pipeline's output; raises `RuntimeError` where they are not as many as were judged, `TypeError` for none.
 
     A run without steps has none.
     """
-    if given["return_dict"] and not hasattr(output, "images"):
+    if not isinstance(output, tuple) and not hasattr(output, "images"):
         raise TypeError(
             f"The pipeline gave a {type(output).__name__} and no output with images: it cannot be told which of them were judged."
         )
-    images = output.images if given["return_dict"] else output[0]
+    images = output[0] if isinstance(output, tuple) else output.images
     if len(images) not in (0, count):
         raise RuntimeError(f"{len(images)} images were made where {count} were judged: the pipeline is changed by being called.")
     return images
@@ -311,17 +319,20 @@ def beside(callback: Any, aside: Aside) -> Any:
 def prompts_of(given: dict[str, Any]) -> list[str | None]:
     """The prompt of each image of a call that the pipeline has checked; None where it was given embeddings, or something else than a text.
 
-    Raises `TypeError`, in one sentence, where the call does not say how many images are made of a prompt, which pipelines do not check.
+    Raises `TypeError`, in one sentence, where the call does not say how many images it makes, which pipelines do not check.
     """
-    prompt = given["prompt"]
+    prompt, embeddings, each = given.get("prompt"), given.get("prompt_embeds"), given.get("num_images_per_prompt", 1)
+    prompts: list[str | None]
     if prompt is None:
-        prompts: list[str | None] = [None] * len(given["prompt_embeds"])
+        if embeddings is None:
+            raise TypeError("The call has neither a prompt nor prompt_embeds, so that it cannot be told how many images are to be judged.")
+        prompts = [None] * len(embeddings)
     else:
         prompts = [prompt] if isinstance(prompt, str) else [text if isinstance(text, str) else None for text in prompt]
     try:
-        count = operator.index(given["num_images_per_prompt"])
+        count = operator.index(each)
     except TypeError:
-        raise TypeError(f"num_images_per_prompt is {shown(given['num_images_per_prompt'])}; it must be a whole number.") from None
+        raise TypeError(f"num_images_per_prompt is {shown(each)}; it must be a whole number.") from None
     return [p for p in prompts for _ in range(count)]
 
 

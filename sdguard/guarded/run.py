@@ -196,6 +196,14 @@ class GuardedRun:
         if self.config.on_call:
             self.config.on_call(self.shown(observation), self.reports)
 
+    def lost(self, row: int, error: Exception) -> None:
+        """Note that an image cannot be steered because of ``error``; the pipeline goes on with it as it was."""
+        report = self._reports[row]
+        self.flag_again([row])
+        self.fail([report], error)
+        report.flagged_at = max(map(len, report.series.values()), default=1) - 1
+        self.settle(report)
+
     def rewritten(self, observation: Observation, found: Tensor) -> None:
         """Judge images whose text was written into unseen by what it was; of several texts that is known of the last only.
 

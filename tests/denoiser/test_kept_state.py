@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -182,7 +182,116 @@ def seeded(start: Callable[[int], Any], draw: Callable[[], float]) -> Callable[[
     return made
 
 
+class Gain(torch.nn.Module):
+    """Counts in an attribute of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self) -> float:
+        self.count += 1
+        return self.count
+
+
+class Buffered(torch.nn.Module):
+    """Counts in a buffer, which is another tensor each time."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self) -> float:
+        self.count = self.count + 1
+        return self.count.item()
+
+
+class Growing(torch.nn.Module):
+    """Counts in how many modules it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList()
+
+    def forward(self) -> float:
+        self.parts.append(torch.nn.Identity())
+        return len(self.parts)
+
+
+class Private:
+    """Counts in a slot of a private name, which is given as a text."""
+
+    __slots__ = "__count"
+
+    def __init__(self) -> None:
+        self.__count = 0
+
+    def __call__(self) -> float:
+        self.__count += 1
+        return self.__count
+
+
+class Listed(list[int]):
+    """A list with an attribute."""
+
+    calls = 0
+
+
+def on_a_list() -> Count:
+    kept = Listed()
+
+    def counted() -> float:
+        kept.calls += 1
+        return kept.calls
+
+    return counted
+
+
+def on_a_tensor() -> Count:
+    kept: Any = torch.zeros(())
+    kept.count = 0
+
+    def counted() -> float:
+        kept.count += 1
+        return float(kept.count)
+
+    return counted
+
+
+def in_many_numbers() -> Count:
+    kept = torch.zeros(1 << 17)
+
+    def counted() -> float:
+        return kept.add_(1)[0].item()
+
+    return counted
+
+
+def on_a_pipeline(part: str) -> Callable[[], Count]:
+    """A count in a list that is put on a part of a pipeline."""
+
+    def made() -> Count:
+        pipe = diffusers.StableDiffusionPipeline(
+            **dict.fromkeys(("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor")),
+            scheduler=diffusers.DDIMScheduler(),
+            requires_safety_checker=False,
+        )
+        (pipe if part == "pipe" else pipe.scheduler).counts = []
+
+        def counted() -> float:
+            counts = (pipe if part == "pipe" else pipe.scheduler).counts
+            counts.append(1)
+            return len(counts)
+
+        return counted
+
+    return made
+
+
 _list, _set, _dict, _deque = list[int](), set[int](), dict[int, int](), deque[int]()
+_user, _bytes = UserDict[int, int](), bytearray()
 
 #: where a patch may keep what it counts, by what makes a count that is kept there
 PLACES: dict[str, Callable[[], Count]] = {
@@ -205,6 +314,18 @@ PLACES: dict[str, Callable[[], Count]] = {
     "inference tensor": in_an_inference_tensor,
     "array": in_an_array,
     "namespace": in_a_namespace,
+    "module in a list": lambda: torch.nn.ModuleList([Gain()])[0].forward,
+    "modules that are held": lambda: partial(lambda held: held[0](), torch.nn.ModuleList([Gain()])),
+    "buffer": Buffered,
+    "modules that grow": Growing,
+    "private slot": Private,
+    "subclass of list": on_a_list,
+    "attribute of a tensor": on_a_tensor,
+    "many numbers": in_many_numbers,
+    "list on the pipeline": on_a_pipeline("pipe"),
+    "list on the scheduler": on_a_pipeline("scheduler"),
+    "dictionary of a class": lambda: grown(_user, lambda value: _user.update({value: value})),
+    "bytes": lambda: grown(_bytes, _bytes.append),
     "torch's generator": lambda: drawn(torch.Generator().manual_seed(3)),
     "numpy's generator": lambda: drawn(np.random.default_rng(3)),
     "numpy's old generator": lambda: drawn(np.random.RandomState(3)),
@@ -235,8 +356,8 @@ def pictures(made: Callable[[], Any], guard: Callable[[Any], Any], **extra: Any)
     """A run's output by a pipeline that is made anew for it, so that its patches begin with what they begin with."""
     global CALLED
     CALLED, CALLS[0], OfClass.count = 0, 0, 0
-    for kept in (_list, _set, _dict, _deque):
-        kept.clear()
+    for kept in (_list, _set, _dict, _deque, _user, _bytes):
+        kept.clear()  # type: ignore[attr-defined]
     return call(guard(made()), **extra)
 
 
@@ -349,7 +470,7 @@ def test_a_controller_counts_the_pipelines_calls_alone(embedded: Any) -> None:
     assert (controller.step, controller.layer, len(controller.store["all"])) == (4, 0, len(untouched.store["all"]))
 
 
-def test_hooks_on_the_denoiser_itself_hear_of_the_pipelines_calls_alone(pipe: Any) -> None:
+def test_hooks_on_the_denoiser_itself_keep_what_they_keep_of_the_pipelines_calls_alone(pipe: Any) -> None:
     heard: list[int] = []
     pipe.unet.register_forward_hook(lambda module, given, output: heard.append(1))
     call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), negative_prompt=["a cow"] * 3)
@@ -358,11 +479,116 @@ def test_hooks_on_the_denoiser_itself_hear_of_the_pipelines_calls_alone(pipe: An
     assert len(heard) == 4
 
 
-def test_a_hook_that_changes_the_denoisers_output_changes_no_reading(pipe: Any) -> None:
-    alone = read_prompts(pipe, PROMPTS, [7, 8, 9])
-    handle = pipe.unet.register_forward_hook(lambda module, given, output: (output[0] * 2,))
-    assert torch.equal(read_prompts(pipe, PROMPTS, [7, 8, 9]).eps_c, alone.eps_c)
-    handle.remove()
+def test_a_hook_on_the_denoiser_is_in_every_reading(pipe: Any) -> None:
+    """In those of a run as in those of a calibration."""
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    pipe.unet.register_forward_hook(lambda module, given, output: (output[0] * 2,))
+    alone, seen = read_prompts(pipe, PROMPTS, [7, 8, 9]), []
+    config = GuardConfig("observe", profile=profile_for(1e6), on_call=lambda observation, reports: seen.append(observation.at_reference))
+    call(sdguard.guard(pipe, config))
+    torch.testing.assert_close(seen[0].eps_c, alone.eps_c, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", [16, 24])
+def test_a_hook_may_tell_a_patch_of_what_size_the_latents_are(side: int, pipe: Any) -> None:
+    """As tomesd and HiDiffusion do; the guard reads at the model's own size."""
+    info: dict[str, Any] = {"size": None}
+    pipe.unet.register_forward_pre_hook(lambda module, given: info.update(size=given[0].shape[2:]))
+    inner = pipe.unet.mid_block.forward
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert info["size"][0] == 2 * hidden_states.shape[2]
+        return inner(hidden_states, *args, **kwargs)
+
+    pipe.unet.mid_block.forward = forward
+    extra: dict[str, Any] = {"negative_prompt": ["a cow"] * 3, "height": side, "width": side}
+    plain = call(pipe, **extra)
+    for threshold, verdict in ((1e6, "clean"), (1e-9, "steered")):
+        found = call(guarded(threshold)(pipe), **extra)
+        assert [(report.verdict, report.error) for report in found.guard] == [(verdict, None)] * 3
+        assert np.array_equal(found.images, plain.images) == (verdict == "clean")
+    assert len(read_prompts(pipe, PROMPTS, [7, 8, 9]).eps_c) == 3
+
+
+CONTEXT: dict[str, int] | None = None
+
+
+def test_what_the_pipelines_call_sets_up_for_its_patch_is_there_when_the_guard_reads(embedded: Any) -> None:
+    """As ParaAttention's cache does; it is read within a run where it cannot be read outside of one."""
+
+    class StableDiffusionPipeline(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            global CONTEXT
+            CONTEXT = {"step": 0}
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                CONTEXT = None
+
+    def made() -> Any:
+        pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+        pipe.__class__ = StableDiffusionPipeline
+        inner = pipe.unet.mid_block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            assert CONTEXT is not None
+            CONTEXT["step"] += 1
+            return inner(*args, **kwargs) * (1 + 0.1 * CONTEXT["step"])
+
+        pipe.unet.mid_block.forward = forward
+        return pipe
+
+    plain = call(made(), negative_prompt=["a cow"] * 3)
+    clean = call(guarded(1e6)(made()), negative_prompt=["a cow"] * 3)
+    assert np.array_equal(clean.images, plain.images)
+    assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
+    assert len(read_prompts(made(), PROMPTS, [7, 8, 9]).eps_c) == 3
+    assert CONTEXT is None
+
+
+class InPairs:
+    """An attention processor that mixes what the images of each half have, as StyleAligned's: it wants whole halves of some size."""
+
+    def __init__(self, inner: Any, images: int) -> None:
+        self.inner, self.images = inner, images
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        halves = self.inner(attn, hidden_states, *args, **kwargs).unflatten(0, (2, self.images))
+        return (halves + 0.1 * halves.mean(1, keepdim=True)).flatten(0, 1)
+
+
+def in_pairs(pipe: Any) -> Any:
+    pipe.unet.set_attn_processor({name: InPairs(inner, 3) for name, inner in pipe.unet.attn_processors.items()})
+    return pipe
+
+
+def test_a_patch_that_wants_whole_batches_is_read_in_whole_batches(pipe: Any) -> None:
+    extra = {"negative_prompt": ["a cow"] * 3}
+    plain, clean = call(in_pairs(pipe), **extra), call(guarded(1e6)(pipe), **extra)
+    assert np.array_equal(clean.images, plain.images)
+    assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
+
+
+def test_where_a_patch_lets_nothing_be_steered_the_flagged_row_alone_is_withheld(pipe: Any) -> None:
+    plain = call(in_pairs(pipe))
+    norms = [report.signals["guidance_norm"]["value"] for report in call(guarded(1e6)(pipe)).guard]
+    row = norms.index(max(norms))
+    found = call(guarded(sum(sorted(norms)[-2:]) / 2)(pipe))
+    assert [report.verdict for report in found.guard] == ["withheld" if i == row else "clean" for i in range(3)]
+    assert "Error" in (found.guard[row].error or "")
+    assert [np.array_equal(found.images[i], plain.images[i]) for i in range(3)] == [i != row for i in range(3)]
+
+
+def test_what_a_patched_text_encoder_keeps_is_not_moved_by_the_guards_own_encodings(embedded: Any) -> None:
+    def made() -> Any:
+        pipe, generator = build("StableDiffusionPipeline", embedded.tokenizer), torch.Generator().manual_seed(3)
+        noise = lambda module, given, output: output + torch.rand(output.shape, generator=generator)  # noqa: E731
+        pipe.text_encoder.get_input_embeddings().register_forward_hook(noise)
+        return pipe
+
+    one, other = made(), made()
+    found = [(call(one).images, call(guarded(1e6)(other)).images) for _ in range(2)]
+    assert all(np.array_equal(*pair) for pair in found)
 
 
 VALUES = st.recursive(

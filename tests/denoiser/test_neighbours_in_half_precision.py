@@ -35,6 +35,7 @@ def _given_profile(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_flagged_row_alone_is_another(name: str, device: str, dtype: torch.dtype, embedded: Any) -> None:
     pipe = build(name, embedded.tokenizer).to(device, dtype)
+    call(pipe)  # on a GPU the first run of some pipelines rounds otherwise than all later ones
     plain = call(pipe).images
     clean = call(sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))))
     assert np.array_equal(clean.images, plain)

@@ -51,6 +51,9 @@ class At:
     def made(self, latents: Tensor) -> None:
         """Nothing."""
 
+    def lost(self, row: int, error: Exception) -> None:
+        raise error
+
     def rewritten(self, observation: Observation, found: Tensor) -> None:
         """Nothing."""
 

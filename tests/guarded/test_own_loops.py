@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from typing import Any
 
@@ -150,6 +151,79 @@ def test_a_callback_that_drops_images_is_one_sentence(threshold: float, pipe: An
     assert len(call(pipe, **extra).images) == 2
     with pytest.raises(RuntimeError, match=r"^2 images were made where 3 were judged"):
         call(sdguard.guard(pipe, GuardConfig(profile=profile_for(threshold), steering=["rewording"])), **extra)
+
+
+def test_a_call_that_is_wrapped_runs_once(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the wrapper bears the name and the module of diffusers' own."""
+    runs, inner = [], diffusers.StableDiffusionPipeline.__call__
+
+    @functools.wraps(inner)
+    def logged(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runs.append(torch.rand(1))
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "__call__", logged)
+    assert same(pipe) == ["clean"] * 3
+    assert len(runs) == 2
+
+
+def test_a_check_of_somebodys_own_is_made_once(pipe: Any) -> None:
+    checks, inner = list[int](), pipe.check_inputs
+
+    def check(*args: Any, **kwargs: Any) -> None:
+        checks.append(1)
+        inner(*args, **kwargs)
+
+    pipe.check_inputs = check
+    assert same(pipe) == ["clean"] * 3
+    assert len(checks) == 2
+
+
+class Brief(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+    """A call that takes little."""
+
+    def __call__(self, prompt: list[str], generator: Any = None) -> Any:
+        return super().__call__(prompt, num_inference_steps=2, generator=generator, output_type="np")
+
+    def generate(self, prompt: list[str]) -> Any:
+        """Another way to make pictures."""
+        return self(prompt, generator=[torch.Generator().manual_seed(i) for i in range(3)])
+
+
+def test_a_call_need_not_take_what_diffusers_calls_take(pipe: Any) -> None:
+    own = Brief(**pipe.components, requires_safety_checker=False)
+    one, other = own.generate(PROMPTS), guarded(own)(PROMPTS, generator=[torch.Generator().manual_seed(i) for i in range(3)])
+    assert np.array_equal(one.images, other.images)
+    assert [report.verdict for report in other.guard] == ["clean"] * 3
+
+
+def test_what_another_method_makes_by_calling_the_pipeline_is_guarded(pipe: Any) -> None:
+    own = Brief(**pipe.components, requires_safety_checker=False)
+    blocked = sdguard.guard(own, GuardConfig("block", profile=profile_for(1e-9))).generate(PROMPTS)
+    assert [report.verdict for report in blocked.guard] == ["withheld"] * 3
+    assert not blocked.images.any()
+
+
+def test_a_name_alone_makes_no_family(pipe: Any) -> None:
+    kind = type("LatentConsistencyModelPipeline", (diffusers.DiffusionPipeline,), {"__call__": lambda self, prompt: None})
+    with pytest.raises(TypeError, match=r"^sdguard does not support LatentConsistencyModelPipeline yet"):
+        sdguard.guard(kind())
+
+
+def test_a_scheduler_that_inverts_its_sigmas_is_refused(embedded: Any) -> None:
+    pipe = build("StableDiffusion3Pipeline", embedded.tokenizer)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with pytest.raises(TypeError, match=r"inverts its sigmas"):
+        sdguard.guard(pipe)
+
+
+@pytest.mark.parametrize("threshold", [1e6, 1e-9])
+def test_one_second_prompt_may_go_for_all(threshold: float, embedded: Any) -> None:
+    pipe = build("FluxPipeline", embedded.tokenizer)
+    plain = call(pipe, prompt_2="a heron").images
+    found = call(sdguard.guard(pipe, GuardConfig("observe", profile=profile_for(threshold))), prompt_2="a heron")
+    assert np.array_equal(found.images, plain)
+    assert [report.error for report in found.guard] == [None] * 3
 
 
 def test_more_images_than_were_judged_are_not_delivered(pipe: Any) -> None:
