@@ -74,7 +74,9 @@ def wrap(pipe: Any, name: str) -> None:
 def pair(name: str, embedded: Any, graph: Callable[[Any, str], None] = replace_forward) -> tuple[Any, Any]:
     """A pipeline with a plain denoiser and one whose denoiser gives out one buffer."""
     plain, graphed = (build(name, embedded.tokenizer) for _ in range(2))
-    graph(graphed, next(part for part in DENOISERS if hasattr(graphed, part)))
+    (part,) = (part for part in DENOISERS if hasattr(graphed, part))
+    graph(graphed, part)
+    getattr(plain, part).register_forward_hook(lambda *_: None)  # with code from elsewhere on it, it is read in whole batches as well
     return plain, graphed
 
 

@@ -569,6 +569,15 @@ def test_a_patch_that_wants_whole_batches_is_read_in_whole_batches(pipe: Any) ->
     assert [(report.verdict, report.error) for report in clean.guard] == [("clean", None)] * 3
 
 
+def test_code_from_elsewhere_costs_a_whole_batch_where_half_of_one_would_do(pipe: Any) -> None:
+    def spent() -> list[int]:
+        return [report.extra_evaluations for report in call(guarded(1e6)(pipe), negative_prompt=["a cow"] * 3).guard]
+
+    assert spent() == [1] * 3
+    pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+    assert spent() == [2] * 3
+
+
 def test_where_a_patch_lets_nothing_be_steered_the_flagged_row_alone_is_withheld(pipe: Any) -> None:
     plain = call(in_pairs(pipe))
     norms = [report.signals["guidance_norm"]["value"] for report in call(guarded(1e6)(pipe)).guard]

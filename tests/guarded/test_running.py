@@ -232,7 +232,7 @@ WAYS = [
     Way("eta", nothing, given(eta=1.0)),
     Way("size", nothing, given(height=24, width=32), cost=2),
     Way("size, SDXL", nothing, given(height=24, width=32, original_size=(64, 64), crops_coords_top_left=(2, 1)), SDXL, cost=2),
-    Way("negative prompt", nothing, given(negative_prompt=["dark forest"] * 3), cost=1),
+    Way("negative prompt", nothing, given(negative_prompt=["dark forest"] * 3), cost=2),  # 1 without the hook that counts
     Way("second prompt, SDXL", nothing, given(prompt_2=["a lion", "sky", "a tree"]), SDXL),
     Way("SDE solver", scheduler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++")),
     Way("Karras sigmas, DPM++", scheduler("DPMSolverMultistepScheduler", use_karras_sigmas=True)),
