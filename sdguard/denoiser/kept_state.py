@@ -7,6 +7,7 @@ into the very object that held it. What it keeps out of Python's sight is not se
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
@@ -16,7 +17,6 @@ import sys
 from array import array
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -53,6 +53,8 @@ FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 CONTAINERS = (dict, list, set, deque, UserDict, UserList)
 #: elements of a module's buffers up to which they are copied: a count or a mean is, weights in a form of somebody's own are not.
 SMALL = 1 << 16
+#: elements of a container, and bytes of a tensor, beyond which it is left alone: it is data, and no patch's memory of a call.
+MANY, LARGE = 100_000, 1 << 28
 MISSING = object()
 
 
@@ -60,38 +62,52 @@ def kept_by(roots: Iterable[Any], within: Iterable[nn.Module] = ()) -> list[Kept
     """Copies of all that is kept by ``roots`` and by what can be reached from them.
 
     Of modules, all inside them is looked at as well, but for those of ``within``, which are looked at where they are roots or reached.
+    What is data by its size, or cannot be read, is left as it is.
     """
     seen: dict[int, Any] = {}
     known = set(map(id, within))
     found, things = [], list(roots)
     for thing in things:
-        if isinstance(thing, FIXED) or id(thing) in seen:
+        if id(thing) in seen:
             continue
         seen[id(thing)] = thing  # held, so that no other object comes to have its id
-        kept, below = copied(thing)
-        found.extend(kept)
-        things.extend(below)
-        if isinstance(thing, nn.Module) and id(thing) not in known:
-            things.extend(vars(thing)["_modules"].values())
-        elif isinstance(thing, (Tensor, *CONTAINERS)) and getattr(thing, "__dict__", None):  # attributes of a class of somebody's own
-            found.append(of_mapping(vars(thing)))
-            things.extend(vars(thing).values())
+        with contextlib.suppress(Exception):
+            kept, below = copied(thing) if not isinstance(thing, FIXED) and not is_data(thing) else ([], ())
+            found.extend(kept)
+            things.extend(below)
+            if isinstance(thing, nn.Module) and id(thing) not in known:
+                things.extend(vars(thing)["_modules"].values())
+            elif isinstance(thing, (Tensor, *CONTAINERS)) and getattr(thing, "__dict__", None):  # of a class of somebody's own
+                found.append(of_mapping(vars(thing)))
+                things.extend(vars(thing).values())
     return found
+
+
+def is_data(thing: Any) -> bool:
+    """Whether an object is too large to be what a patch keeps of a call."""
+    if isinstance(thing, (Tensor, np.ndarray)):
+        return int(thing.nbytes) > LARGE
+    return isinstance(thing, (*CONTAINERS, tuple, frozenset)) and len(thing) > MANY
 
 
 def has_changed(kept: Iterable[Kept]) -> bool:
     """Whether anything is another than when it was copied, values in memory aside."""
-    return not all(of.is_same() for of in kept if not of.is_memory)
+    for of in kept:
+        with contextlib.suppress(Exception):
+            if not of.is_memory and not of.is_same():
+                return True
+    return False
 
 
 def put_back(kept: Iterable[Kept]) -> None:
     """Put everything back to what it was when it was copied."""
     for of in kept:
-        if not of.is_same():
-            of.restore()
+        with contextlib.suppress(Exception):  # what cannot be compared or written to; the others are
+            if not of.is_same():
+                of.restore()
 
 
-@contextmanager
+@contextlib.contextmanager
 def left_alone(foreign: Sequence[Any], within: Iterable[nn.Module]) -> Iterator[None]:
     """After the block what some ``foreign`` code keeps is what it was."""
     kept = kept_by(foreign, within) if foreign else []
@@ -262,7 +278,7 @@ def of_class(kind: type) -> tuple[list[Kept], Iterable[Any]]:
     """What a class holds that is no code of its own, and where it comes from elsewhere its methods and bases."""
 
     def data() -> dict[str, Any]:
-        return {name: value for name, value in vars(kind).items() if is_data(name, value)}
+        return {name: value for name, value in vars(kind).items() if is_attribute(name, value)}
 
     own = data()
 
@@ -283,7 +299,7 @@ def of_class(kind: type) -> tuple[list[Kept], Iterable[Any]]:
     return [Kept(is_same, restore)], [*own.values(), *bases, *(of for of in vars(kind).values() if isinstance(of, FunctionType))]
 
 
-def is_data(name: str, value: Any) -> bool:
+def is_attribute(name: str, value: Any) -> bool:
     """Whether a class's attribute is data: no method, no property and nothing of Python's own."""
     return not (name.startswith(("__", "_abc_")) or callable(value) or hasattr(value, "__get__"))
 
@@ -303,13 +319,13 @@ def of_module(module: nn.Module) -> tuple[list[Kept], Iterable[Any]]:
 def of_instance(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
     """The attributes of an object; of a library's own, or a pipeline, those alone that are plain, containers or somebody's."""
     held = getattr(thing, "__dict__", None)
-    wrapped = getattr(thing, "__wrapped__", None)  # of a function whose results are remembered
     if isinstance(thing, DiffusionPipeline) or not is_somebodys(package_of(type(thing))):
         if not isinstance(held, dict):
-            return [], [wrapped]
+            return [], ()
         shallow = (*FIXED, *CONTAINERS, SchedulerMixin)
         own = {name: of for name, of in held.items() if isinstance(of, shallow) or is_somebodys(package_of(type(of)))}
-        return [of_mapping(held, own.keys().__contains__)], [wrapped, *own.values()]
+        # a function whose results are remembered holds that which gives them
+        return [of_mapping(held, own.keys().__contains__)], [held.get("__wrapped__"), *own.values()]
     slots = [name for name in slots_of(type(thing)) if hasattr(thing, name)]
     kept = [of_state(partial(getattr, thing, name), partial(setattr, thing, name), operator.is_) for name in slots]
     below = [getattr(thing, name) for name in slots]

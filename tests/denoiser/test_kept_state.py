@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import UserDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -641,6 +642,35 @@ def test_what_came_since_goes_and_what_was_there_is_put_back() -> None:
     put_back(kept)
     assert (Kind.known, thing.kept, vars(thing).keys()) == (1, [thing], {"kept"})  # type: ignore[attr-defined]
     assert not hasattr(Kind, "new")
+
+
+class Odd:
+    """What tells nothing of itself."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_what_cannot_be_read_or_written_keeps_nothing_else_from_being_put_back() -> None:
+    held: dict[str, Any] = {"odd": Odd(), "set": {Odd()}, "frozen": Frozen(1), "data": list(range(200_000)), "count": [0]}
+    kept = kept_by([held])
+    held["count"][0], held["set"] = 1, {Odd()}
+    object.__setattr__(held["frozen"], "count", 2)
+    put_back(kept)
+    assert (held["count"], held["frozen"].count) == ([0], 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What is not written to by attribute."""
+
+    count: int
 
 
 def test_weights_in_a_form_of_somebodys_own_are_not_copied() -> None:
