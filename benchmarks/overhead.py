@@ -1,7 +1,7 @@
 """What the guard costs: wall time, evaluations and peak memory against the unguarded call, clean, gray and flagged paths apart.
 
 ``python -m benchmarks overhead SHAPE`` for ``embedded`` or a shape in ``benchmarks/shapes`` (``sd15``, ``sdxl``, ``sd3``): models of those
-sizes are built from their configurations with random weights; nothing is downloaded. A path and the unguarded pipeline are called one
+sizes are built from their configurations with random weights, at a reduced size on a CPU; nothing is downloaded. A path and the unguarded pipeline are called one
 right after the other, in either order, so that a noisy machine is noisy to both; the cost is the median of these pairs' ratios with its
 95% interval (by order statistics). The clean path's is the smallest, so that it has `CLEAN_PAIRS` pairs where the others have one. On a
 CPU, memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``, the name with what is
@@ -159,6 +159,9 @@ def main(
         denoiser_of(pipe).compile(fullgraph=True)
     measured = PATHS[:1] if compiled else PATHS
     side = size or (None if device == "cuda" else 64 if shape == "embedded" else 128) or default_size(pipe)[0]
+    # a reduced size is the model's own, at which the guard reads; another would cost what a picture of the full size does
+    pipe.default_sample_size = side // pipe.vae_scale_factor
+    denoiser_of(pipe).register_to_config(sample_size=side // pipe.vae_scale_factor)
     setting = {"steps": steps, "guidance_scale": testbed.GUIDANCE_SCALE if shape == "embedded" else 7.5, "height": side, "width": side}
     with tempfile.TemporaryDirectory() as folder:
         if alone:
