@@ -1,11 +1,12 @@
 """What the guard costs: wall time, evaluations and peak memory against the unguarded call, clean, gray and flagged paths apart.
 
-``python -m benchmarks overhead SHAPE`` for ``embedded`` or a shape in ``benchmarks/shapes`` (``sd15``, ``sdxl``, ``sd3``): models of those
-sizes are built from their configurations with random weights, for smaller pictures on a CPU; nothing is downloaded. A path and the unguarded
-pipeline are called one right after the other, in either order, so that a noisy machine is noisy to both; the cost is the median of these
-pairs' ratios with its 95% interval (by order statistics). The clean path's is the smallest, so that it has `CLEAN_PAIRS` pairs where the
-others have one. On a CPU, memory is the peak of a process of its own for each path. Writes ``benchmarks/results/overhead-SHAPE.json``, the
-name with what is not usual: another precision, ``compiled``, another number of steps, ``cuda``.
+``python -m benchmarks overhead SHAPE`` for ``embedded`` or a shape in ``benchmarks/shapes`` (``sd15``, ``sdxl``, ``sd3``): models of
+those sizes are built from their configurations with random weights, for smaller pictures on a CPU; nothing is downloaded. A path and the
+unguarded pipeline are called one right after the other, in either order, so that a noisy machine is noisy to both; the cost is the median
+of these pairs' ratios with its 95% interval (by order statistics). The clean path's is the smallest, so that it has `CLEAN_PAIRS` pairs
+where the others have one. On a CPU, memory is the peak of a process of its own for each path. Writes
+``benchmarks/results/overhead-SHAPE.json``, the name with what is not usual: another precision, ``compiled``, another number of steps,
+``cuda``.
 """
 
 from __future__ import annotations
