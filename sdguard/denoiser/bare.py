@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,12 +20,10 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from torch import Tensor, nn
 
-from sdguard.denoiser.foreign import DEEP_CACHE, foreign_in, modules_in
-from sdguard.denoiser.kept_state import Kept, has_changed, kept_by, put_back
+from sdguard.denoiser.foreign import DEEP_CACHE, foreign_in, is_foreign_class, modules_in
+from sdguard.denoiser.kept_state import Kept, has_changed, kept_by, numbers_of, put_back
 from sdguard.noise import generators_kept
 
-#: attributes of a module that hold what torch calls around its forward.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 #: the module of torch whose captured graphs hold what they stand for in their closure.
 GRAPHS = "torch.cuda.graphs"
 
@@ -135,24 +134,31 @@ def kept_state(denoiser: nn.Module) -> list[Kept]:
     """What code from elsewhere keeps between a denoiser's calls, as it is now. Cost: some two milliseconds for SDXL where there is none."""
     modules = modules_in(denoiser)
     foreign = foreign_in(modules)
-    # such code is given the denoiser, and puts what it keeps there
-    return kept_by([denoiser, *foreign], modules) if foreign else []
+    if not foreign:
+        return []
+    # such code is given the denoiser, and puts what it keeps there; or counts in modules of classes of its own
+    counting = [numbers_of(module) for module in modules if is_foreign_class(type(module))]
+    return [*kept_by([denoiser, *foreign], modules), *counting]
 
 
 def hooked(denoiser: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward pass of a denoiser with the hooks of torch's on it, which may tell what is in it of what it is called with."""
-    if not any(vars(denoiser)[name] for name in HOOKS):
+    """A forward pass of a denoiser with the hooks of torch's before it, which may tell what is in it of what it is called with.
+
+    Those behind it may end the pipeline's own call (by taking its weights away, for one), which is still under way.
+    """
+    behind = vars(denoiser)["_forward_hooks"]
+    if not vars(denoiser)["_forward_pre_hooks"]:
         return forward
 
     def called(*args: Any, **kwargs: Any) -> Any:
         held = vars(denoiser)
         before = {name: held[name] for name in ("forward",) if name in held}
-        held["forward"] = forward
+        held.update(forward=forward, _forward_hooks=OrderedDict())
         try:
             return denoiser(*args, **kwargs)
         finally:
             del held["forward"]
-            held.update(before)
+            held.update(before, _forward_hooks=behind)
 
     return called
 
@@ -170,7 +176,7 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
     registries, references, helpers, compiled, trains = around(denoiser)
     kept = kept_state(denoiser)
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
-    put_back(fresh)
+    put_back(fresh)  # before the caches' own, which may be reached from code from elsewhere
     for reference in references:
         reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
         reference.post_forward = lambda module, output: output

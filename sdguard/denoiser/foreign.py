@@ -36,14 +36,17 @@ def is_foreign(function: Any) -> bool:
     return code_of(function)[0] not in TRUSTED
 
 
+def layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """A function and those that it is wrapped around, from without."""
+    found: Callable[..., Any] | None = function
+    while found is not None:
+        yield found
+        found = getattr(found, "__wrapped__", None)
+
+
 def is_foreign_class(kind: type) -> bool:
     """Whether a class comes from elsewhere."""
     return kind.__module__.partition(".")[0] not in TRUSTED
-
-
-def is_patched_class(kind: type) -> bool:
-    """Whether a module's class comes from elsewhere, or its forward was replaced there."""
-    return is_foreign_class(kind) or is_foreign(kind.forward)  # type: ignore[attr-defined]
 
 
 def forwards_on(held: Mapping[str, Any]) -> Iterator[Callable[..., Any]]:
@@ -71,10 +74,14 @@ def modules_in(root: nn.Module) -> list[nn.Module]:
 
 
 def foreign_in(modules: Sequence[nn.Module]) -> list[Any]:
-    """What comes from elsewhere in modules: the modules of such classes, and what was put on any. Cost: a millisecond for SDXL."""
-    attributes = list(map(vars, modules))
-    patched = {kind for kind in set(map(type, modules)) if is_patched_class(kind)}
-    of_class = [part for module in modules if type(module) in patched for part in (module, type(module).forward)] if patched else []
+    """Code from elsewhere that acts on modules: forwards, processors and hooks. Cost: a millisecond for SDXL.
+
+    What modules of somebody's own class hold is the model's (weights that are packed at the first call, among others), and is none of it,
+    but for the first of ``modules`` itself.
+    """
+    attributes, kinds = list(map(vars, modules)), set(map(type, modules))
+    of_class: list[Any] = [modules[0]] if modules and is_foreign_class(type(modules[0])) else []
+    of_class += [kind.forward for kind in kinds if not is_foreign_class(kind) and is_foreign(kind.forward)]  # type: ignore[attr-defined]
     processors = [held["processor"] for held in attributes if "processor" in held]
     marked = [held for held in attributes if held["_forward_hooks"] or held["_forward_pre_hooks"] or not MARKS.isdisjoint(held)]
     elsewhere = {kind for kind in set(map(type, processors)) if kind is not NoneType and is_foreign_class(kind)}

@@ -70,6 +70,24 @@ def wrapped(scheduler: Any, wrappers: Mapping[str, Callable[[Any], Any]]) -> Ite
         yield
 
 
+@contextmanager
+def released(lock: threading.RLock) -> Iterator[None]:
+    """Within the block a lock is not held, if this thread holds it; a callback may be called in another."""
+    try:
+        lock.release()
+    except RuntimeError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        try:
+            lock.acquire()
+        except BaseException:  # an interruption, after which who holds the lock lets it go
+            lock.acquire()
+            raise
+
+
 #: opens a block in which a watched pipeline's denoiser and scheduler are as if they were not.
 Aside = Callable[[], AbstractContextManager[None]]
 
@@ -92,11 +110,10 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[Aside]:
         @contextmanager
         def aside() -> Iterator[None]:
             standing.close()
-            lock.release()  # it may wait for a run of another thread
             try:
-                yield
+                with released(lock):  # it may wait for a run of another thread
+                    yield
             finally:
-                lock.acquire()
                 stand()
 
         stand()

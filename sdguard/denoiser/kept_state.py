@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 import pickle
@@ -18,7 +19,7 @@ from array import array
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,18 +68,19 @@ def kept_by(roots: Iterable[Any], within: Iterable[nn.Module] = ()) -> list[Kept
     seen: dict[int, Any] = {}
     known = set(map(id, within))
     found, things = [], list(roots)
+    own = frozenset(code_of(root)[0] for root in things) - TRUSTED
     for thing in things:
         if id(thing) in seen:
             continue
         seen[id(thing)] = thing  # held, so that no other object comes to have its id
         with contextlib.suppress(Exception):
-            kept, below = copied(thing) if not isinstance(thing, FIXED) and not is_data(thing) else ([], ())
+            kept, below = copied(thing, own) if not isinstance(thing, FIXED) and not is_data(thing) else ([], ())
             found.extend(kept)
             things.extend(below)
             if isinstance(thing, nn.Module) and id(thing) not in known:
                 things.extend(vars(thing)["_modules"].values())
             elif isinstance(thing, (Tensor, *CONTAINERS)) and getattr(thing, "__dict__", None):  # of a class of somebody's own
-                found.append(of_mapping(vars(thing)))
+                found.append(of_namespace(vars(thing)))
                 things.extend(vars(thing).values())
     return found
 
@@ -117,8 +119,8 @@ def left_alone(foreign: Sequence[Any], within: Iterable[nn.Module]) -> Iterator[
         put_back(kept)
 
 
-def copied(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
-    """What of one object can change, and what can be reached from it."""
+def copied(thing: Any, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]]:
+    """What of one object can change, and what can be reached from it; ``own`` are the packages that patches come from."""
     match thing:
         case Tensor():
             return [of_tensor(thing)], ()
@@ -146,20 +148,26 @@ def copied(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
         case tuple() | frozenset():
             return [], thing
         case SimpleNamespace() | UserDict() | UserList():
-            return [of_mapping(vars(thing))], vars(thing).values()
+            return [of_namespace(vars(thing))], vars(thing).values()
         case CellType():
             return of_cell(thing)
         case MethodType():
             return [], (thing.__self__, thing.__func__)
+        case BuiltinMethodType():
+            return [], (thing.__self__,)
+        case staticmethod() | classmethod():
+            return [], (thing.__func__,)
+        case property():
+            return [], (thing.fget, thing.fset)
         case partial():
             return [], (thing.func, *thing.args, *thing.keywords.values())
         case FunctionType():
-            return of_function(thing)
+            return of_function(thing, own)
         case type():
-            return of_class(thing)
+            return of_class(thing, own)
         case nn.Module():
             return of_module(thing)
-    return of_instance(thing)
+    return of_instance(thing, own)
 
 
 def same_objects(some: Any, others: Any) -> bool:
@@ -190,30 +198,58 @@ def of_state(read: Callable[[], Any], write: Callable[[Any], Any], same: Callabl
 
 
 def of_tensor(tensor: Tensor) -> Kept:
-    """A tensor's values; whether they were written to is told by torch's own count, where there is one."""
-    values, version = tensor.detach().clone(), None if tensor.is_inference() else tensor._version
+    """A tensor's values, of which torch's own count of writes does not tell all."""
+    values = tensor.detach().clone()
 
     def restore() -> None:
         with torch.inference_mode():
             tensor.copy_(values)
 
-    return Kept(lambda: torch.equal(tensor, values) if version is None else tensor._version == version, restore, is_memory=True)
+    return Kept(lambda: torch.equal(tensor, values), restore, is_memory=True)
 
 
 def of_mapping(live: dict[Any, Any], names: Callable[[Any], bool] = lambda name: True) -> Kept:
-    """The entries of a dictionary under some names; those that are as they were are not written to, as others may write beside."""
+    """The entries of a dictionary under some names, in their order; those that are as they were are not written to."""
     before = {name: value for name, value in live.items() if names(name)}
 
     def is_same() -> bool:
         now = {name: value for name, value in live.items() if names(name)}
-        return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+        return list(now) == list(before) and all(now[name] is value for name, value in before.items())
 
     def restore() -> None:
         for name in [name for name in live if names(name) and name not in before]:
             del live[name]
+        if [name for name in live if names(name)] != [name for name in before if name in live]:
+            for name in before.keys() & live.keys():  # to come in their order again
+                del live[name]
         live.update({name: value for name, value in before.items() if live.get(name, MISSING) is not value})
 
     return Kept(is_same, restore)
+
+
+def is_set_up(was: Any, now: Any) -> bool:
+    """Whether something that was unset is a switch that is on now, or what is made once, and not what is kept of a call."""
+    if was is not MISSING and was is not None and was is not False:
+        return False
+    return now is True or not (now is None or isinstance(now, (int, float, complex, str, tuple, Tensor, np.ndarray, *CONTAINERS)))
+
+
+def of_namespace(live: dict[str, Any], names: Callable[[str], bool] = lambda name: True) -> Kept:
+    """Attributes or variables by name; what is set up once stays, as it would be set up twice."""
+    before = {name: value for name, value in live.items() if names(name)}
+
+    def changed() -> list[str]:
+        now = {name: live.get(name, MISSING) for name in {*before, *filter(names, live)}}
+        return [name for name, of in now.items() if of is not (was := before.get(name, MISSING)) and not is_set_up(was, of)]
+
+    def restore() -> None:
+        for name in changed():
+            if name in before:
+                live[name] = before[name]
+            else:
+                del live[name]
+
+    return Kept(lambda: not changed(), restore)
 
 
 def of_cell(cell: Any) -> tuple[list[Kept], Iterable[Any]]:
@@ -222,7 +258,12 @@ def of_cell(cell: Any) -> tuple[list[Kept], Iterable[Any]]:
         before = cell.cell_contents
     except ValueError:  # not assigned yet
         return [], ()
-    return [of_state(lambda: cell.cell_contents, partial(setattr, cell, "cell_contents"), operator.is_)], (before,)
+    return [of_state(lambda: cell.cell_contents, partial(setattr, cell, "cell_contents"), unchanged)], (before,)
+
+
+def unchanged(now: Any, was: Any) -> bool:
+    """Whether a variable holds what it held, or what is set up once."""
+    return now is was or is_set_up(was, now)
 
 
 def package_of(thing: Any) -> str:
@@ -237,28 +278,40 @@ def package_of(thing: Any) -> str:
     return str(name).partition(".")[0]
 
 
-def is_somebodys(package: str) -> bool:
-    """Whether a package is neither Python's own nor one of the libraries that nothing is looked for in."""
-    return (package not in TRUSTED and package not in sys.stdlib_module_names) or package == "__main__"
+@functools.cache
+def is_users(package: str) -> bool:
+    """Whether a package is the user's own: neither Python's, nor installed beside the libraries."""
+    if package == "__main__":
+        return True
+    file = str(getattr(sys.modules.get(package), "__file__", None))
+    return package not in TRUSTED and package not in sys.stdlib_module_names and "-packages" not in file
 
 
-def of_function(function: Any) -> tuple[list[Kept], Iterable[Any]]:
+def is_looked_into(package: str, own: frozenset[str]) -> bool:
+    """Whether what comes from a package may be a patch's: it is that of one, or the user's."""
+    return package in own or is_users(package)
+
+
+def of_function(function: Any, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]]:
     """A function's closure, attributes and defaults; of one from elsewhere the global variables that it may write to as well."""
     held, package = vars(function), code_of(function)[0]
     below = [*(function.__closure__ or ()), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *held.values()]
-    if not is_somebodys(package):
-        return [of_mapping(held)], below
+    if not is_looked_into(package, own):
+        return [of_namespace(held)], below
     names, module = {*names_in(function.__code__)}, function.__globals__
-    # its module, and the modules of its package that it names
-    spaces = [module, *(vars(of) for of in named(module, names) if isinstance(of, ModuleType) and package_of(of) == package)]
-    # another package's functions and classes are its own affair
+
+    def is_near(thing: Any) -> bool:
+        return is_looked_into(package_of(thing), own)
+
+    # its module, and the modules that it names
+    spaces = [module, *(vars(of) for of in named(module, names) if isinstance(of, ModuleType) and is_near(of))]
     reached = [
         of
         for space in spaces
         for of in named(space, names)
-        if not isinstance(of, (FunctionType, type, ModuleType)) or package_of(of) == package
+        if not isinstance(of, (FunctionType, type, ModuleType)) or (not isinstance(of, ModuleType) and is_near(of))
     ]
-    return [of_mapping(held), *(of_mapping(space, names.__contains__) for space in spaces)], [*below, *reached]
+    return [of_namespace(held), *(of_namespace(space, names.__contains__) for space in spaces)], [*below, *reached]
 
 
 def named(space: dict[str, Any], names: set[str]) -> list[Any]:
@@ -274,29 +327,32 @@ def names_in(code: Any) -> Iterator[str]:
             yield from names_in(inner)
 
 
-def of_class(kind: type) -> tuple[list[Kept], Iterable[Any]]:
+def of_class(kind: type, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]]:
     """What a class holds that is no code of its own, and where it comes from elsewhere its methods and bases."""
 
     def data() -> dict[str, Any]:
         return {name: value for name, value in vars(kind).items() if is_attribute(name, value)}
 
-    own = data()
+    held = data()
 
-    def is_same() -> bool:
+    def changed() -> list[str]:
         now = data()
-        return now.keys() == own.keys() and all(now[name] is value for name, value in own.items())
+        pairs = [(name, held.get(name, MISSING), now.get(name, MISSING)) for name in {*held, *now}]
+        return [name for name, was, of in pairs if of is not was and not is_set_up(was, of)]
 
     def restore() -> None:
-        for name in data().keys() - own.keys():
-            delattr(kind, name)
-        for name, value in own.items():
-            if vars(kind).get(name, MISSING) is not value:
-                setattr(kind, name, value)
+        for name in changed():
+            if name in held:
+                setattr(kind, name, held[name])
+            else:
+                delattr(kind, name)
 
-    if not is_somebodys(package_of(kind)):
-        return [Kept(is_same, restore)], own.values()
-    bases = [base for base in kind.__bases__ if is_somebodys(package_of(base))]
-    return [Kept(is_same, restore)], [*own.values(), *bases, *(of for of in vars(kind).values() if isinstance(of, FunctionType))]
+    kept = [Kept(lambda: not changed(), restore)]
+    if not is_looked_into(package_of(kind), own):
+        return kept, held.values()
+    bases = [base for base in kind.__bases__ if is_looked_into(package_of(base), own)]
+    code = [of for of in vars(kind).values() if isinstance(of, (FunctionType, staticmethod, classmethod, property))]
+    return kept, [*held.values(), *bases, *code]
 
 
 def is_attribute(name: str, value: Any) -> bool:
@@ -309,28 +365,31 @@ def of_module(module: nn.Module) -> tuple[list[Kept], Iterable[Any]]:
     held, buffers = vars(module), vars(module)["_buffers"]
     own = [value for name, value in held.items() if name not in NOT_KEPT]
     small = [buffer for buffer in buffers.values() if buffer is not None and buffer.numel() <= SMALL]
-    return [of_mapping(held, lambda name: name not in NOT_KEPT), of_mapping(buffers), of_mapping(held["_modules"])], [
-        *own,
-        *small,
-        type(module),
-    ]
+    kept = [of_namespace(held, lambda name: name not in NOT_KEPT), of_mapping(buffers), of_mapping(held["_modules"])]
+    return kept, [*own, *small, type(module)]
 
 
-def of_instance(thing: Any) -> tuple[list[Kept], Iterable[Any]]:
-    """The attributes of an object; of a library's own, or a pipeline, those alone that are plain, containers or somebody's."""
+def numbers_of(module: nn.Module) -> Kept:
+    """The numbers among a module's attributes."""
+    held = vars(module)
+    return of_namespace(held, lambda name: type(held.get(name)) in (int, float))
+
+
+def of_instance(thing: Any, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]]:
+    """The attributes of an object; of a library's, or a pipeline, those alone that are plain, containers or a patch's."""
     held = getattr(thing, "__dict__", None)
-    if isinstance(thing, DiffusionPipeline) or not is_somebodys(package_of(type(thing))):
+    if isinstance(thing, DiffusionPipeline) or not is_looked_into(package_of(type(thing)), own):
         if not isinstance(held, dict):
             return [], ()
         shallow = (*FIXED, *CONTAINERS, SchedulerMixin)
-        own = {name: of for name, of in held.items() if isinstance(of, shallow) or is_somebodys(package_of(type(of)))}
+        seen = {name: of for name, of in held.items() if isinstance(of, shallow) or is_looked_into(package_of(type(of)), own)}
         # a function whose results are remembered holds that which gives them
-        return [of_mapping(held, own.keys().__contains__)], [held.get("__wrapped__"), *own.values()]
+        return [of_namespace(held, seen.keys().__contains__)], [held.get("__wrapped__"), *seen.values()]
     slots = [name for name in slots_of(type(thing)) if hasattr(thing, name)]
-    kept = [of_state(partial(getattr, thing, name), partial(setattr, thing, name), operator.is_) for name in slots]
+    kept = [of_state(partial(getattr, thing, name), partial(setattr, thing, name), unchanged) for name in slots]
     below = [getattr(thing, name) for name in slots]
     if isinstance(held, dict):
-        kept.append(of_mapping(held))
+        kept.append(of_namespace(held))
         below += held.values()
     return kept, [*below, type(thing)]
 

@@ -184,8 +184,12 @@ def read_prompts(
             if should_reduce_batch_size(error) or not foreign_in(modules_in(denoiser)):
                 raise
             found: list[Observation] = []
-            with contextlib.suppress(Exception):  # which may say less than the first
-                probe_run(pipe, prompts[:1], seeds[:1], lambda _: found.append(read()))
+            scheduler, pipe.scheduler = pipe.scheduler, clone_scheduler(pipe.scheduler)
+            try:
+                with contextlib.suppress(Exception):  # which may say less than the first
+                    probe_run(pipe, prompts[:1], seeds[:1], lambda _: found.append(read()))
+            finally:
+                pipe.scheduler = scheduler
             if not found:
                 raise
             return found[0]

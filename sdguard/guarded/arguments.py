@@ -8,14 +8,13 @@ that stands here. An argument that has none is refused, since one that is passed
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sdguard.denoiser.families import default_of, parameters_of_call, signatures_of_call
-from sdguard.denoiser.foreign import is_foreign
+from sdguard.denoiser.foreign import is_foreign, layers
 from sdguard.files.inputs import shown
 
 #: what an argument does to the judgement of a call: nothing; nothing, though it moves the picture in ways that a report has to name; it is
@@ -246,14 +245,6 @@ class _Checked(BaseException):
     """Ends a call once the pipeline has checked it."""
 
 
-def layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """A function and those that it is wrapped around, from without."""
-    found: Callable[..., Any] | None = function
-    while found is not None:
-        yield found
-        found = getattr(found, "__wrapped__", None)
-
-
 def check_inputs(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Have a pipeline check a call as it does itself before all else; raises what it raises. Nothing is evaluated, drawn or changed.
 
@@ -266,8 +257,8 @@ def check_inputs(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         pipe.check_inputs(*args, **kwargs)
         raise _Checked
 
-    twin = copy.copy(pipe)
-    vars(twin)["check_inputs"] = checked
+    twin = object.__new__(type(pipe))  # and no copy, of which a class may have a way of its own
+    vars(twin).update(vars(pipe), check_inputs=checked)
     with contextlib.suppress(_Checked):
         twin(*args, **kwargs)
 

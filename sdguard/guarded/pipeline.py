@@ -21,7 +21,7 @@ from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
 from sdguard.decision.store import profile_for
 from sdguard.denoiser.families import check_pipeline, family_of, is_modular
-from sdguard.denoiser.foreign import is_foreign
+from sdguard.denoiser.foreign import is_foreign, layers
 from sdguard.denoiser.install import Aside, watched
 from sdguard.denoiser.reference_call import keep_null_condition
 from sdguard.denoiser.text_encoding import ENCODERS, Encoder
@@ -173,8 +173,11 @@ class GuardedPipeline(wrapt.ObjectProxy):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        if isinstance(found, MethodType) and found.__self__ is self.__wrapped__ and is_foreign(found):
-            return MethodType(found.__func__, self)  # what somebody's own method makes by calling itself is guarded
+        if isinstance(found, MethodType) and found.__self__ is self.__wrapped__ and any(map(is_foreign, layers(found))):
+            warnings.warn(
+                f"{name} is a method of somebody's own: what it makes by itself is not guarded, only calls of the guarded pipeline are.",
+                stacklevel=2,
+            )
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -259,6 +262,8 @@ def images_in(output: Any, count: int) -> Any:
             f"The pipeline gave a {type(output).__name__} and no output with images: it cannot be told which of them were judged."
         )
     images = output[0] if isinstance(output, tuple) else output.images
+    if not hasattr(images, "__len__"):
+        raise TypeError(f"The pipeline gave a {type(images).__name__} and no images in a row: it cannot be told which of them were judged.")
     if len(images) not in (0, count):
         raise RuntimeError(f"{len(images)} images were made where {count} were judged: the pipeline is changed by being called.")
     return images

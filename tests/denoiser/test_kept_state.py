@@ -7,6 +7,7 @@ from collections import UserDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -480,14 +481,63 @@ def test_hooks_on_the_denoiser_itself_keep_what_they_keep_of_the_pipelines_calls
     assert len(heard) == 4
 
 
-def test_a_hook_on_the_denoiser_is_in_every_reading(pipe: Any) -> None:
-    """In those of a run as in those of a calibration."""
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
-    pipe.unet.register_forward_hook(lambda module, given, output: (output[0] * 2,))
-    alone, seen = read_prompts(pipe, PROMPTS, [7, 8, 9]), []
-    config = GuardConfig("observe", profile=profile_for(1e6), on_call=lambda observation, reports: seen.append(observation.at_reference))
-    call(sdguard.guard(pipe, config))
-    torch.testing.assert_close(seen[0].eps_c, alone.eps_c, atol=1e-5, rtol=1e-4)
+class PackedAtFirst(torch.nn.Module):
+    """A layer that packs its weight at its first call, as those of quantisers do."""
+
+    def __init__(self, inner: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight: Any = inner.weight
+        self.bias, self.packed = inner.bias, dict[str, Tensor]()
+
+    def forward(self, given: Tensor, *args: Any) -> Tensor:
+        if not self.packed:
+            self.packed["values"], self.weight = self.weight.detach() * 1, None
+        return torch.nn.functional.linear(given, self.packed["values"], self.bias)
+
+
+def test_what_packs_its_weights_at_its_first_call_stays_packed(embedded: Any) -> None:
+    def made() -> Any:
+        pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+        attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        attention.to_q = PackedAtFirst(attention.to_q)
+        pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+        return pipe
+
+    pipe = made()
+    plain, found = call(made()).images, call(guarded(1e6)(pipe))
+    assert [report.verdict for report in found.guard] == ["clean"] * 3
+    assert np.array_equal(found.images, plain)
+    assert np.array_equal(call(pipe).images, plain)
+
+
+def test_what_is_set_up_once_is_not_set_up_again(pipe: Any) -> None:
+    class Lazy:
+        """Makes what it needs at its first call, and switches itself on."""
+
+        network, is_ready = None, False
+
+        def __call__(self) -> float:
+            if self.network is None:
+                self.network = torch.nn.Identity()  # type: ignore[assignment]
+                loads.put(1)
+            if not self.is_ready:
+                self.is_ready = True
+                loads.put(1)
+            return 1.0
+
+    loads = SimpleQueue[int]()
+    patched(pipe, Lazy())
+    call(guarded(1e6)(pipe), negative_prompt=["a cow"] * 3)
+    call(guarded(1e-9)(pipe), negative_prompt=["a cow"] * 3)
+    assert loads.qsize() == 2
+
+
+def test_hooks_behind_the_denoiser_are_called_by_the_pipelines_calls_alone(pipe: Any) -> None:
+    """One may take the weights away, which the call under way still needs."""
+    calls = SimpleQueue[int]()
+    pipe.unet.register_forward_hook(lambda module, given, output: calls.put(1))
+    call(guarded(1e6)(pipe), negative_prompt=["a cow"] * 3)
+    assert calls.qsize() == 4
 
 
 @pytest.mark.parametrize("side", [16, 24])
