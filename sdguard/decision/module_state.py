@@ -19,6 +19,7 @@ from sdguard.decision.adapters import adapters_in, scales_on
 from sdguard.decision.digests import digests_of, joined
 from sdguard.decision.module_parts import Attributes, parts_of, tensors_of
 from sdguard.decision.patches import FREEU, patches_in, patches_on
+from sdguard.denoiser.kept_state import same_objects
 
 #: values of each tensor that are looked at in every call.
 SAMPLED = 16
@@ -114,11 +115,6 @@ def spread(tensor: Tensor) -> tuple[tuple[int], tuple[int]]:
 def version(tensor: Tensor) -> int:
     """How often a tensor was changed in place, as far as that is counted."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def same_objects(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether two lists hold the very same objects."""
-    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def hooked(attributes: Sequence[Attributes]) -> list[bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -141,24 +141,30 @@ def kept_state(denoiser: nn.Module) -> list[Kept]:
     return [*kept_by([denoiser, *foreign], modules), *counting]
 
 
+@contextmanager
+def restored(instance: Any, names: Collection[str]) -> Iterator[None]:
+    """After the block the attributes ``names`` of ``instance`` itself, not those of its class, are what they were before, or are none."""
+    before = {name: vars(instance)[name] for name in names if name in vars(instance)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(instance).pop(name, None)
+        vars(instance).update(before)
+
+
 def hooked(denoiser: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward pass of a denoiser with the hooks of torch's before it, which may tell what is in it of what it is called with.
 
     Those behind it may end the pipeline's own call (by taking its weights away, for one), which is still under way.
     """
-    behind = vars(denoiser)["_forward_hooks"]
     if not vars(denoiser)["_forward_pre_hooks"]:
         return forward
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        held = vars(denoiser)
-        before = {name: held[name] for name in ("forward",) if name in held}
-        held.update(forward=forward, _forward_hooks=OrderedDict())
-        try:
+        with restored(denoiser, ("forward", "_forward_hooks")):
+            vars(denoiser).update(forward=forward, _forward_hooks=OrderedDict())
             return denoiser(*args, **kwargs)
-        finally:
-            del held["forward"]
-            held.update(before, _forward_hooks=behind)
 
     return called
 

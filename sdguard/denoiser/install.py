@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import HookFunctionReference
 from torch import nn
 
-from sdguard.denoiser.bare import compiled_call, forget
+from sdguard.denoiser.bare import compiled_call, forget, restored
 from sdguard.denoiser.families import denoiser_of
 from sdguard.denoiser.hook import DenoiserHook, Watcher
 from sdguard.denoiser.text_encoding import Encoder
@@ -27,18 +27,6 @@ _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 def lock_of(denoiser: nn.Module) -> threading.RLock:
     """The lock under which a denoiser is watched."""
     return _locks.setdefault(denoiser, threading.RLock())
-
-
-@contextmanager
-def restored(instance: Any, names: Collection[str]) -> Iterator[None]:
-    """After the block the attributes ``names`` of ``instance`` itself, not those of its class, are what they were before, or are none."""
-    before = {name: vars(instance)[name] for name in names if name in vars(instance)}
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(instance).pop(name, None)
-        vars(instance).update(before)
 
 
 @contextmanager

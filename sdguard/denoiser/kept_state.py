@@ -208,23 +208,18 @@ def of_tensor(tensor: Tensor) -> Kept:
     return Kept(lambda: torch.equal(tensor, values), restore, is_memory=True)
 
 
-def of_mapping(live: dict[Any, Any], names: Callable[[Any], bool] = lambda name: True) -> Kept:
-    """The entries of a dictionary under some names, in their order; those that are as they were are not written to."""
-    before = {name: value for name, value in live.items() if names(name)}
-
-    def is_same() -> bool:
-        now = {name: value for name, value in live.items() if names(name)}
-        return list(now) == list(before) and all(now[name] is value for name, value in before.items())
+def of_mapping(live: dict[Any, Any]) -> Kept:
+    """The entries of a dictionary, in their order; those that are as they were are not written to, as others may write beside."""
+    before = dict(live)
 
     def restore() -> None:
-        for name in [name for name in live if names(name) and name not in before]:
-            del live[name]
-        if [name for name in live if names(name)] != [name for name in before if name in live]:
-            for name in before.keys() & live.keys():  # to come in their order again
-                del live[name]
-        live.update({name: value for name, value in before.items() if live.get(name, MISSING) is not value})
+        for key in live.keys() - before.keys():
+            del live[key]
+        if list(live) != [key for key in before if key in live]:
+            live.clear()
+        live.update({key: value for key, value in before.items() if live.get(key, MISSING) is not value})
 
-    return Kept(is_same, restore)
+    return Kept(lambda: list(live) == list(before) and same_objects(list(live.values()), list(before.values())), restore)
 
 
 def is_set_up(was: Any, now: Any) -> bool:
@@ -234,22 +229,28 @@ def is_set_up(was: Any, now: Any) -> bool:
     return now is True or not (now is None or isinstance(now, (int, float, complex, str, tuple, Tensor, np.ndarray, *CONTAINERS)))
 
 
-def of_namespace(live: dict[str, Any], names: Callable[[str], bool] = lambda name: True) -> Kept:
-    """Attributes or variables by name; what is set up once stays, as it would be set up twice."""
-    before = {name: value for name, value in live.items() if names(name)}
+def of_names(read: Callable[[], dict[str, Any]], write: Callable[[str, Any], None], remove: Callable[[str], None]) -> Kept:
+    """What stands under names; what is set up once stays, as it would be set up twice."""
+    before = read()
 
     def changed() -> list[str]:
-        now = {name: live.get(name, MISSING) for name in {*before, *filter(names, live)}}
-        return [name for name, of in now.items() if of is not (was := before.get(name, MISSING)) and not is_set_up(was, of)]
+        now = read()
+        pairs = [(name, before.get(name, MISSING), now.get(name, MISSING)) for name in {*before, *now}]
+        return [name for name, was, of in pairs if not unchanged(of, was)]
 
     def restore() -> None:
         for name in changed():
             if name in before:
-                live[name] = before[name]
+                write(name, before[name])
             else:
-                del live[name]
+                remove(name)
 
     return Kept(lambda: not changed(), restore)
+
+
+def of_namespace(live: dict[str, Any], names: Callable[[str], bool] = lambda name: True) -> Kept:
+    """Attributes or variables under some names."""
+    return of_names(lambda: {name: of for name, of in live.items() if names(name)}, live.__setitem__, live.__delitem__)
 
 
 def of_cell(cell: Any) -> tuple[list[Kept], Iterable[Any]]:
@@ -305,12 +306,7 @@ def of_function(function: Any, own: frozenset[str]) -> tuple[list[Kept], Iterabl
 
     # its module, and the modules that it names
     spaces = [module, *(vars(of) for of in named(module, names) if isinstance(of, ModuleType) and is_near(of))]
-    reached = [
-        of
-        for space in spaces
-        for of in named(space, names)
-        if not isinstance(of, (FunctionType, type, ModuleType)) or (not isinstance(of, ModuleType) and is_near(of))
-    ]
+    reached = [of for space in spaces for of in named(space, names) if not isinstance(of, (FunctionType, type)) or is_near(of)]
     return [of_namespace(held), *(of_namespace(space, names.__contains__) for space in spaces)], [*below, *reached]
 
 
@@ -334,20 +330,7 @@ def of_class(kind: type, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]
         return {name: value for name, value in vars(kind).items() if is_attribute(name, value)}
 
     held = data()
-
-    def changed() -> list[str]:
-        now = data()
-        pairs = [(name, held.get(name, MISSING), now.get(name, MISSING)) for name in {*held, *now}]
-        return [name for name, was, of in pairs if of is not was and not is_set_up(was, of)]
-
-    def restore() -> None:
-        for name in changed():
-            if name in held:
-                setattr(kind, name, held[name])
-            else:
-                delattr(kind, name)
-
-    kept = [Kept(lambda: not changed(), restore)]
+    kept = [of_names(data, partial(setattr, kind), partial(delattr, kind))]
     if not is_looked_into(package_of(kind), own):
         return kept, held.values()
     bases = [base for base in kind.__bases__ if is_looked_into(package_of(base), own)]
