@@ -18,7 +18,8 @@ from families import PROMPTS, SIZE, build, call, profile_for
 
 import sdguard
 from sdguard import GuardConfig
-from sdguard.denoiser.families import check_pipeline
+from sdguard.denoiser.calls import DenoiserCall, concat_calls
+from sdguard.denoiser.families import TEXT, check_pipeline
 from sdguard.guarded import pipeline as pipeline_module
 
 NONE = profile_for(1e6)
@@ -314,3 +315,9 @@ def test_a_model_that_names_no_size_is_refused_before_any_call(pipe: Any) -> Non
 def test_a_scheduler_may_hold_what_cannot_be_copied(pipe: Any) -> None:
     pipe.scheduler.lock = threading.Lock()
     assert same(pipe) == ["clean"] * 3
+
+
+def test_a_guiders_embeddings_of_two_lengths_are_one_sentence() -> None:
+    null, text = (DenoiserCall({"hidden_states": torch.zeros(1), TEXT: torch.zeros(1, n, 4)}, torch.zeros(1)) for n in (8, 12))
+    with pytest.raises(ValueError, match=r"has 12 tokens and the negative prompt's 8: .* with max_sequence_length=12\.$"):
+        concat_calls(null, text, "hidden_states")
