@@ -517,7 +517,8 @@ def in_threads(*jobs: Any) -> list[Any]:
 
 def test_two_threads_with_a_pipeline_each_do_not_mix(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
-    pipes = [build(name, embedded.tokenizer) for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")]
+    # a tokenizer each: transformers' fast ones keep how they pad from one call to the next, and mix threads without a guard too
+    pipes = [build(name, copy.deepcopy(embedded.tokenizer)) for name in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")]
     guarded = [sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))) for pipe in pipes]
     alone = [call(pipe).images for pipe in pipes]
     together = in_threads(*(lambda pipe=pipe: call(pipe) for pipe in guarded))  # type: ignore[misc]
@@ -532,6 +533,7 @@ def test_two_guarded_pipelines_and_a_plain_one_may_share_a_denoiser(embedded: An
     others = [diffusers.StableDiffusionPipeline(**first.components, requires_safety_checker=False) for _ in range(2)]
     for other in others:
         other.scheduler = copy.deepcopy(first.scheduler)
+        other.tokenizer = copy.deepcopy(first.tokenizer)
         other.set_progress_bar_config(disable=True)
     plain = call(first).images
     guarded = [sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))) for pipe in (first, others[0])]
