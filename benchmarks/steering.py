@@ -32,6 +32,7 @@ from benchmarks.running import as_png, from_png, profile_digest, versions
 from sdguard import GuardConfig, GuardedPipeline, Profile, testbed
 from sdguard.correction import Correction, corrected, movement
 from sdguard.decision.model_folder import PROFILE_FILE
+from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.files.atomic import write_text
@@ -88,7 +89,7 @@ class Always:
     def lost(self, row: int, error: Exception) -> None:
         raise error
 
-    def rewritten(self, observation: Observation, found: torch.Tensor) -> None:
+    def rewritten(self, observation: Observation, hidden: HiddenTexts) -> None:
         """Nobody writes into the benchmark's texts."""
 
     def observe(self, observation: Observation) -> None:

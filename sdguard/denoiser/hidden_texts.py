@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,38 +20,44 @@ class HiddenTexts:
 
     Attributes:
         texts: of each image the last such text; where it had none, the judged one.
-        found: ``[2, B]``, the call at which each image first had one, -1 where it had none; and whether it had several.
+        steps: the calls that were looked at.
+        hidden, again: of each of these, which images had such a text, and which had another one than was kept by then, ``[B]``.
     """
 
     texts: Embeddings
-    found: Tensor
-
-    @classmethod
-    def beside(cls, judged: Embeddings) -> HiddenTexts:
-        """None so far beside what was judged."""
-        tokens, _ = judged
-        first, several = (torch.full((len(tokens),), value, device=tokens.device) for value in (-1, 0))
-        return cls(judged, torch.stack([first, several]))
+    steps: list[int] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    again: list[Tensor] = field(default_factory=list)
 
     def note(self, judged: Embeddings, now: Embeddings, step: int) -> None:
         """Note the text of the call ``step`` beside the judged one, which has its shapes."""
-        first, several = self.found
-        hidden, had = apart(now, judged), first >= 0
-        self.found = torch.stack([first.where(~hidden | had, step), several | (hidden & had & apart(now, self.texts))])
+        hidden = apart(now, judged)
+        self.steps.append(step)
+        self.hidden.append(hidden)
+        self.again.append(apart(now, self.texts))
         (tokens, pooled), (kept, kept_pooled) = now, self.texts
         self.texts = (
             tokens.where(hidden[:, None, None], kept),
             None if pooled is None or kept_pooled is None else pooled.where(hidden[:, None], kept_pooled),
         )
 
+    @property
+    def found(self) -> Tensor:
+        """``[2, B]``: the place in ``steps`` of the call at which each image first had such a text, -1 where it had none; and whether it
+        had several."""
+        hidden, again = torch.stack(self.hidden), torch.stack(self.again)
+        had = hidden.cumsum(0) > hidden.int()
+        first = hidden.int().argmax(0)
+        return torch.stack([first.where(hidden.any(0), -1), (hidden & had & again).any(0)])
+
 
 def apart(some: Embeddings, others: Embeddings) -> Tensor:
     """Of which images two texts differ, ``[B]``."""
     pairs = [(one, other) for one, other in zip(some, others, strict=True) if one is not None and other is not None]
-    return torch.stack([(one != other).flatten(1).any(1) for one, other in pairs]).any(0)
+    return functools.reduce(torch.bitwise_or, [(one != other).flatten(1).any(1) for one, other in pairs])
 
 
-def is_alike(some: Embeddings, others: Embeddings) -> bool:
-    """Whether two texts can be compared value by value: they have the same parts, of one shape, dtype and device."""
-    described = [[None if part is None else (part.shape, part.dtype, part.device) for part in text] for text in (some, others)]
-    return described[0] == described[1]
+def is_alike(*texts: Embeddings) -> bool:
+    """Whether texts can be compared value by value: they have the same parts, of one shape, dtype and device."""
+    described = [[None if part is None else (part.shape, part.dtype, part.device) for part in text] for text in texts]
+    return all(of == described[0] for of in described)

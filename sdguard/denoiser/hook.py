@@ -31,6 +31,7 @@ from sdguard.denoiser.calls import (
 from sdguard.denoiser.faces import faces_at, told_of_faces
 from sdguard.denoiser.families import TEXT, denoiser_of, family_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
+from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.kept_state import Kept
 from sdguard.denoiser.latents import condition_of, dtype_taken, embeddings_of, pack_embeddings, unpack_latents, with_condition, with_latents
 from sdguard.denoiser.record import RunRecord
@@ -71,10 +72,10 @@ class Watcher(Protocol):
     def lost(self, row: int, error: Exception) -> None:
         """Note that a row's correction could not be put into force, and is none any more."""
 
-    def rewritten(self, observation: Observation, found: Tensor) -> None:
+    def rewritten(self, observation: Observation, hidden: HiddenTexts) -> None:
         """Look, when the run is over, at what its text was where it was written into unseen.
 
-        ``found`` is that of `HiddenTexts`; images that had none are in ``observation`` under the text that was judged.
+        Images that had no ``hidden`` text are in ``observation`` under the text that was judged.
         """
 
     def made(self, latents: Tensor) -> None:
@@ -351,7 +352,7 @@ class DenoiserHook(ModelHook):
             return
         # of a later call than the first, which is not taken for the reference call
         seen = replace(record.first, step=record.step, condition=pack_embeddings(*hidden.texts, self.family), new_condition=True, memo={})
-        self.watcher.rewritten(replace(seen, reading=functools.cache(lambda: read(seen))), hidden.found)
+        self.watcher.rewritten(replace(seen, reading=functools.cache(lambda: read(seen))), hidden)
 
     def own_null(self, condition: Tensor) -> Tensor:
         """The model's own empty prompt beside conditions ``[B, T (+ 1), E]``, ``[1, T (+ 1), E]``; asked for once a run."""

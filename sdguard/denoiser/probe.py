@@ -18,6 +18,7 @@ from torch import Tensor
 from sdguard.correction import Correction
 from sdguard.denoiser.families import GUIDANCE, default_of, denoiser_of, family_of, is_modular
 from sdguard.denoiser.foreign import foreign_in, modules_in
+from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.install import lock_of, watched
 from sdguard.denoiser.reference_call import ReferenceCall, drawn_noise
 from sdguard.denoiser.schedulers import clone_scheduler
@@ -57,7 +58,7 @@ class _FirstCalls:
     def lost(self, row: int, error: Exception) -> None:
         raise error
 
-    def rewritten(self, observation: Observation, found: Tensor) -> None:
+    def rewritten(self, observation: Observation, hidden: HiddenTexts) -> None:
         """Nothing is judged here."""
 
     def observe(self, observation: Observation) -> None:

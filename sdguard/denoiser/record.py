@@ -165,9 +165,10 @@ class RunRecord:
         before, self._given = self._given, tuple((e, version_of(e)) for e in embeddings)
         now = tokens[unconditional:], None if pooled is None else pooled[unconditional:]
         judged, self.new_condition = self._embeddings, False
-        if judged and not at_hand(tokens) and all(map(untouched, before, self._given)) and is_alike(now, judged):
-            self.hidden_texts = self.hidden_texts or HiddenTexts.beside(judged)
-            self.hidden_texts.note(judged, now, self.step)
+        hidden = self.hidden_texts or (HiddenTexts(judged) if judged else None)
+        if judged and hidden and not at_hand(tokens) and all(map(untouched, before, self._given)) and is_alike(now, judged, hidden.texts):
+            self.hidden_texts = hidden
+            hidden.note(judged, now, self.step)
             return
         self.new_condition = judged is not None and not all(map(same_embedding, judged, now))
         if self.new_condition or judged is None:

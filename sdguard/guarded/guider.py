@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdguard.correction import Correction
 from sdguard.denoiser.calls import PER_ROW, DenoiserCall, by_name, concat_calls, own_call, snapshot
 from sdguard.denoiser.families import GUIDANCE, denoiser_of, family_of
+from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.hook import DenoiserHook
 from sdguard.denoiser.install import attached, wrapped
 from sdguard.denoiser.reference_call import same_texts
@@ -183,9 +184,9 @@ class RunOpener:
         if self.run:
             self.run.lost(row, error)
 
-    def rewritten(self, observation: Observation, found: Tensor) -> None:
+    def rewritten(self, observation: Observation, hidden: HiddenTexts) -> None:
         if self.run:
-            self.run.rewritten(observation, found)
+            self.run.rewritten(observation, hidden)
 
     def observe(self, observation: Observation) -> None:
         if self.run is None:

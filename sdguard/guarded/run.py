@@ -26,6 +26,7 @@ from sdguard.decision.cascade import judge
 from sdguard.decision.profile import SAME_PICTURE, SERIES, Profile
 from sdguard.decision.store import OTHER_ADAPTERS, identity_now, profile_now
 from sdguard.decision.traffic import append_scores
+from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.text_encoding import Encoder
 from sdguard.geometry.reference import LESS_NOISED_LOG_SNR, LOG_SNR, NOISED_LOG_SNR, recurrence, reference_end, timestep_at
 from sdguard.geometry.rowwise import correlation
@@ -204,17 +205,18 @@ class GuardedRun:
         report.flagged_at = max(map(len, report.series.values()), default=1) - 1
         self.settle(report)
 
-    def rewritten(self, observation: Observation, found: Tensor) -> None:
+    def rewritten(self, observation: Observation, hidden: HiddenTexts) -> None:
         """Judge images whose text was written into unseen by what it was; of several texts that is known of the last only.
 
         Each is flagged at the call that had it first; nothing can be steered any more. Cost: 2 evaluations an image where there is one.
         """
-        values = self.bring_up_to_date(found)
-        steps, several = values[: len(self._reports)], values[len(self._reports) :]
+        values = self.bring_up_to_date(hidden.found)
+        places, several = values[: len(self._reports)], values[len(self._reports) :]
+        steps = [hidden.steps[int(place)] if place >= 0 else -1 for place in places]
         reports = self.judge_again(observation, [report for report in self._reports if steps[report.row] >= 0])
         if unknown := [report for report in reports if several[report.row] and report.verdict != "flagged"]:
             self.fail(unknown, RuntimeError("its embeddings were written into at several calls, past torch's count of writes"))
-        for step in sorted({int(steps[report.row]) for report in reports}):
+        for step in sorted({steps[report.row] for report in reports}):
             flagged = [report for report in reports if report.verdict == "flagged" and steps[report.row] == step]
             self.act(replace(observation, step=step), flagged)
         self.evaluations = observation.evaluations

@@ -5,9 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sdguard.denoiser import record as record_module
+from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.record import RunRecord
 
 
@@ -68,3 +71,31 @@ def test_on_a_gpu_the_same_tensors_are_not_compared(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(record_module, "same_embedding", None)
     held = torch.zeros(2, 3, 4)
     assert changes(lambda: held, lambda: held) == [False, False]
+
+
+def test_a_text_of_another_length_is_compared_though_another_was_written_in_unseen_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "at_hand", lambda tensor: False)
+    short, long = torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    assert changes(lambda: short, lambda: short, lambda: long, lambda: long, lambda: long) == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@given(texts=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=2), min_size=1, max_size=6))
+def test_texts_written_in_unseen_are_told_by_image(pooled: bool, texts: list[list[int]]) -> None:
+    """Of two images, by the call; 0 is what was judged."""
+
+    def embeddings(values: list[int]) -> tuple[Tensor, Tensor | None]:
+        tokens = torch.tensor(values, dtype=torch.float)
+        return tokens.view(2, 1, 1).expand(2, 3, 4), tokens.view(2, 1).expand(2, 5) if pooled else None
+
+    judged = embeddings([0, 0])
+    hidden = HiddenTexts(judged)
+    for step, values in enumerate(texts):
+        hidden.note(judged, embeddings(values), 10 + step)
+    first, several = hidden.found.tolist()
+    for image, of in enumerate(zip(*texts, strict=True)):
+        others = [value for value in of if value]
+        assert first[image] == (of.index(others[0]) if others else -1)
+        assert bool(several[image]) == (len(set(others)) > 1)
+        assert hidden.texts[0][image, 0, 0] == (others[-1] if others else 0)
+    assert hidden.steps == [10 + step for step in range(len(texts))]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdguard.correction import Correction
+from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.install import watched
 from sdguard.denoiser.schedulers import input_scale
 from sdguard.denoiser.text_encoding import Encoder
@@ -54,7 +55,7 @@ class At:
     def lost(self, row: int, error: Exception) -> None:
         raise error
 
-    def rewritten(self, observation: Observation, found: Tensor) -> None:
+    def rewritten(self, observation: Observation, hidden: HiddenTexts) -> None:
         """Nothing."""
 
     def observe(self, observation: Observation) -> None:
