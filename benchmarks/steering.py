@@ -80,7 +80,7 @@ class Always:
     def follows(self, step: int) -> bool:
         return True
 
-    def glance(self, prediction: Prediction) -> None:
+    def glance(self, prediction: Prediction, calls: int) -> None:
         """Each call is observed."""
 
     def made(self, latents: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,13 @@ class NoiseLevel(NamedTuple):
     def log_snr(self) -> float:
         """Logarithm of the signal-to-noise ratio ``a**2 / s**2``."""
         return 2 * math.log(self.a / self.s)
+
+
+class NoiseLevels(NamedTuple):
+    """The `NoiseLevel` of each row, ``[B, 1, 1, 1]``."""
+
+    a: Tensor
+    s: Tensor
 
 
 #: share of signal that a noise level counts with at least. Where there is none (flow matching's first step, zero terminal SNR), a noise
@@ -113,7 +120,7 @@ def from_noise(eps: Tensor, x: Tensor, level: NoiseLevel, prediction_type: str) 
     raise TypeError(f"prediction type {prediction_type!r} is not known to sdguard.")
 
 
-def denoised(x: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
+def denoised(x: Tensor, eps: Tensor, level: NoiseLevel | NoiseLevels) -> Tensor:
     """The estimate of ``x_0``: ``(x_t - s eps) / a``."""
     return (x - level.s * eps) / level.a
 
@@ -136,15 +143,15 @@ class Prediction:
     Attributes:
         x: ``x_t`` in the variance-preserving convention, ``[B, C, H, W]``, fp32.
         eps_c, eps_u: conditional and unconditional noise predictions, ``[B, C, H, W]``, fp32.
-        level: the noise level ``(a, s)``.
-        guidance_scale: the run's guidance scale.
+        level: the noise level ``(a, s)``; of several calls' predictions that of each row.
+        guidance_scale: the run's guidance scale; of several calls' that of each row, ``[B, 1, 1, 1]``.
     """
 
     x: Tensor
     eps_c: Tensor
     eps_u: Tensor
-    level: NoiseLevel
-    guidance_scale: float
+    level: NoiseLevel | NoiseLevels
+    guidance_scale: float | Tensor
 
     @functools.cached_property
     def difference(self) -> Tensor:
@@ -159,6 +166,19 @@ class Prediction:
     def guided(self, eps_c: Tensor, eps_u: Tensor) -> Tensor:
         """The prediction under guidance, ``eps_u + w (eps_c - eps_u)`` (Ho & Salimans 2022)."""
         return eps_u + self.guidance_scale * (eps_c - eps_u)
+
+
+def joined(predictions: Sequence[Prediction]) -> Prediction:
+    """What several calls predict as one prediction, the images of one call after those of the other.
+
+    A GPU is started as often for all as for one, but to write down what a row has of its call.
+    """
+    x, eps_c, eps_u = (torch.cat([getattr(of, name) for of in predictions]) for name in ("x", "eps_c", "eps_u"))
+    a, s, scale = (
+        torch.cat([of.x.new_full((len(of.x), 1, 1, 1), value) for of, value in zip(predictions, values, strict=True)])
+        for values in zip(*((*of.level, of.guidance_scale) for of in predictions), strict=True)
+    )
+    return Prediction(x, eps_c, eps_u, NoiseLevels(a, s), scale)
 
 
 @dataclass(frozen=True)
@@ -185,6 +205,8 @@ class Observation(Prediction):
         memo: what was evaluated at this very point, by row and name (`sdguard.geometry.rollout.once_a_row`); None where nothing is kept.
     """
 
+    level: NoiseLevel
+    guidance_scale: float
     step: int
     timestep: float
     condition: Tensor

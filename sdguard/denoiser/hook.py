@@ -45,7 +45,10 @@ from sdguard.denoiser.reference_call import (
 from sdguard.denoiser.replay import Replayed, activate_correction
 from sdguard.denoiser.schedulers import insert_row
 from sdguard.denoiser.text_encoding import Encoder
-from sdguard.observation import Denoiser, Observation, Prediction, prediction_type, to_noise
+from sdguard.observation import Denoiser, Observation, Prediction, joined, prediction_type, to_noise
+
+#: calls whose predictions are shown together, where nothing else is asked of them.
+GLANCES = 16
 
 
 class Watcher(Protocol):
@@ -66,8 +69,8 @@ class Watcher(Protocol):
     def observe(self, observation: Observation) -> None:
         """Look at one call; what it puts into ``corrections`` holds for the whole run of that row, its past calls included."""
 
-    def glance(self, prediction: Prediction) -> None:
-        """Look at what a call predicts that is not observed."""
+    def glance(self, prediction: Prediction, calls: int) -> None:
+        """Look at what ``calls`` calls predict that are not observed, the images of one after those of the other."""
 
     def lost(self, row: int, error: Exception) -> None:
         """Note that a row's correction could not be put into force, and is none any more."""
@@ -99,6 +102,7 @@ class DenoiserHook(ModelHook):
         activated: the correction of each row that is in force.
         arriving: rows that enter the batch at the ``scheduler.step`` under way.
         step_arguments: those of ``scheduler.step``.
+        glanced: what was predicted at the calls since the watcher was last shown any, of which nothing else is asked.
         nulls: the model's own empty prompt, by number of tokens.
         read: gives the guard's own reference call beside an observation, with the arguments of the call that was last observed.
     """
@@ -115,6 +119,7 @@ class DenoiserHook(ModelHook):
         self.activated: dict[int, Correction] = {}
         self.arriving: dict[int, Replayed] = {}
         self.step_arguments: dict[str, Any] = {}
+        self.glanced: list[Prediction] = []
         self.nulls: dict[int, Tensor] = {}
         self.read: Callable[[Observation], Observation] | None = None
 
@@ -265,10 +270,11 @@ class DenoiserHook(ModelHook):
         Returns ``call.prediction`` itself where no row is corrected.
         """
         if not (self.watcher.follows(self.record.step) or self.record.new_condition):
-            seen = self.predicted(call)
-            self.record.norms.append(seen.guidance_norm)
-            self.watcher.glance(seen)
+            self.glanced.append(self.predicted(call))
+            if len(self.glanced) == GLANCES:
+                self.show_glances()
             return call.prediction
+        self.show_glances()
         observation = self.observation(module, call)
         self.record.note(observation)
         self.watcher.observe(observation)
@@ -286,14 +292,23 @@ class DenoiserHook(ModelHook):
                 prediction[rows] = with_latents(prediction[rows], branches, self.record.patches)
         return prediction
 
+    def show_glances(self) -> None:
+        """Show the watcher what was predicted at the calls since it was last shown any, if there were any. Cost: none."""
+        glanced, self.glanced = self.glanced, []
+        if glanced:
+            seen = joined(glanced)
+            self.record.norms.extend(seen.guidance_norm.unflatten(0, (len(glanced), -1)))
+            self.watcher.glance(seen, len(glanced))
+
     def noises(self, call: DenoiserCall) -> tuple[Tensor, Tensor]:
         """The points of all rows of a step and the noise predicted there, ``[branches B, C, H, W]`` both."""
         latents = unpack_latents(call.kwargs[self.family.sample], self.record.patches)
         prediction = unpack_latents(call.prediction, self.record.patches)
         # masks and pictures stand behind latents, and behind outputs the variances that some networks learn
         channels = min(latents.shape[1], prediction.shape[1])
-        x = latents[:, :channels].float()
-        return x, self.to_noise(prediction[:, :channels], x, float(self.record.timesteps[-1]))
+        # copies, as the pipeline's loop and callbacks may write into both before they are read
+        x, output = (of[:, :channels].to(torch.float, copy=True) for of in (latents, prediction))
+        return x, self.to_noise(output, x, float(self.record.timesteps[-1]))
 
     def predicted(self, call: DenoiserCall) -> Prediction:
         """What the two branches of a step predict. Cost: none."""

@@ -6,7 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
@@ -107,7 +107,10 @@ def watched(encoder: Encoder, watcher: Watcher) -> Iterator[Aside]:
         stand()
         try:
             yield aside
+            hook.show_glances()
             hook.show_hidden_texts()
         except BaseException:
             forget(denoiser)
+            with suppress(Exception):  # which would hide the one that ended the run
+                hook.show_glances()
             raise

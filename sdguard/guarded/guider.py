@@ -77,6 +77,8 @@ class GuardedGuidance(ClassifierFreeGuidance):
     @property
     def reports(self) -> list[GuardReport]:
         """One `GuardReport` per image of the last run; empty until its first call has been judged."""
+        if self.hook is not None:
+            self.hook.show_glances()
         return self.run.reports if self.run else []
 
     @property
@@ -172,9 +174,9 @@ class RunOpener:
     def follows(self, step: int) -> bool:
         return self.run.follows(step) if self.run else True
 
-    def glance(self, prediction: Prediction) -> None:
+    def glance(self, prediction: Prediction, calls: int) -> None:
         if self.run:
-            self.run.glance(prediction)
+            self.run.glance(prediction, calls)
 
     def made(self, latents: Tensor) -> None:
         if self.run:
@@ -273,6 +275,7 @@ class GuiderHook(DenoiserHook):
                 with self.guider.telling_of_failure():
                     output = self.wrap_step(original)(*args, **kwargs)
                     if self.record.timesteps[-1].item() == self.record.last_timestep:
+                        self.show_glances()
                         self.show_hidden_texts()
                 if self.guider.run and (withheld := self.guider.run.withheld):
                     output[0][withheld] = 0

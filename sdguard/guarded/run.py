@@ -101,7 +101,7 @@ class GuardedRun:
         self.looks, self.ended = 0, False
         #: as the hook goes on counting them, ``[B]``
         self.evaluations = torch.zeros(len(prompts), dtype=torch.long)
-        #: values of `SERIES` at the calls since the reports were last brought up to date, ``[signals, B]`` each
+        #: values of `SERIES` since the reports were last brought up to date, ``[calls, signals, B]`` each
         self.watched: list[Tensor] = []
         #: what the text of a steered row draws by itself, ``[C, H, W]``
         self.avoided: dict[int, Tensor] = {}
@@ -142,7 +142,7 @@ class GuardedRun:
         (*watched,), self.watched = self.watched, []
         parts = [*watched, *beside]
         values = torch.cat([part.flatten().to(parts[0].device, torch.float) for part in parts]).tolist() if parts else []
-        for (name, report), value in zip(list(product(SERIES, self._reports)) * len(watched), values, strict=False):
+        for (name, report), value in zip(list(product(SERIES, self._reports)) * sum(map(len, watched)), values, strict=False):
             report.series.setdefault(name, []).append(value)
         return values[sum(map(Tensor.numel, watched)) :]
 
@@ -177,9 +177,9 @@ class GuardedRun:
         """The call that is judged, and all where something is steered, or somebody else is to see them."""
         return step == 0 or bool(self.corrections) or self.config.on_call is not None
 
-    def glance(self, prediction: Prediction) -> None:
-        """Note the free signals of a call of which nothing else is asked."""
-        self.watch(prediction)
+    def glance(self, prediction: Prediction, calls: int) -> None:
+        """Note the free signals of calls of which nothing else is asked."""
+        self.watch(prediction, calls)
 
     def observe(self, observation: Observation) -> None:
         """Look at one call: judge the first, and any whose text condition is another; steer what is flagged at the first."""
@@ -199,7 +199,7 @@ class GuardedRun:
 
     def lost(self, row: int, error: Exception) -> None:
         """Note that an image cannot be steered because of ``error``; the pipeline goes on with it as it was."""
-        report = self._reports[row]
+        report = self.reports[row]
         self.flag_again([row])
         self.fail([report], error)
         report.flagged_at = max(map(len, report.series.values()), default=1) - 1
@@ -268,8 +268,8 @@ class GuardedRun:
         memo = None if any(rules) else dict(observation.memo or {})
         return replace(observation, rules=rules, evaluations=observation.evaluations.clone(), memo=memo)
 
-    def watch(self, prediction: Prediction) -> None:
-        """Note the free signals of one call; nothing is decided here, so an error is only logged.
+    def watch(self, prediction: Prediction, calls: int = 1) -> None:
+        """Note the free signals of as many calls; nothing is decided here, so an error is only logged.
 
         The values stay where they are until somebody asks for them: a GPU is not waited for at each call.
         """
@@ -279,8 +279,8 @@ class GuardedRun:
                 values.append(read(prediction).float())
             except Exception as error:
                 logger.warning("sdguard: %s could not be read of a call: %s: %s", name, type(error).__name__, error)
-                values.append(prediction.x.new_full((len(self._reports),), math.nan))
-        self.watched.append(torch.stack(values))
+                values.append(prediction.x.new_full((len(prediction.x),), math.nan))
+        self.watched.append(torch.stack(values).unflatten(1, (calls, -1)).movedim(1, 0))
 
     def judge(self, observation: Observation, reports: list[GuardReport]) -> None:
         """Score, p-value, signals and flag of images by the cascade, at the guard's own reference call.

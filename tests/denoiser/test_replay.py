@@ -46,7 +46,7 @@ class At:
     def follows(self, step: int) -> bool:
         return True
 
-    def glance(self, prediction: Prediction) -> None:
+    def glance(self, prediction: Prediction, calls: int) -> None:
         """Each call is observed."""
 
     def made(self, latents: Tensor) -> None:
