@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+#: what JSON calls what a line may hold beside an object.
+JSON_KINDS = {int: "a number", float: "a number", str: "a string", bool: "a boolean", list: "an array", type(None): "null"}
 #: rows of a file that are held at a time where it is read in pieces.
 PIECE_ROWS = 8192
 #: rows of a file that are held at a time where it is asked which column holds the prompts, since pictures may stand beside them.
@@ -222,7 +224,7 @@ def json_object(number: int, line: str) -> dict[str, Any]:
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which is no text
             return row
-        what = f"it holds {'null' if row is None else type(row).__name__}, and no object"
+        what = f"it holds {JSON_KINDS[type(row)]}, and no object"
     except UnicodeEncodeError:
         what = "a character of it is half a surrogate pair"
     except ValueError as error:

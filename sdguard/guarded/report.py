@@ -82,7 +82,7 @@ class GuardReport:
         """The verdict in one plain sentence, with or without texts."""
         if self.error:
             error = self.error if texts else self.error.partition(":")[0]
-            return f"Could not be judged ({error}); {'withheld' if self.verdict == 'withheld' else 'let through'}."
+            return f"Could not be judged ({error}){'; withheld' if self.verdict == 'withheld' else ''}."
         if self.score is None:
             return "Not judged."
         if self.p_value is None:

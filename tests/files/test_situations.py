@@ -64,7 +64,7 @@ SITUATIONS: dict[str, tuple[str, str | bytes | Callable[[Path], None], list[str]
     "JSON lines with a blank one": ("a.jsonl", rows("a cat") + "\n" + rows("a dog"), CATS),
     "JSON lines without a text": ("a.jsonl", rows("a cat", None), "holds no text in row 1 of column 'prompt'"),
     "a null in place of an object": ("a.jsonl", rows("a") + "null\n", "line 2: it holds null, and no object"),
-    "a number in place of an object": ("a.jsonl", rows("a") + "5\n", "line 2: it holds int, and no object"),
+    "a number in place of an object": ("a.jsonl", rows("a") + "5\n", "line 2: it holds a number, and no object"),
     "a text inside an object": ("a.jsonl", rows({"text": "a cat"}), "holds no text in row 0 of column 'prompt'"),
     "texts that look like dates": ("a.jsonl", rows("2023-01-05", "1970"), ["2023-01-05", "1970"]),
     "the other suffix of JSON lines": ("a.ndjson", rows("a cat"), ["a cat"]),
