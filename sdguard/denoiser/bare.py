@@ -21,7 +21,7 @@ from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from torch import Tensor, nn
 
 from sdguard.denoiser.foreign import DEEP_CACHE, foreign_in, is_foreign_class, modules_in
-from sdguard.denoiser.kept_state import Kept, has_changed, kept_by, numbers_of, put_back
+from sdguard.denoiser.kept_state import Kept, changed_since, has_changed, hooks_of, kept_by, numbers_of, put_back
 from sdguard.noise import generators_kept
 
 #: the module of torch whose captured graphs hold what they stand for in their closure.
@@ -180,7 +180,8 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
         fresh: what `kept_state` was before the run under way: what code from elsewhere has kept of it since is not used either.
     """
     registries, references, helpers, compiled, trains = around(denoiser)
-    kept = kept_state(denoiser)
+    kept = [*kept_state(denoiser), *changed_since(fresh)]  # of code that is gone by now too
+    hooks = hooks_of(modules_in(denoiser)) if kept else []
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     put_back(fresh)  # before the caches' own, which may be reached from code from elsewhere
     for reference in references:
@@ -197,7 +198,7 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
         with weights_kept(registries), generators_kept(trains or bool(kept)):
             yield
     finally:
-        put_back(kept)
+        put_back([*kept, *hooks])
         for (held, name, _), call in zip(compiled, calls, strict=True):
             held[name] = call
         for of, was in before:

@@ -36,11 +36,13 @@ class Kept(NamedTuple):
     Attributes:
         is_same: whether it is what it was.
         restore: puts it back to that.
+        again: gives the same of what it is now.
         is_memory: whether it is memory alone, which a captured graph writes what it gives into.
     """
 
     is_same: Callable[[], bool]
     restore: Callable[[], None]
+    again: Callable[[], Kept]
     is_memory: bool = False
 
 
@@ -48,6 +50,8 @@ class Kept(NamedTuple):
 NOT_KEPT = frozenset(
     {*vars(nn.Module()), "forward", "_old_forward", "_diffusers_hook", "_hf_hook", "_compiled_call_impl", "_internal_dict"}
 )
+#: attributes under which torch has a module's hooks, and what is known of each.
+HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks")))
 #: classes of what cannot change, or is no patch's to change.
 FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, nn.Parameter, ModuleType)
 #: containers that may be looked into wherever they are held.
@@ -101,6 +105,16 @@ def has_changed(kept: Iterable[Kept]) -> bool:
     return False
 
 
+def changed_since(kept: Iterable[Kept]) -> list[Kept]:
+    """What is another than when it was copied, copied as it is now."""
+    found = []
+    for of in kept:
+        with contextlib.suppress(Exception):
+            if not of.is_same():
+                found.append(of.again())
+    return found
+
+
 def put_back(kept: Iterable[Kept]) -> None:
     """Put everything back to what it was when it was copied."""
     for of in kept:
@@ -110,9 +124,9 @@ def put_back(kept: Iterable[Kept]) -> None:
 
 
 @contextlib.contextmanager
-def left_alone(foreign: Sequence[Any], within: Iterable[nn.Module]) -> Iterator[None]:
+def left_alone(foreign: Sequence[Any], within: Sequence[nn.Module]) -> Iterator[None]:
     """After the block what some ``foreign`` code keeps is what it was."""
-    kept = kept_by(foreign, within) if foreign else []
+    kept = [*kept_by(foreign, within), *hooks_of(within)] if foreign else []
     try:
         yield
     finally:
@@ -194,7 +208,7 @@ def refill(collection: Any, add: Callable[[Any], None], elements: Any) -> None:
 def of_state(read: Callable[[], Any], write: Callable[[Any], Any], same: Callable[[Any, Any], bool] = operator.eq) -> Kept:
     """What is read and written as a whole."""
     before = read()
-    return Kept(lambda: same(read(), before), lambda: write(before))
+    return Kept(lambda: same(read(), before), lambda: write(before), partial(of_state, read, write, same))
 
 
 def of_tensor(tensor: Tensor) -> Kept:
@@ -205,7 +219,7 @@ def of_tensor(tensor: Tensor) -> Kept:
         with torch.inference_mode():
             tensor.copy_(values)
 
-    return Kept(lambda: torch.equal(tensor, values), restore, is_memory=True)
+    return Kept(lambda: torch.equal(tensor, values), restore, partial(of_tensor, tensor), is_memory=True)
 
 
 def of_mapping(live: dict[Any, Any]) -> Kept:
@@ -219,7 +233,10 @@ def of_mapping(live: dict[Any, Any]) -> Kept:
             live.clear()
         live.update({key: value for key, value in before.items() if live.get(key, MISSING) is not value})
 
-    return Kept(lambda: list(live) == list(before) and same_objects(list(live.values()), list(before.values())), restore)
+    def is_same() -> bool:
+        return list(live) == list(before) and same_objects(list(live.values()), list(before.values()))
+
+    return Kept(is_same, restore, partial(of_mapping, live))
 
 
 def is_set_up(was: Any, now: Any) -> bool:
@@ -245,7 +262,7 @@ def of_names(read: Callable[[], dict[str, Any]], write: Callable[[str, Any], Non
             else:
                 remove(name)
 
-    return Kept(lambda: not changed(), restore)
+    return Kept(lambda: not changed(), restore, partial(of_names, read, write, remove))
 
 
 def of_namespace(live: dict[str, Any], names: Callable[[str], bool] = lambda name: True) -> Kept:
@@ -350,6 +367,28 @@ def of_module(module: nn.Module) -> tuple[list[Kept], Iterable[Any]]:
     small = [buffer for buffer in buffers.values() if buffer is not None and buffer.numel() <= SMALL]
     kept = [of_namespace(held, lambda name: name not in NOT_KEPT), of_mapping(buffers), of_mapping(held["_modules"])]
     return kept, [*own, *small, type(module)]
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> list[Kept]:
+    """The hooks of torch's on modules."""
+    return [of_hooks(module) for module in modules if any(vars(module)[name] for name in HOOKS)]
+
+
+def of_hooks(module: nn.Module) -> Kept:
+    """The hooks of torch's on a module: one that takes itself away at its first call was not there for this one. Those added since stay."""
+    before = {name: dict(vars(module)[name]) for name in HOOKS}
+
+    def lost() -> list[str]:
+        return [name for name, hooks in before.items() if hooks.keys() - vars(module)[name].keys()]
+
+    def restore() -> None:
+        for name in lost():
+            live = vars(module)[name]  # the very one that a hook's handle takes it from
+            merged = {**before[name], **live}
+            live.clear()
+            live.update(merged)
+
+    return Kept(lambda: not lost(), restore, partial(of_hooks, module))
 
 
 def numbers_of(module: nn.Module) -> Kept:

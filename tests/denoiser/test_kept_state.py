@@ -540,6 +540,36 @@ def test_hooks_behind_the_denoiser_are_called_by_the_pipelines_calls_alone(pipe:
     assert calls.qsize() == 4
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda unet, hook: unet.mid_block.register_forward_hook(lambda module, given, output: hook(output)),
+        lambda unet, hook: unet.mid_block.register_forward_pre_hook(lambda module, given: hook(given[0])),
+        lambda unet, hook: unet.register_forward_pre_hook(lambda module, given, named: hook(given[0]), with_kwargs=True),
+        lambda unet, hook: unet.register_forward_hook(lambda module, given, output: hook(output[0])),
+    ],
+    ids=["behind a block", "before a block", "before the denoiser", "behind the denoiser"],
+)
+def test_a_hook_that_takes_itself_away_at_its_first_call_sees_the_pipelines_first_call(put: Any, ahead: bool, pipe: Any) -> None:
+    def caught(of: Any) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def once(found: Tensor) -> None:
+            seen.append(found.clone())
+            handle.remove()
+
+        handle = put(pipe.unet, once)
+        if ahead and of is not pipe:
+            read_prompts(pipe, PROMPTS, [7, 8, 9])
+        call(of, negative_prompt=["a cow"] * 3)
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in (pipe.unet, pipe.unet.mid_block))
+        return seen
+
+    (plain,), (found,) = caught(pipe), caught(guarded(1e-9)(pipe))
+    assert torch.equal(plain[:3], found[:3])  # without the text, which is steered in one row
+
+
 @pytest.mark.parametrize("side", [16, 24])
 def test_a_hook_may_tell_a_patch_of_what_size_the_latents_are(side: int, pipe: Any) -> None:
     """As tomesd and HiDiffusion do; the guard reads at the model's own size."""
