@@ -20,7 +20,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
 from torch import Tensor, nn
 
-from sdguard.denoiser.foreign import DEEP_CACHE, foreign_in, is_foreign_class, modules_in
+from sdguard.denoiser.foreign import DEEP_CACHE, compiled_from, foreign_in, is_foreign_class, modules_in
 from sdguard.denoiser.kept_state import Kept, changed_since, has_changed, hooks_of, kept_by, numbers_of, put_back
 from sdguard.noise import generators_kept
 
@@ -79,8 +79,7 @@ def not_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward
     if getattr(forward, "__module__", None) == GRAPHS:
         return inspect.getclosurevars(forward).nonlocals.get("orig_fwd", forward)
-    found: Callable[..., Any] = getattr(forward, "_torchdynamo_orig_callable", forward)
-    return found
+    return compiled_from(forward) or forward
 
 
 def helpers_in(forwards: list[Any]) -> list[Any]:
@@ -91,7 +90,7 @@ def helpers_in(forwards: list[Any]) -> list[Any]:
 
 
 def has_caches(denoiser: nn.Module, fresh: Iterable[Kept]) -> bool:
-    """Whether parts of a denoiser's calls are kept for the next; ``fresh`` is what `kept_state` was before the run under way."""
+    """Whether parts of a denoiser's calls are kept for the next; ``fresh`` is what patches kept before the run under way."""
     found = around(denoiser)
     return bool(found.references or found.helpers) or has_changed(fresh)
 
@@ -130,15 +129,36 @@ def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     return vars(module).get("_compiled_call_impl")
 
 
-def kept_state(denoiser: nn.Module) -> list[Kept]:
-    """What code from elsewhere keeps between a denoiser's calls, as it is now. Cost: some two milliseconds for SDXL where there is none."""
+class Patches(NamedTuple):
+    """Code from elsewhere on a denoiser.
+
+    Attributes:
+        code: as `foreign_in` finds it.
+        kept: what it keeps between calls, as it is now; and the numbers that modules of classes of its own count in.
+    """
+
+    code: list[Any]
+    kept: list[Kept]
+
+
+def patches_of(denoiser: nn.Module) -> Patches:
+    """The code from elsewhere on a denoiser. Cost: some two milliseconds for SDXL where there is none."""
     modules = modules_in(denoiser)
-    foreign = foreign_in(modules)
-    if not foreign:
-        return []
-    # such code is given the denoiser, and puts what it keeps there; or counts in modules of classes of its own
-    counting = [numbers_of(module) for module in modules if is_foreign_class(type(module))]
-    return [*kept_by([denoiser, *foreign], modules), *counting]
+    foreign, kinds = foreign_in(modules), {kind for kind in set(map(type, modules)) if is_foreign_class(kind)}
+    counting = [numbers_of(module) for module in modules if type(module) in kinds] if kinds else []
+    # such code is given the denoiser, and puts what it keeps there
+    return Patches(foreign, [*(kept_by([denoiser, *foreign], modules) if foreign else ()), *counting])
+
+
+@contextmanager
+def unmoved(denoiser: nn.Module) -> Iterator[None]:
+    """After the block the patches on a denoiser keep what they kept before, whatever run was made in it."""
+    patches = patches_of(denoiser)
+    hooks = hooks_of(modules_in(denoiser)) if patches.code else []
+    try:
+        yield
+    finally:
+        put_back([*patches.kept, *hooks])
 
 
 @contextmanager
@@ -177,11 +197,12 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
     Of one that `torch.compile` has wrapped, `uncompiled` is to be called.
 
     Args:
-        fresh: what `kept_state` was before the run under way: what code from elsewhere has kept of it since is not used either.
+        fresh: what patches kept before the run under way: what they have kept of it since is not used either.
     """
     registries, references, helpers, compiled, trains = around(denoiser)
-    kept = [*kept_state(denoiser), *changed_since(fresh)]  # of code that is gone by now too
-    hooks = hooks_of(modules_in(denoiser)) if kept else []
+    patches = patches_of(denoiser)
+    kept = [*patches.kept, *changed_since(fresh)]  # of code that is gone by now too
+    hooks = hooks_of(modules_in(denoiser)) if patches.code else []
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     put_back(fresh)  # before the caches' own, which may be reached from code from elsewhere
     for reference in references:
@@ -195,9 +216,10 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
     for held, name, plain in compiled:
         held[name] = plain
     try:
-        with weights_kept(registries), generators_kept(trains or bool(kept)):
+        with weights_kept(registries), generators_kept(trains or bool(patches.code)):
             yield
     finally:
+        put_back(fresh)  # what nobody reaches any more was as it began
         put_back([*kept, *hooks])
         for (held, name, _), call in zip(compiled, calls, strict=True):
             held[name] = call

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from types import NoneType
+from types import FunctionType, MethodType, NoneType
 from typing import Any
 
 from torch import nn
@@ -22,13 +22,20 @@ MARKS = frozenset({"forward", "_old_forward", "_diffusers_hook"})
 
 def code_of(function: Any) -> tuple[str, str]:
     """The package and the full name of what a callable runs, also where it bears another's name."""
-    while under := getattr(function, "_torchdynamo_orig_callable", None) or (function.func if isinstance(function, partial) else None):
+    while under := compiled_from(function) or (function.func if isinstance(function, partial) else None):
         function = under
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    # the globals, since functools.wraps copies __module__ and the name
-    module = str(function.__globals__.get("__name__")) if code is not None else type(function).__module__
-    return module.partition(".")[0], f"{module}.{code.co_qualname if code is not None else type(function).__qualname__}"
+    function = function.__func__ if isinstance(function, MethodType) else function
+    if not isinstance(function, FunctionType):
+        return type(function).__module__.partition(".")[0], f"{type(function).__module__}.{type(function).__qualname__}"
+    # the globals and the code, since functools.wraps copies __module__ and the names
+    module, code = str(function.__globals__.get("__name__")), function.__code__
+    return module.partition(".")[0], f"{module}.{getattr(code, 'co_qualname', code.co_name)}"  # Python 3.10 has the short name alone
+
+
+def compiled_from(function: Any) -> Callable[..., Any] | None:
+    """What `torch.compile` made a function of, None for any other; of objects that answer to every name nothing is asked."""
+    found: Callable[..., Any] | None = vars(function).get("_torchdynamo_orig_callable") if isinstance(function, FunctionType) else None
+    return found
 
 
 def is_foreign(function: Any) -> bool:

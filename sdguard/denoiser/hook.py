@@ -14,7 +14,7 @@ from diffusers.hooks import ModelHook
 from torch import Tensor
 
 from sdguard.correction import Correction
-from sdguard.denoiser.bare import bare, compiled_call, has_caches, hooked, kept_state, not_compiled, uncompiled
+from sdguard.denoiser.bare import bare, compiled_call, has_caches, hooked, not_compiled, patches_of, uncompiled
 from sdguard.denoiser.calls import (
     DenoiserCall,
     by_name,
@@ -93,7 +93,8 @@ class DenoiserHook(ModelHook):
     takes its place in the batch again, in the scheduler's memory too.
 
     Attributes:
-        fresh: what code from elsewhere had kept on the denoiser before its first call; empty where there is none.
+        patches: code from elsewhere on the denoiser, at its first call.
+        fresh: what that had kept before.
         record: the run so far.
         busy: whether a call is under way.
         conditional: the conditional half of the step under way, where it is a call of its own.
@@ -111,6 +112,7 @@ class DenoiserHook(ModelHook):
         super().__init__()
         self.pipe, self.watcher, self.encoder = encoder.pipe, watcher, encoder
         self.family, self.thread = family_of(self.pipe), threading.get_ident()
+        self.patches: list[Any] = []
         self.fresh: list[Kept] = []
         self.record, self.busy = RunRecord(), False
         self.conditional: DenoiserCall | None = None
@@ -247,7 +249,7 @@ class DenoiserHook(ModelHook):
         sample, timestep = kwargs[self.family.sample], kwargs["timestep"]
         if not self.record.timesteps:
             # now, as the pipeline's call may set up what such code keeps, and not when the run began
-            self.fresh = kept_state(denoiser_of(self.pipe))
+            self.patches, self.fresh = patches_of(denoiser_of(self.pipe))
             places = kwargs["img_ids"] if self.family.packed_latents else None
             self.record.begin(self.pipe.scheduler, images, sample.dtype, timestep, places)
         self.record.note_timestep(timestep, self.family.timestep_scale)
@@ -392,7 +394,7 @@ class DenoiserHook(ModelHook):
         )
         if is_blank and not is_empty:
             raise ValueError("the call's text rows hold the empty prompt: the pipeline puts its halves in another order than diffusers")
-        if not is_plain or (self.fresh and not is_empty):  # code from elsewhere may want the halves of a batch together
+        if not is_plain or (self.patches and not is_empty):  # code from elsewhere may want the halves of a batch together
             found = reference.observation(record.noise, seen.condition, null, record.evaluations, seen.guidance_scale)
             return replace(found, denoiser=module)
         found = replace(seen, denoise=reference.denoise, memo={})

@@ -11,12 +11,14 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import operator
 import pickle
 import random
 import sys
+import threading
 from array import array
-from collections import UserDict, UserList, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -58,35 +60,63 @@ FIXED = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 CONTAINERS = (dict, list, set, deque, UserDict, UserList)
 #: elements of a module's buffers up to which they are copied: a count or a mean is, weights in a form of somebody's own are not.
 SMALL = 1 << 16
-#: elements of a container, and bytes of a tensor, beyond which it is left alone: it is data, and no patch's memory of a call.
+#: elements of a container, and bytes of all tensors, beyond which they are left alone: it is data, and no patch's memory of a call.
 MANY, LARGE = 100_000, 1 << 28
+#: elements of a container beyond which they are not looked into, and objects that are looked at in all.
+LOOKED_INTO, MOST = 1 << 12, 1 << 14
+#: packages whose objects threads and processes wait for each other by.
+CONCURRENT = frozenset({"_thread", "threading", "queue", "_queue", "concurrent", "asyncio", "multiprocessing", "subprocess", "socket"})
 MISSING = object()
+
+#: the package's own, by whose name it is found.
+logger = logging.getLogger("sdguard")
 
 
 def kept_by(roots: Iterable[Any], within: Iterable[nn.Module] = ()) -> list[Kept]:
     """Copies of all that is kept by ``roots`` and by what can be reached from them.
 
     Of modules, all inside them is looked at as well, but for those of ``within``, which are looked at where they are roots or reached.
-    What is data by its size, or cannot be read, is left as it is.
+    What is data by its size, or cannot be read, is left as it is; so is, with a warning, what is still to come once `MOST` objects or
+    `LARGE` bytes have been copied.
     """
     seen: dict[int, Any] = {}
     known = set(map(id, within))
-    found, things = [], list(roots)
+    found, things, room = [], list(roots), LARGE
     own = frozenset(code_of(root)[0] for root in things) - TRUSTED
     for thing in things:
-        if id(thing) in seen:
-            continue
-        seen[id(thing)] = thing  # held, so that no other object comes to have its id
         with contextlib.suppress(Exception):
-            kept, below = copied(thing, own) if not isinstance(thing, FIXED) and not is_data(thing) else ([], ())
+            if id(thing) in seen or isinstance(thing, FIXED) or is_concurrent(thing) or is_data(thing):
+                continue
+            seen[id(thing)] = thing  # held, so that no other object comes to have its id
+            room -= int(thing.nbytes) if isinstance(thing, (Tensor, np.ndarray)) else 0
+            if len(seen) > MOST or room < 0:
+                warn_of_much()
+                break
+            kept, below = copied(thing, own)
             found.extend(kept)
-            things.extend(below)
+            if not (isinstance(thing, CONTAINERS) and len(thing) > LOOKED_INTO):
+                things.extend(below)
             if isinstance(thing, nn.Module) and id(thing) not in known:
                 things.extend(vars(thing)["_modules"].values())
             elif isinstance(thing, (Tensor, *CONTAINERS)) and getattr(thing, "__dict__", None):  # of a class of somebody's own
                 found.append(of_namespace(vars(thing)))
                 things.extend(vars(thing).values())
     return found
+
+
+@functools.cache
+def warn_of_much() -> None:
+    """Say, once, that not all is put back."""
+    logger.warning(
+        "sdguard: code from elsewhere on the denoiser keeps so much that not all of it is put back after the guard's own evaluations; what "
+        "it counts or computes from that may be other than without the guard"
+    )
+
+
+def is_concurrent(thing: Any) -> bool:
+    """Whether an object is what threads or processes wait for each other by, which is nobody's to wind back."""
+    of_thread = isinstance(thing, threading.local)  # this one's alone
+    return not of_thread and any(base.__module__.partition(".")[0] in CONCURRENT for base in type(thing).__mro__)
 
 
 def is_data(thing: Any) -> bool:
@@ -150,15 +180,16 @@ def copied(thing: Any, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]]:
         case random.Random():
             return [of_state(thing.getstate, thing.setstate, same_pickles)], ()
         case dict():
-            return [of_mapping(thing)], thing.values()
+            return [of_mapping(thing)], dict.values(thing)
         case bytearray() | array():
             return [of_state(partial(copy.copy, thing), partial(thing.__setitem__, slice(None)))], ()
+        # by the containers' own methods, as a class may have others of these names, which count or refuse
         case list():
-            return [of_state(thing.copy, partial(thing.__setitem__, slice(None)), same_objects)], list(thing)
+            return [of_state(partial(list.copy, thing), partial(list.__setitem__, thing, slice(None)), same_objects)], list.__iter__(thing)
         case deque():
-            return [of_state(thing.copy, partial(refill, thing, thing.extend), same_objects)], list(thing)
+            return [of_state(partial(deque.copy, thing), partial(refill, deque, thing, deque.extend), same_objects)], deque.__iter__(thing)
         case set():
-            return [of_state(thing.copy, partial(refill, thing, thing.update))], list(thing)
+            return [of_state(partial(set.copy, thing), partial(refill, set, thing, set.update), set.__eq__)], set.__iter__(thing)
         case tuple() | frozenset():
             return [], thing
         case SimpleNamespace() | UserDict() | UserList():
@@ -199,10 +230,10 @@ def same_pickles(some: Any, others: Any) -> bool:
     return pickle.dumps(some) == pickle.dumps(others)
 
 
-def refill(collection: Any, add: Callable[[Any], None], elements: Any) -> None:
+def refill(kind: Any, collection: Any, add: Callable[[Any, Any], None], elements: Any) -> None:
     """Give a collection other elements."""
-    collection.clear()
-    add(elements)
+    kind.clear(collection)
+    add(collection, elements)
 
 
 def of_state(read: Callable[[], Any], write: Callable[[Any], Any], same: Callable[[Any, Any], bool] = operator.eq) -> Kept:
@@ -219,22 +250,32 @@ def of_tensor(tensor: Tensor) -> Kept:
         with torch.inference_mode():
             tensor.copy_(values)
 
-    return Kept(lambda: torch.equal(tensor, values), restore, partial(of_tensor, tensor), is_memory=True)
+    def is_same() -> bool:
+        return torch.equal(tensor, values) or bool(((tensor == values) | (tensor.isnan() & values.isnan())).all())
+
+    return Kept(is_same, restore, partial(of_tensor, tensor), is_memory=True)
 
 
 def of_mapping(live: dict[Any, Any]) -> Kept:
     """The entries of a dictionary, in their order; those that are as they were are not written to, as others may write beside."""
-    before = dict(live)
+    kind: Any = OrderedDict if isinstance(live, OrderedDict) else dict  # whose order is its own
+    before = dict(kind.items(live))
+
+    def now() -> dict[Any, Any]:
+        return dict(kind.items(live))
 
     def restore() -> None:
-        for key in live.keys() - before.keys():
-            del live[key]
-        if list(live) != [key for key in before if key in live]:
-            live.clear()
-        live.update({key: value for key, value in before.items() if live.get(key, MISSING) is not value})
+        for key in now().keys() - before.keys():
+            kind.__delitem__(live, key)
+        if list(now()) != [key for key in before if key in now()]:
+            kind.clear(live)
+        held = now()
+        for key, value in before.items():
+            if held.get(key, MISSING) is not value:
+                kind.__setitem__(live, key, value)
 
     def is_same() -> bool:
-        return list(live) == list(before) and same_objects(list(live.values()), list(before.values()))
+        return list(now()) == list(before) and same_objects(list(now().values()), list(before.values()))
 
     return Kept(is_same, restore, partial(of_mapping, live))
 
@@ -408,7 +449,8 @@ def of_instance(thing: Any, own: frozenset[str]) -> tuple[list[Kept], Iterable[A
         # a function whose results are remembered holds that which gives them
         return [of_namespace(held, seen.keys().__contains__)], [held.get("__wrapped__"), *seen.values()]
     slots = [name for name in slots_of(type(thing)) if hasattr(thing, name)]
-    kept = [of_state(partial(getattr, thing, name), partial(setattr, thing, name), unchanged) for name in slots]
+    # past what a class does where it is written to, as a frozen one refuses
+    kept = [of_state(partial(getattr, thing, name), partial(object.__setattr__, thing, name), unchanged) for name in slots]
     below = [getattr(thing, name) for name in slots]
     if isinstance(held, dict):
         kept.append(of_namespace(held))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdguard.correction import Correction
+from sdguard.denoiser.bare import unmoved
 from sdguard.denoiser.families import GUIDANCE, default_of, denoiser_of, family_of, is_modular
 from sdguard.denoiser.foreign import foreign_in, modules_in
 from sdguard.denoiser.hidden_texts import HiddenTexts
@@ -149,11 +150,11 @@ def probe_run(
     """Show ``look`` the first ``calls`` denoiser calls (all of them with None) of one run of ``prompts``, one seed each.
 
     ``setting`` goes to the pipeline, and to a modular one's guider, a single picture or text in it as one for each prompt; of an
-    IP-Adapter's pictures there is one an adapter, whatever the number of prompts. No picture is decoded. Cost: 2 denoiser evaluations a
-    prompt and call.
+    IP-Adapter's pictures there is one an adapter, whatever the number of prompts. No picture is decoded, and patches keep nothing of the
+    run. Cost: 2 denoiser evaluations a prompt and call.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with isolated_components(pipe, setting) as given, observe_calls(pipe, given, look, calls):
+    with unmoved(denoiser_of(pipe)), isolated_components(pipe, setting) as given, observe_calls(pipe, given, look, calls):
         inputs = {name: value if name.startswith("ip_adapter") else for_each(len(prompts), value) for name, value in given.items()}
         pipe(prompt=list(prompts), generator=generators, output_type="latent", **inputs)
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import collections
+import math
 import random
-from collections import UserDict, deque
+import threading
+import time
+from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
+from queue import Queue, SimpleQueue
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from families import PROMPTS, build, call, profile_for, reworded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +29,7 @@ from torch import Tensor
 
 import sdguard
 from sdguard import GuardConfig
-from sdguard.denoiser.kept_state import has_changed, kept_by, put_back
+from sdguard.denoiser.kept_state import MOST, has_changed, kept_by, put_back, warn_of_much
 from sdguard.denoiser.probe import read_prompts
 from sdguard.guarded import run as run_module
 
@@ -743,14 +750,193 @@ def test_what_cannot_be_read_or_written_keeps_nothing_else_from_being_put_back()
     held["count"][0], held["set"] = 1, {Odd()}
     object.__setattr__(held["frozen"], "count", 2)
     put_back(kept)
-    assert (held["count"], held["frozen"].count) == ([0], 2)
+    assert (held["count"], held["frozen"].count) == ([0], 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What is not written to by attribute."""
+    """What is not written to by attribute, but past its class."""
 
     count: int
+
+
+class Refusing(dict[str, int]):
+    """Takes nothing away."""
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError
+
+    clear = update = __delitem__  # type: ignore[assignment]
+
+
+class Appending(list[int]):
+    """Is appended to alone."""
+
+    def __setitem__(self, *_: Any) -> None:
+        raise TypeError
+
+
+class Recent(OrderedDict[str, int]):
+    """Puts behind what is read."""
+
+    def __getitem__(self, key: str) -> int:
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+
+OF_THEIR_OWN = [collections.Counter(calls=3), Refusing(calls=3), Appending([3]), Recent(calls=3, others=4), deque([3], 2), {3}]
+
+
+@pytest.mark.parametrize("held", OF_THEIR_OWN, ids=lambda of: type(of).__name__)
+def test_containers_that_have_ways_of_their_own_are_put_back_past_them(held: Any) -> None:
+    before, kept = list(held.items()) if isinstance(held, dict) else list(held), kept_by([held])
+    for _ in range(3):
+        if isinstance(held, dict):
+            held["calls"], held["more"] = 5, 6
+        else:
+            (held.add if isinstance(held, set) else held.append)(5)
+        put_back(kept)
+        assert (list(held.items()) if isinstance(held, dict) else list(held)) == before
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.0])
+def test_a_tensor_that_is_as_it_was_is_not_written_to(value: float) -> None:
+    held = torch.tensor([value, 2.0])
+    kept = kept_by([held])
+    put_back(kept)
+    assert held._version == 0
+    held[1] = 3
+    put_back(kept)
+    assert held[1] == 2
+
+
+def test_what_threads_wait_for_each_other_by_is_not_wound_back(pipe: Any) -> None:
+    class Saving(AttnProcessor):
+        """Has another thread keep what it sees."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.futures, self.queue = ThreadPoolExecutor(1), list[Any](), Queue[Any]()
+            self.worker = threading.Thread(target=self.work, daemon=True)
+            self.worker.start()
+
+        def work(self) -> None:
+            for _ in iter(self.queue.get, None):
+                self.queue.task_done()
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.futures.append(self.pool.submit(time.sleep, 0.001))
+            self.queue.put(1)
+            return super().__call__(*args, **kwargs)
+
+    processor = Saving()
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
+    call(guarded(1e-9)(pipe), negative_prompt=["a cow"] * 3)
+    assert [future.result(timeout=10) for future in processor.futures] == [None] * 4
+    waiting = threading.Thread(target=processor.queue.join, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert processor.worker.is_alive()
+
+
+@pytest.mark.parametrize("needs_a_run", [False, True])
+def test_a_run_after_prompts_were_read_is_as_without(needs_a_run: bool, embedded: Any) -> None:
+    """Also where they could be read within a run alone, as where a patch asks the pipeline how many steps there are."""
+
+    def made() -> Any:
+        pipe, counts = build("StableDiffusionPipeline", embedded.tokenizer), [0]
+        inner = pipe.unet.mid_block.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            counts[0] += 1 if not needs_a_run or pipe._num_timesteps else 0
+            return inner(*args, **kwargs) * (1 + 0.1 * counts[0])
+
+        pipe.unet.mid_block.forward = forward
+        return pipe
+
+    read, plain = made(), made()
+    read_prompts(read, PROMPTS, [7, 8, 9])
+    for _ in range(2):
+        assert np.array_equal(call(read).images, call(plain).images)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_module_of_somebodys_own_class_counts_the_pipelines_calls_alone(hooked: bool, embedded: Any) -> None:
+    """In an attribute that is its class's until it is first written to."""
+
+    def made() -> Any:
+        pipe = build("StableDiffusionPipeline", embedded.tokenizer)
+
+        class Counting(type(pipe.unet.mid_block)):  # type: ignore[misc]
+            count = 0
+
+            def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+                self.count += 1
+                found: Tensor = super().forward(*args, **kwargs)
+                return found * (1 + 0.1 * self.count)
+
+        pipe.unet.mid_block.__class__ = Counting
+        if hooked:
+            pipe.unet.conv_in.register_forward_hook(lambda *_: None)
+        return pipe
+
+    pipe, plain = made(), call(made(), negative_prompt=["a cow"] * 3).images
+    read_prompts(pipe, PROMPTS, [7, 8, 9])
+    assert np.array_equal(call(guarded(1e6)(pipe), negative_prompt=["a cow"] * 3).images, plain)
+
+
+def test_what_is_taken_from_a_patch_is_of_the_pipelines_calls_alone(pipe: Any) -> None:
+    class Storing(AttnProcessor):
+        """Keeps what it sees until somebody takes it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.store = SimpleNamespace(maps=[])
+
+        def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.store.maps.append(hidden_states.clone())
+            return super().__call__(attn, hidden_states, *args, **kwargs)
+
+    def taken(of: Any) -> Tensor:
+        processor, found = Storing(), list[list[Tensor]]()
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor = processor
+
+        def take(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            found.append(processor.store.maps)
+            processor.store.maps = []
+            return values
+
+        call(of, negative_prompt=["a cow"] * 3, callback_on_step_end=take)
+        assert [len(maps) for maps in found] == [1] * 4
+        assert {maps[0].shape for maps in found} == {found[0][0].shape}
+        return found[0][0]
+
+    assert torch.equal(taken(guarded(1e-9)(pipe)), taken(pipe))
+
+
+@pytest.mark.parametrize("put", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_hook_that_answers_to_every_name_is_a_hook_like_another(put: str, pipe: Any) -> None:
+    hook = MagicMock(return_value=None)
+    plain = call(pipe).images
+    getattr(pipe.unet.mid_block, put)(hook)
+    assert np.array_equal(call(guarded(1e6)(pipe)).images, plain)
+    assert hook.call_count == 4
+
+
+def test_much_that_a_patch_holds_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_much.cache_clear()
+    rows = [{"id": number} for number in range(20_000)]
+    held: dict[str, Any] = {"rows": rows, "count": [0]}
+    assert len(kept_by([held])) == 3  # rows as a list, none by itself
+    assert not caplog.records
+    held["groups"] = [[[number] for number in range(200)] for _ in range(200)]
+    kept = kept_by([held])
+    assert len(kept) <= MOST
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    held["count"][0] = 1
+    put_back(kept)
+    assert held["count"] == [0]
 
 
 def test_weights_in_a_form_of_somebodys_own_are_not_copied() -> None:
