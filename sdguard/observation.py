@@ -202,6 +202,7 @@ class Observation(Prediction):
         reading: gives the guard's own reference call of all the run's rows, made when it is first asked for; None where this call is it.
         half_made: whether the run was handed over latents that are no noise any more: what is in them cannot be steered.
         new_condition: whether the run's text condition is another than at its last call, as where a callback has changed it.
+        patches: code from elsewhere on the denoiser, by name: it is read as it is when the run begins.
         memo: what was evaluated at this very point, by row and name (`sdguard.geometry.rollout.once_a_row`); None where nothing is kept.
     """
 
@@ -224,6 +225,7 @@ class Observation(Prediction):
     reading: Callable[[], Observation] | None = None
     half_made: bool = False
     new_condition: bool = False
+    patches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.past_norms):

@@ -29,7 +29,7 @@ def code_of(function: Any) -> tuple[str, str]:
         return type(function).__module__.partition(".")[0], f"{type(function).__module__}.{type(function).__qualname__}"
     # the globals and the code, since functools.wraps copies __module__ and the names
     module, code = str(function.__globals__.get("__name__")), function.__code__
-    return module.partition(".")[0], f"{module}.{getattr(code, 'co_qualname', code.co_name)}"  # Python 3.10 has the short name alone
+    return module.partition(".")[0], f"{module}.{code.co_qualname}"
 
 
 def compiled_from(function: Any) -> Callable[..., Any] | None:

@@ -30,6 +30,7 @@ from sdguard.denoiser.calls import (
 )
 from sdguard.denoiser.faces import faces_at, told_of_faces
 from sdguard.denoiser.families import TEXT, denoiser_of, family_of
+from sdguard.denoiser.foreign import code_of
 from sdguard.denoiser.guidance import solve_unconditional, to_model_output
 from sdguard.denoiser.hidden_texts import HiddenTexts
 from sdguard.denoiser.kept_state import Kept
@@ -355,6 +356,7 @@ class DenoiserHook(ModelHook):
             memo={},
             origin=record.origin,
             new_condition=record.new_condition,
+            patches=tuple(dict.fromkeys(code_of(patch)[1] for patch in self.patches)),
         )
         if record.step == 0:
             record.noise, record.half_made = first_noise(seen, self.pipe, self.encoder.given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ from sdguard.denoiser.text_encoding import Encoder
 HOOK_NAME = "sdguard"
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):  # not on Windows; a lock that a thread of the parent holds is never let go in the child
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 def lock_of(denoiser: nn.Module) -> threading.RLock:
@@ -42,6 +45,8 @@ def attached(denoiser: nn.Module, hook: ModelHook) -> Iterator[None]:
     # the registry leaves itself and a bound forward behind on a module that had neither
     with restored(denoiser, ("forward", "_diffusers_hook")):
         registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        if HOOK_NAME in registry.hooks:  # of a run of the parent's that was under way when this process was forked
+            registry.remove_hook(HOOK_NAME, recurse=False)
         registry.register_hook(hook, HOOK_NAME)
         try:
             yield

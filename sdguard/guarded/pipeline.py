@@ -7,15 +7,16 @@ import functools
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import wrapt
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import nn
 
 from sdguard.decision.known_profiles import save_profiles
 from sdguard.decision.profile import Profile
@@ -173,14 +174,19 @@ class GuardedPipeline(wrapt.ObjectProxy):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        if isinstance(found, MethodType) and found.__self__ is self.__wrapped__ and any(map(is_foreign, layers(found))):
+        if callable(found) and holds(found, self.__wrapped__) and any(map(is_foreign, layers(found))):
             warnings.warn(
                 f"{name} is a method of somebody's own: what it makes by itself is not guarded, only calls of the guarded pipeline are.",
                 stacklevel=2,
             )
+        if name == "progress_bar":
+            warn_of_loop(stacklevel=3)
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__" and issubclass(value, GuardedPipeline):  # what was made of the guarded one's own class
+            vars(object)["__class__"].__set__(self, value)
+            return
         if name in ENCODERS and value is None:
             keep_null_condition(self.__wrapped__)
         super().__setattr__(name, value)
@@ -286,9 +292,38 @@ def class_for(kind: type) -> type[GuardedPipeline]:
     def call(self: GuardedPipeline, *args: Any, **kwargs: Any) -> Any:
         return GuardedPipeline.__call__(self, *args, **kwargs)
 
+    def unguarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warn_of_loop(stacklevel=3)
+        return inspect.unwrap(kind.__call__)(self, *args, **kwargs)
+
+    # who goes past the decorators of a pipeline's call comes to the pipeline's own
+    unguarded.__signature__ = inspect.signature(kind.__call__)  # type: ignore[attr-defined]
+    call.__wrapped__ = unguarded
     held = {**forwarded(kind), "__call__": call, "pipeline_class": kind, "__doc__": GuardedPipeline.__doc__}
     held["__module__"] = kind.__module__  # by which libraries tell that it is a pipeline
     return type(GuardedPipeline.__name__, (GuardedPipeline,), held)
+
+
+def warn_of_loop(stacklevel: int) -> None:
+    """Say that a loop of steps which is not the guarded pipeline's own call makes pictures that nobody judges."""
+    warnings.warn("A loop of steps that is no call of the guarded pipeline is not guarded.", stacklevel=stacklevel)
+
+
+def holds(function: Any, pipe: Any) -> bool:
+    """Whether a callable is given a pipeline with whatever it is called: bound to it, or to what has it, or closed over it."""
+    match function:
+        case MethodType():
+            return unguard(function.__self__) is pipe or is_among(pipe, getattr(function.__self__, "__dict__", {}).values())
+        case functools.partial():
+            return holds(function.func, pipe) or is_among(pipe, (*function.args, *function.keywords.values()))
+        case FunctionType():
+            return is_among(pipe, [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()])
+    return not isinstance(function, nn.Module) and is_among(pipe, getattr(function, "__dict__", {}).values())
+
+
+def is_among(thing: Any, others: Iterable[Any]) -> bool:
+    """Whether an object is one of others."""
+    return any(other is thing for other in others)
 
 
 def callbacks_in(given: dict[str, Any]) -> list[Callable[..., Any]]:

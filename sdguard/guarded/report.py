@@ -34,7 +34,8 @@ class GuardReport:
             ``resemblance_on_the_run``, the correlation with the picture that was steered away from.
         error: why the image could not be judged, if so.
         judged_by: ``"profile NAME"``; or, where no profile of the model was known, that, and by what it was judged then.
-        limits: what the call was given that moves the picture and is not judged, by name: pictures, masks, latents, callbacks.
+        limits: what moves the picture and is not judged, by name: pictures, masks, latents and callbacks that the call was given, and
+            patches on the denoiser, which are read as they are when the run begins.
         id: the image's own, which no other has; the audit log has it too. Two reports that differ in it and in ``time`` alone are equal.
         time: when its run began, UTC, as RFC 3339 writes it.
         version: sdguard's.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class GuardedRun:
         self.rates = [self.rate_of(prompt, prompts) for prompt in prompts]
         thresholds = [profile.threshold(rate) if profile else SAME_PICTURE for rate in self.rates]
         occasion: dict[str, Any] = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "version": __version__,
             "model": model or (model_name(profile.model) if profile else None),
             "profile": name,
@@ -186,6 +186,8 @@ class GuardedRun:
         self.watch(observation)
         self.seen = observation
         if observation.step == 0:
+            for report in self._reports:
+                report.limits += [f"patch {name}" for name in observation.patches]
             self.judge(observation, self._reports)
             self.log_scores()
         elif observation.new_condition:

@@ -952,3 +952,13 @@ def test_weights_in_a_form_of_somebodys_own_are_not_copied() -> None:
         buffer.add_(1)
     put_back(kept)
     assert [int(buffer[0]) for buffer in module.buffers()] == [1, 0]
+
+
+def test_a_report_names_the_patches_that_are_read_as_the_run_begins(pipe: Any) -> None:
+    patched(pipe, Counter())
+    seen = MagicMock(return_value=None)
+    pipe.unet.conv_in.register_forward_hook(seen)
+    pipe.unet.conv_out.register_forward_hook(seen)
+    limits = [report.limits for report in call(guarded(1e6)(pipe), callback_on_step_end=lambda *_: {}).guard]
+    mine, other = f"patch {__name__}.patched.<locals>.forward", "patch unittest.mock.MagicMock"
+    assert [sorted(of) for of in limits] == [["callback_on_step_end", mine, other]] * 3

@@ -204,7 +204,8 @@ def test_another_method_that_makes_pictures_comes_with_a_warning(pipe: Any) -> N
     own = sdguard.guard(Brief(**pipe.components, requires_safety_checker=False), GuardConfig("block", profile=profile_for(1e-9)))
     with pytest.warns(UserWarning, match=r"^generate is a method of somebody's own: what it makes by itself is not guarded"):
         assert len(own.generate(PROMPTS).images) == 3
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         own.enable_attention_slicing()
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import multiprocessing
+import os
 import pickle
 import pydoc
+import threading
 import warnings
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import diffusers
@@ -15,7 +20,7 @@ import gradio
 import numpy as np
 import pytest
 import torch
-from families import PIPELINES, build, call, modular, profile_for
+from families import PIPELINES, PROMPTS, build, call, modular, profile_for
 from torch import nn
 
 import sdguard
@@ -233,3 +238,117 @@ def test_what_is_blocked_can_be_raised(pipe: Any) -> None:
 
 def test_a_profile_may_be_given_by_its_path() -> None:
     assert GuardConfig(profile=Path("profile.json")).profile == Path("profile.json")
+
+
+UNJUDGED = {
+    "the call of the pipeline's class": lambda guarded: type(sdguard.unguard(guarded)).__call__,
+    "what the guarded call is wrapped around": lambda guarded: guarded.__call__.__wrapped__,
+    "what it is wrapped around in the end": lambda guarded: inspect.unwrap(guarded.__call__),
+}
+
+
+@pytest.mark.usefixtures("_given_profile")
+@pytest.mark.parametrize("way", UNJUDGED)
+def test_who_goes_past_the_guarded_call_is_warned_and_has_what_the_pipeline_makes(way: str, pipe: Any) -> None:
+    guarded, plain = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), call(pipe, output_type="latent").images
+
+    class Past:
+        """Called as the pipeline is."""
+
+        def __call__(self, **given: Any) -> Any:
+            return UNJUDGED[way](guarded)(guarded, **given)
+
+    seeds = [torch.Generator().manual_seed(7 + i) for i in range(3)]
+    with torch.no_grad(), pytest.warns(UserWarning, match="^A loop of steps that is no call of the guarded pipeline is not guarded"):
+        found = Past()(prompt=PROMPTS, num_inference_steps=4, guidance_scale=4.0, output_type="latent", generator=seeds)
+    assert torch.equal(found.images, plain)
+    assert inspect.signature(guarded.__call__) == inspect.signature(pipe.__call__)
+
+
+class Maker:
+    """Holds a pipeline and makes pictures with it."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipe(*args, **kwargs)
+
+    def make(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pipe(*args, **kwargs)
+
+
+OWN_WAYS = {
+    "a method": lambda pipe: MethodType(lambda self, *args, **kwargs: self(*args, **kwargs), pipe),
+    "a closure": lambda pipe: lambda *args, **kwargs: pipe(*args, **kwargs),
+    "a partial": lambda pipe: functools.partial(lambda of, *args, **kwargs: of(*args, **kwargs), pipe),
+    "an object": Maker,
+    "another's method": lambda pipe: Maker(pipe).make,
+}
+
+
+@pytest.mark.parametrize("way", OWN_WAYS)
+def test_what_makes_pictures_in_a_way_of_its_own_comes_with_a_warning(way: str, pipe: Any) -> None:
+    pipe.make = OWN_WAYS[way](pipe)
+    with pytest.warns(UserWarning, match="^make is a method of somebody's own: what it makes by itself is not guarded"):
+        assert callable(sdguard.guard(pipe, OBSERVE).make)
+
+
+def test_so_does_a_method_that_was_put_on_the_guarded_pipeline(pipe: Any) -> None:
+    guarded = sdguard.guard(pipe, OBSERVE)
+    guarded.make = MethodType(lambda self: self, guarded)
+    with pytest.warns(UserWarning, match="^make is a method of somebody's own"):
+        assert callable(guarded.make)
+
+
+def test_other_functions_on_a_pipeline_come_without(pipe: Any) -> None:
+    guarded = sdguard.guard(pipe, OBSERVE)
+    pipe.count, pipe.helper = (lambda: 1), functools.partial(int, "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (guarded.count(), guarded.helper()) == (1, 3)
+        assert callable(guarded.check_inputs)
+
+
+@pytest.mark.usefixtures("_given_profile")
+@pytest.mark.parametrize("of", [type, lambda guarded: guarded.__class__], ids=["type", "__class__"])
+def test_a_guarded_pipeline_may_be_given_a_class_made_of_its_own(of: Any, pipe: Any) -> None:
+    """As offloaders do."""
+    guarded, plain = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), call(pipe).images
+    guarded.__class__ = type(type(pipe).__name__, (of(guarded),), {"is_managed": True})
+    output = call(guarded)
+    assert guarded.is_managed
+    assert np.array_equal(output.images, plain)
+    assert [report.verdict for report in output.guard] == ["clean"] * 3
+
+
+@pytest.mark.usefixtures("_given_profile")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_process_that_is_forked_in_mid_run_may_make_runs_of_its_own(pipe: Any) -> None:
+    guarded, begun = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e6))), threading.Event()
+    forked, context, parent = threading.Event(), multiprocessing.get_context("fork"), os.getpid()
+    queue = context.Queue()
+
+    def wait(module: Any, given: Any) -> None:
+        begun.set()
+        if os.getpid() == parent:
+            forked.wait(30)
+
+    def child() -> None:
+        try:
+            queue.put([report.verdict for report in call(guarded).guard])
+        except BaseException as error:
+            queue.put(repr(error))
+
+    pipe.unet.mid_block.register_forward_pre_hook(wait)
+    run = threading.Thread(target=lambda: call(guarded), daemon=True)
+    run.start()
+    begun.wait(30)
+    process = context.Process(target=child, daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's, of threads
+        process.start()
+    forked.set()
+    assert queue.get(timeout=60) == ["clean"] * 3
+    run.join(60)
+    process.join(60)
