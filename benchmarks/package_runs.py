@@ -1,7 +1,8 @@
 """One situation of `benchmarks.package_situations`, in a process of its own: what is made of it unguarded and guarded.
 
-``python -m benchmarks.package_runs NAME FILE`` with the folder ``tests`` on the path; `benchmarks.packages` runs it. Each run is of a pipeline
-made anew, as packages keep much in pipelines, and is followed by an unguarded one of the same pipeline, which shows what was left behind.
+``python -m benchmarks.package_runs NAME FILE`` with the folder ``tests`` on the path; `benchmarks.packages` runs it. Each run is of a
+pipeline made anew, as packages keep much in pipelines, and is followed by an unguarded one of the same pipeline, which shows what was left
+behind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import sdguard
 from benchmarks.package_situations import SITUATIONS, Situation
 from sdguard import GuardConfig, GuardReport, testbed
-from sdguard.guarded import run as run_module
+from sdguard.denoiser.probe import read_prompts
 
 #: enough of them for caches to skip some.
 STEPS = 8
@@ -88,7 +89,7 @@ def unguarded(situation: Situation) -> tuple[np.ndarray, np.ndarray]:
     return one, other
 
 
-def without(situation: Situation) -> np.ndarray | None:
+def without(situation: Situation) -> np.ndarray:
     """What is made without the package."""
     pipe, given = made(situation, applied=False)
     images: np.ndarray = output(pipe, "__call__", given).images
@@ -113,6 +114,17 @@ def guarded(situation: Situation, threshold: float) -> Run:
     except Exception as error:
         return Run(found.images, None, reports, f"the run after it: {sentence(error)}", False, warning)
     return Run(found.images, after, reports, None, False, warning)
+
+
+def read(situation: Situation, plain: Sequence[np.ndarray]) -> tuple[str, str]:
+    """What becomes of prompts that are read as a calibration reads them, and of the unguarded run after it."""
+    pipe, given = made(situation)
+    try:
+        read_prompts(pipe, import_module("families").PROMPTS, [7, 8, 9])
+        after = output(pipe, situation.method, given).images
+    except Exception as error:
+        return (REFUSED if is_refusal(error) else FAILS), f"where prompts are read: {sentence(error)}"
+    return (IDENTICAL, "") if same([after], plain[:1]) else (DIFFERS, "the unguarded run after prompts were read")
 
 
 def threshold_of(reports: Sequence[GuardReport]) -> float:
@@ -188,6 +200,8 @@ def measured(situation: Situation) -> dict[str, Any]:
         return {"outcome": outcome, "reason": reason, "acts": acts}
     one = guarded(situation, threshold_of(clean.reports))
     outcome, reason = judged_flagged(one, plain)
+    if outcome == IDENTICAL:
+        outcome, reason = read(situation, plain)
     return {"outcome": outcome, "reason": reason, "acts": acts, **flagged_one(one.reports)}
 
 
@@ -195,9 +209,8 @@ def main(name: str, file: str) -> None:
     """Measure the situation of a name, and write what is told of it."""
     torch.set_num_threads(1)
     situation = next(of for of in SITUATIONS if of.name == name)
-    # a profile is taken as it is, whatever model it is of; a picture that is flagged is steered by a wording that nothing has to pass
-    given = patch.object(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile)
-    with given, patch.object(run_module, "try_in_order", import_module("families").reworded):
+    # a configuration's profile is taken as it is, whatever model it is of
+    with patch.object(sdguard.GuardedPipeline, "profile", lambda self, given: self.guard_config.profile):
         Path(file).write_text(json.dumps(measured(situation)))
 
 

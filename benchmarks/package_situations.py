@@ -65,9 +65,18 @@ def deep_unet(pipe: Any) -> None:
 def deep(pipe: Any) -> None:
     """A transformer of several blocks, of which a cache may skip some."""
     torch.manual_seed(2)
-    kind, shape = type(pipe.transformer), pipe.transformer.config
-    layers = {name: number for name, number in {"num_layers": 4, "num_single_layers": 2}.items() if name in shape}
-    pipe.transformer = kind.from_config({**shape, **layers}).eval()
+    pipe.transformer = type(pipe.transformer).from_config({**pipe.transformer.config, "num_layers": 4}).eval()
+
+
+def deep_without_single(pipe: Any) -> None:
+    """`deep` without Flux' single blocks, which recent releases of diffusers call in another way than some packages do."""
+    pipe.transformer.register_to_config(num_single_layers=0)
+    deep(pipe)
+
+
+def denoiser(pipe: Any) -> Any:
+    """A pipeline's U-Net or transformer."""
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def tomesd(pipe: Any) -> dict[str, Any]:
@@ -137,6 +146,12 @@ def compel(pipe: Any) -> dict[str, Any]:
     return {"prompt": None, "prompt_embeds": embeds}
 
 
+def prompt_embedder(pipe: Any) -> dict[str, Any]:
+    texts = ["a (lion:1.4)", "a [frog] in forest", "an owl at belen sky, poster"]
+    batch = import_module("diffusion_prompt_embedder").get_embeddings_sd15_batch
+    return {"prompt": None, "prompt_embeds": batch(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, prompts=texts)}
+
+
 def compel_sdxl(pipe: Any) -> dict[str, Any]:
     found = import_module("compel").CompelForSDXL(pipe)(["a (lion)1.4", "a frog++ in forest", "an owl at belen sky, poster--"])
     return {"prompt": None, "prompt_embeds": found.embeds, "pooled_prompt_embeds": found.pooled_embeds}
@@ -156,11 +171,11 @@ def lycoris(pipe: Any) -> dict[str, Any]:
     """A network of its own with weights that do something; those it begins with do not."""
     package = import_module("lycoris")
     package.LycorisNetwork.apply_preset({"target_name": [".*attn.*"]})
-    network = package.create_lycoris(pipe.unet, 1.0, linear_dim=4, linear_alpha=2.0, algo="lokr")
+    network = package.create_lycoris(denoiser(pipe), 1.0, linear_dim=4, linear_alpha=2.0, algo="lokr")
     network.apply_to()
     torch.manual_seed(3)
     for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.5)
+        nn.init.normal_(parameter, std=0.2)
     return {}
 
 
@@ -171,8 +186,8 @@ def peft(pipe: Any) -> dict[str, Any]:
 
 
 def peft_dora(pipe: Any) -> dict[str, Any]:
-    package = import_module("peft")
-    pipe.unet.add_adapter(package.LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    config = import_module("peft").LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    denoiser(pipe).add_adapter(config)
     return {}
 
 
@@ -185,7 +200,7 @@ def linear_layers(module: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 def bitsandbytes_8bit(pipe: Any) -> dict[str, Any]:
     """Layers as diffusers' ``BitsAndBytesConfig(load_in_8bit=True)`` makes them."""
     layers = import_module("bitsandbytes").nn
-    for holder, name, layer in linear_layers(pipe.unet):
+    for holder, name, layer in linear_layers(denoiser(pipe)):
         quantised = layers.Linear8bitLt(layer.in_features, layer.out_features, bias=layer.bias is not None, has_fp16_weights=False)
         quantised.weight = layers.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
         setattr(holder, name, quantised.to("cpu"))
@@ -197,7 +212,7 @@ def bitsandbytes_8bit(pipe: Any) -> dict[str, Any]:
 def bitsandbytes_4bit(pipe: Any) -> dict[str, Any]:
     """Layers as diffusers' ``BitsAndBytesConfig(load_in_4bit=True)`` makes them."""
     layers = import_module("bitsandbytes").nn
-    for holder, name, layer in linear_layers(pipe.unet):
+    for holder, name, layer in linear_layers(denoiser(pipe)):
         quantised = layers.Linear4bit(
             layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
         )
@@ -211,16 +226,24 @@ def torchao(config: str) -> Callable[[Any], dict[str, Any]]:
 
     def apply(pipe: Any) -> dict[str, Any]:
         package = import_module("torchao.quantization")
-        package.quantize_(pipe.transformer if hasattr(pipe, "transformer") else pipe.unet, getattr(package, config)())
+        package.quantize_(denoiser(pipe), getattr(package, config)())
         return {}
 
     return apply
 
 
+def hqq(pipe: Any) -> dict[str, Any]:
+    package = import_module("hqq.core.quantize")
+    config = package.BaseQuantizeConfig(nbits=8, group_size=8)
+    for holder, name, layer in linear_layers(denoiser(pipe)):
+        setattr(holder, name, package.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu"))
+    return {}
+
+
 def quanto(pipe: Any) -> dict[str, Any]:
     package = import_module("optimum.quanto")
-    package.quantize(pipe.transformer, weights=package.qint8)
-    package.freeze(pipe.transformer)
+    package.quantize(denoiser(pipe), weights=package.qint8)
+    package.freeze(denoiser(pipe))
     return {}
 
 
@@ -249,7 +272,7 @@ def sdnq(pipe: Any) -> dict[str, Any]:
 
 
 def accelerate_offload(pipe: Any) -> dict[str, Any]:
-    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+    for part in (denoiser(pipe), pipe.text_encoder, pipe.vae):
         import_module("accelerate").cpu_offload(part, execution_device=torch.device("cpu"))
     return {}
 
@@ -257,7 +280,7 @@ def accelerate_offload(pipe: Any) -> dict[str, Any]:
 def accelerate_disk(pipe: Any) -> dict[str, Any]:
     folder = TemporaryDirectory()
     pipe._offloaded = folder  # kept as long as the pipeline is
-    import_module("accelerate").disk_offload(pipe.unet, str(Path(folder.name)), execution_device=torch.device("cpu"))
+    import_module("accelerate").disk_offload(denoiser(pipe), str(Path(folder.name)), execution_device=torch.device("cpu"))
     return {}
 
 
@@ -267,9 +290,11 @@ def managed(pipe: Any) -> dict[str, Any]:
 
 
 def dynamic_offload(pipe: Any) -> dict[str, Any]:
-    pipe.transformer = import_module("diffusers_dynamic_offloader").enable_offload(
-        pipe.transformer, component="transformer", execution_device="cpu", use_environment=False
-    ).module
+    pipe.transformer = (
+        import_module("diffusers_dynamic_offloader")
+        .enable_offload(pipe.transformer, component="transformer", execution_device="cpu", use_environment=False)
+        .module
+    )
     return {}
 
 
@@ -316,21 +341,27 @@ def pruna(pipe: Any) -> dict[str, Any]:
 
 
 SD, SDXL, SD3, FLUX = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"
-PIXART = "PixArtSigmaPipeline"
+FLUX2, CHROMA, PIXART, SANA = "Flux2KleinPipeline", "ChromaPipeline", "PixArtSigmaPipeline", "SanaPipeline"
+IMG2IMG, INPAINT, CONTROLNET = (f"StableDiffusion{of}Pipeline" for of in ("Img2Img", "Inpaint", "ControlNet"))
 
 #: what is tried, in the order of the documentation's table.
 SITUATIONS = (
     Situation("tomesd", "token merging", SD, tomesd),
     Situation("tomesd", "token merging", SDXL, tomesd),
-    Situation("tomesd", "token merging", "StableDiffusionImg2ImgPipeline", tomesd),
-    Situation("ca-tome", "token merging that is cached", SD, ca_tome, method="call"),
+    Situation("tomesd", "token merging", IMG2IMG, tomesd),
+    Situation("tomesd", "token merging", CONTROLNET, tomesd),
+    Situation("ca-tome", "token merging that is cached", SD, ca_tome, deep_unet, method="call"),
     Situation("DeepCache", "cache", SD, deep_cache),
     Situation("DeepCache", "cache", SDXL, deep_cache),
+    Situation("DeepCache", "cache", INPAINT, deep_cache),
     Situation("cache-dit", "DBCache", FLUX, cache_dit, deep),
     Situation("cache-dit", "DBCache with TaylorSeer", FLUX, cache_dit_forecast, deep),
     Situation("cache-dit", "DBCache", SD3, cache_dit, deep),
+    Situation("cache-dit", "DBCache", FLUX2, cache_dit, deep),
+    Situation("cache-dit", "DBCache", CHROMA, cache_dit, deep),
     Situation("cache-dit", "DBCache", PIXART, cache_dit, deep),
-    Situation("para-attn", "first-block cache", FLUX, first_block_cache, deep),
+    Situation("cache-dit", "DBCache", SANA, cache_dit, deep),
+    Situation("para-attn", "first-block cache", FLUX, first_block_cache, deep_without_single),
     Situation("dit-smoothcache", "cache", PIXART, smooth_cache, deep),
     Situation("pruna", "cache", FLUX, pruna, deep),
     Situation("tgate", "its own loop", SD, tgate("TgateSDLoader"), method="tgate"),
@@ -339,24 +370,37 @@ SITUATIONS = (
     Situation("hidiffusion", "higher resolution", SD, hidiffusion, deep_unet, given={"height": 64, "width": 64}),
     Situation("compel", "weighted prompts", SD, compel),
     Situation("compel", "weighted prompts", SDXL, compel_sdxl),
+    Situation("diffusion-prompt-embedder", "weighted prompts", SD, prompt_embedder),
     Situation("daam", "attention traced, which follows one prompt", SD, daam, given={"prompt": ["a lion"], "num_images_per_prompt": 3}),
     Situation("attention-map-diffusers", "attention maps", SD, attention_maps),
     Situation("attention-map-diffusers", "attention maps", SD3, attention_maps),
+    Situation("attention-map-diffusers", "attention maps", SDXL, attention_maps),
     Situation("attention-map-diffusers", "attention maps", FLUX, attention_maps),
+    Situation("attention-map-diffusers", "attention maps", FLUX2, attention_maps),
+    Situation("attention-map-diffusers", "attention maps", SANA, attention_maps),
     Situation("ip-adapter", "its attention processors", SD, ip_adapter),
     Situation("asdff", "detail by inpainting", SD, detailer),
     Situation("lycoris-lora", "LoKr", SD, lycoris),
+    Situation("lycoris-lora", "LoKr", FLUX, lycoris),
     Situation("peft", "LoRA", SD, peft),
     Situation("peft", "DoRA", SD, peft_dora),
+    Situation("peft", "DoRA", FLUX, peft_dora),
     Situation("bitsandbytes", "8 bits", SD, bitsandbytes_8bit),
     Situation("bitsandbytes", "4 bits", SD, bitsandbytes_4bit),
+    Situation("bitsandbytes", "8 bits", FLUX, bitsandbytes_8bit),
+    Situation("bitsandbytes", "4 bits", FLUX, bitsandbytes_4bit),
+    Situation("torchao", "int8 weights", SDXL, torchao("Int8WeightOnlyConfig")),
     Situation("torchao", "int8 weights", FLUX, torchao("Int8WeightOnlyConfig")),
     Situation("torchao", "int8 weights and activations", SD3, torchao("Int8DynamicActivationInt8WeightConfig")),
+    Situation("hqq", "8 bits", SD, hqq),
+    Situation("hqq", "8 bits", FLUX, hqq),
+    Situation("optimum-quanto", "int8 weights", SD, quanto),
     Situation("optimum-quanto", "int8 weights", FLUX, quanto),
     Situation("optimum-quanto", "int8 weights", PIXART, quanto),
     Situation("gguf", "Q8_0 weights", FLUX, gguf),
     Situation("sdnq", "int8 weights", FLUX, sdnq),
     Situation("accelerate", "offload to the CPU", SD, accelerate_offload),
+    Situation("accelerate", "offload to the CPU", FLUX, accelerate_offload),
     Situation("accelerate", "offload to disk", SD, accelerate_disk),
     Situation("diffusers-mm", "managed", FLUX, managed),
     Situation("diffusers-dynamic-offloader", "offload", FLUX, dynamic_offload),
