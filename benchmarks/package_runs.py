@@ -65,13 +65,18 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, (TypeError, ValueError)) and Path(sdguard.__file__).parent in raised_in.parents
 
 
-def made(situation: Situation, applied: bool = True) -> tuple[Any, dict[str, Any]]:
-    """A pipeline, and the arguments of its call; ``applied`` or not the package."""
+def built(situation: Situation) -> tuple[Any, dict[str, Any]]:
+    """A pipeline without the package, and the arguments of its call."""
     families = import_module("families")
     pipe = families.build(situation.pipeline, testbed.load().tokenizer)
     situation.prepare(pipe)
-    given = {"prompt": families.PROMPTS, **families.PIPELINES[situation.pipeline][1](), **situation.given}
-    return pipe, {**given, **(situation.apply(pipe) if applied else {})}
+    return pipe, {"prompt": families.PROMPTS, **families.PIPELINES[situation.pipeline][1](), **situation.given}
+
+
+def made(situation: Situation) -> tuple[Any, dict[str, Any]]:
+    """A pipeline with the package, and the arguments of its call."""
+    pipe, given = built(situation)
+    return pipe, {**given, **situation.apply(pipe)}
 
 
 def output(pipe: Any, method: str, given: Mapping[str, Any]) -> Any:
@@ -91,21 +96,25 @@ def unguarded(situation: Situation) -> tuple[np.ndarray, np.ndarray]:
 
 def without(situation: Situation) -> np.ndarray:
     """What is made without the package."""
-    pipe, given = made(situation, applied=False)
+    pipe, given = built(situation)
     images: np.ndarray = output(pipe, "__call__", given).images
     return images
 
 
-def guarded(situation: Situation, threshold: float) -> Run:
-    """A run in which a score above ``threshold`` is flagged."""
-    pipe, given = made(situation)
-    reports: Sequence[GuardReport] = ()
+def guarded(situation: Situation, threshold: float, first: bool = False) -> Run:
+    """A run in which a score above ``threshold`` is flagged; the package is applied to the guarded pipeline with ``first``."""
+    pipe, given = built(situation)
+    config = GuardConfig(profile=import_module("families").profile_for(threshold))
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            guard = sdguard.guard(pipe, GuardConfig(profile=import_module("families").profile_for(threshold)))
+            if not first:
+                given |= situation.apply(pipe)
+            guard = sdguard.guard(pipe, config)
+            if first:
+                given |= situation.apply(guard)
             found = output(guard, situation.method, given)
-            reports = getattr(found, "guard", ())
+            reports: Sequence[GuardReport] = getattr(found, "guard", ())
     except Exception as error:
         return Run(None, None, (), sentence(error), is_refusal(error))
     warning = next((str(of.message) for of in said if "is not guarded" in str(of.message)), None)
@@ -195,14 +204,16 @@ def measured(situation: Situation) -> dict[str, Any]:
     if not same(plain, again):
         return {"outcome": NOT_REPEATED, "reason": "two pipelines made the same way give different pictures", "acts": acts}
     clean = guarded(situation, 1e6)
-    outcome, reason = judged_clean(clean, plain)
-    if outcome != IDENTICAL:
-        return {"outcome": outcome, "reason": reason, "acts": acts}
-    one = guarded(situation, threshold_of(clean.reports))
-    outcome, reason = judged_flagged(one, plain)
+    (outcome, reason), flagged = judged_clean(clean, plain), {}
+    if outcome == IDENTICAL:
+        one = guarded(situation, threshold_of(clean.reports))
+        (outcome, reason), flagged = judged_flagged(one, plain), flagged_one(one.reports)
     if outcome == IDENTICAL:
         outcome, reason = read(situation, plain)
-    return {"outcome": outcome, "reason": reason, "acts": acts, **flagged_one(one.reports)}
+    if outcome in (IDENTICAL, NOT_GUARDED):
+        found, why = judged_clean(guarded(situation, 1e6, first=True), plain)
+        outcome, reason = (outcome, reason) if found == outcome else (found, f"applied to a guarded pipeline: {why}")
+    return {"outcome": outcome, "reason": reason, "acts": acts, **flagged}
 
 
 def main(name: str, file: str) -> None:

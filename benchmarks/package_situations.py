@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 #: weights of layers that are quantised, as all that recent quantisers do is to leave the rest as it is.
 LINEAR = ("to_q", "to_k", "to_v")
@@ -60,6 +61,13 @@ def deep_unet(pipe: Any) -> None:
     shape: dict[str, Any] = {"block_out_channels": (8, 8, 8, 8), "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 4}
     pipe.unet = UNet2DConditionModel(sample_size=32, **shape)
     pipe.register_to_config(_name_or_path="runwayml/stable-diffusion-v1-5")
+
+
+def clip_text_encoder(pipe: Any) -> None:
+    """A text encoder with the tokens and the window of published ones, which some packages take for granted."""
+    torch.manual_seed(2)
+    sizes = {"vocab_size": 49408, "max_position_embeddings": 77}
+    pipe.text_encoder = CLIPTextModel(CLIPTextConfig(**{**pipe.text_encoder.config.to_dict(), **sizes})).eval()
 
 
 def deep(pipe: Any) -> None:
@@ -306,9 +314,8 @@ def mmgp(pipe: Any) -> dict[str, Any]:
 
 def ip_adapter(pipe: Any) -> dict[str, Any]:
     """The processors of attention that it puts into a U-Net, and their image tokens behind the text's, here without a picture's encoder."""
-    moved("diffusers.pipelines.controlnet.multicontrolnet", "diffusers.models.controlnets.multicontrolnet")
-    controlnet = import_module("diffusers.pipelines.controlnet")
-    controlnet.MultiControlNetModel = import_module("diffusers.models.controlnets.multicontrolnet").MultiControlNetModel
+    several = import_module("diffusers.models.controlnets.multicontrolnet").MultiControlNetModel
+    vars(import_module("diffusers.pipelines.controlnet"))["MultiControlNetModel"] = several
     adapter_class = import_module("ip_adapter").IPAdapter
     adapter = adapter_class.__new__(adapter_class)
     adapter.pipe, adapter.num_tokens, adapter.device = pipe, 4, "cpu"
@@ -370,7 +377,7 @@ SITUATIONS = (
     Situation("hidiffusion", "higher resolution", SD, hidiffusion, deep_unet, given={"height": 64, "width": 64}),
     Situation("compel", "weighted prompts", SD, compel),
     Situation("compel", "weighted prompts", SDXL, compel_sdxl),
-    Situation("diffusion-prompt-embedder", "weighted prompts", SD, prompt_embedder),
+    Situation("diffusion-prompt-embedder", "weighted prompts", SD, prompt_embedder, clip_text_encoder),
     Situation("daam", "attention traced, which follows one prompt", SD, daam, given={"prompt": ["a lion"], "num_images_per_prompt": 3}),
     Situation("attention-map-diffusers", "attention maps", SD, attention_maps),
     Situation("attention-map-diffusers", "attention maps", SD3, attention_maps),

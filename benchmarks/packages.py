@@ -2,8 +2,8 @@
 
 ``python -m benchmarks packages`` applies each package of `benchmarks.package_situations` that is installed to a tiny pipeline, as its
 README does, and runs it in a process of its own (`benchmarks.package_runs`): unguarded, guarded where nothing is flagged, guarded where
-one image of three is flagged and steered, and unguarded once more after each; its prompts are read too, as a calibration reads them. What
-is not flagged has to be what it is unguarded, bit by bit.
+one image of three is flagged and steered, and unguarded once more after each; prompts are read, as a calibration reads them; and it is
+applied to a pipeline that is guarded already. What is not flagged has to be what it is unguarded, bit by bit.
 
 None of the packages is needed by sdguard or by its other benchmarks, and many want other versions of the libraries than are installed:
 they go into a folder of their own, ``pip install --no-deps --target FOLDER NAME ...``, which ``PYTHONPATH`` names.

@@ -94,7 +94,7 @@ def test_what_the_guard_refuses_is_told_from_what_fails_in_it() -> None:
     refusal = raised(lambda: sdguard.guard(diffusers.DDPMPipeline(None, None)))
     assert is_refusal(refusal)
     assert sentence(refusal).startswith("TypeError: ")
-    assert not is_refusal(raised(lambda: {}["missing"]))
+    assert not is_refusal(raised(lambda: dict[str, int]()["missing"]))
 
 
 def test_a_package_that_cannot_be_applied_does_not_run() -> None:
