@@ -333,11 +333,6 @@ def dmse_scheduler(pipe: Any) -> dict[str, Any]:
     return {}
 
 
-def detailer(pipe: Any) -> dict[str, Any]:
-    import_module("asdff")
-    return {}
-
-
 def pruna(pipe: Any) -> dict[str, Any]:
     """Its own caches of diffusers' denoisers."""
     package = import_module("pruna")
@@ -386,7 +381,6 @@ SITUATIONS = (
     Situation("attention-map-diffusers", "attention maps", FLUX2, attention_maps),
     Situation("attention-map-diffusers", "attention maps", SANA, attention_maps),
     Situation("ip-adapter", "its attention processors", SD, ip_adapter),
-    Situation("asdff", "detail by inpainting", SD, detailer),
     Situation("lycoris-lora", "LoKr", SD, lycoris),
     Situation("lycoris-lora", "LoKr", FLUX, lycoris),
     Situation("peft", "LoRA", SD, peft),
