@@ -19,6 +19,7 @@ try:
         matrix,
         old_releases,
         overhead,
+        packages,
         prompt_sets,
         report,
         reproduce,
@@ -49,6 +50,7 @@ app.command("overhead")(overhead.main)
 app.command("matrix")(matrix.main)
 app.command("old-releases")(old_releases.main)
 app.command("upstream")(upstream.main)
+app.command("packages")(packages.main)
 app.command("prompt-sets")(prompt_sets.main)
 app.add_typer(audit.app, name="audit")
 app.add_typer(zoo.app, name="zoo")

@@ -98,6 +98,7 @@ DECISIONS: dict[str, Long | str] = {
     **dict.fromkeys([f"benchmarks {name}" for name in ("report", "figures", "examples", "prompt-sets", "zoo data", "audit lid")], QUICK),
     "benchmarks audit-log": "makes runs of a single step for a minute or two, which begin anew",
     "benchmarks upstream": "writes its results after each class of pipelines, and goes on from them",
+    "benchmarks packages": "writes its results after each use of a package, and goes on from them",
     "benchmarks scan": "scans by 'sdguard scan', whose work goes on, and keeps what each case took",
     "benchmarks first-use": "counts one calibration after the other, and begins anew",
 }
