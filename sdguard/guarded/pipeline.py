@@ -174,7 +174,8 @@ class GuardedPipeline(wrapt.ObjectProxy):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        if callable(found) and holds(found, self.__wrapped__) and any(map(is_foreign, layers(found))):
+        inner = list(layers(found)) if callable(found) else []
+        if any(holds(of, self.__wrapped__) for of in inner) and any(map(is_foreign, inner)):
             warnings.warn(
                 f"{name} is a method of somebody's own: what it makes by itself is not guarded, only calls of the guarded pipeline are.",
                 stacklevel=2,

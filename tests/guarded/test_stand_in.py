@@ -281,6 +281,7 @@ class Maker:
 OWN_WAYS = {
     "a method": lambda pipe: MethodType(lambda self, *args, **kwargs: self(*args, **kwargs), pipe),
     "a closure": lambda pipe: lambda *args, **kwargs: pipe(*args, **kwargs),
+    "a decorated closure": lambda pipe: torch.no_grad()(lambda *args, **kwargs: pipe(*args, **kwargs)),
     "a partial": lambda pipe: functools.partial(lambda of, *args, **kwargs: of(*args, **kwargs), pipe),
     "an object": Maker,
     "another's method": lambda pipe: Maker(pipe).make,
