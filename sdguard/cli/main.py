@@ -113,7 +113,7 @@ def generate_command(
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
     else:
         Console().print(verdict_table(rows))
-        say(f"{len(files)} pictures and report.json in {out}/")
+        say(f"{len(files)} picture{'s' * (len(files) != 1)} and report.json in {out}/")
     if any(row["verdict"] == "withheld" for row in rows):
         raise typer.Exit(Exit.WITHHELD)
 

@@ -32,7 +32,7 @@ from sdguard.decision.calibration import calibrate, evenly
 from sdguard.decision.identity import differences, identity, same_model
 from sdguard.decision.known_profiles import known_profile, known_profiles, load_profile
 from sdguard.decision.model_folder import fetch_profiles
-from sdguard.decision.ordinary_prompts import ordinary_prompts
+from sdguard.decision.ordinary_prompts import is_shipped, ordinary_prompts
 from sdguard.decision.profile import Profile, ProfileError, digest_of
 from sdguard.decision.transfer import CHECKED_PROMPTS, still_holds, without_extras
 from sdguard.denoiser.families import denoiser_of
@@ -140,8 +140,9 @@ def carried_over(
         key = (name_of(profile), json.dumps([profile.model, model], sort_keys=True))
         if key not in _carried:
             _carried[key] = still_holds(pipe, profile, prompts or ordinary_prompts(pipe), adapter_scale)
-            held = "still holds" if _carried[key] else "does not hold any more"
-            logger.warning("sdguard: adapters or patches have changed; by %d ordinary prompts profile %s %s", CHECKED_PROMPTS, key[0], held)
+            held = "is right for them too" if _carried[key] else "is not right for them"
+            told = "sdguard: profile %s was made with other adapters or patches than are on the model now; by %d ordinary prompts it %s"
+            logger.warning(told, key[0], CHECKED_PROMPTS, held)
         if _carried[key]:
             return replace(profile, note=f"{OTHER_ADAPTERS}; {CHECKED_PROMPTS} ordinary prompts read alike with these")
     return None
@@ -169,7 +170,8 @@ def find_or_make(
         if known := known_profile(pipe, model, prompts):  # by whoever was waited for, or from the hub
             return known
         started = time.monotonic()
-        made = make(pipe, model, chosen, adapter_scale, path, "of your own" if prompts else "that come along", stop)
+        whose = "of your own" if prompts else "of sdguard's list" if is_shipped(digest_of(chosen), len(chosen)) else "of the model's list"
+        made = make(pipe, model, chosen, adapter_scale, path, whose, stop)
         keep(made, path, time.monotonic() - started)
         shutil.rmtree(parts_folder(path), ignore_errors=True)
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import recursively_apply
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdguard.denoiser.families import TEXT, Family
 
@@ -28,9 +30,26 @@ class DenoiserCall(NamedTuple):
     prediction: Tensor
 
 
-def by_name(args: tuple[Any, ...], kwargs: dict[str, Any], family: Family) -> dict[str, Any]:
-    """All arguments of a call of the denoiser by their names; raises `ValueError` for more by place than pipelines of its family give."""
-    return dict(zip(family.by_place[: len(args)], args, strict=True)) | kwargs
+@functools.cache
+def places_of(kind: type) -> tuple[str, ...]:
+    """The names of what a class of denoisers takes by place."""
+    _, *parameters = inspect.signature(kind.forward).parameters.values()  # type: ignore[attr-defined]
+    return tuple(part.name for part in parameters if part.kind in (part.POSITIONAL_ONLY, part.POSITIONAL_OR_KEYWORD))
+
+
+def by_name(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], family: Family) -> dict[str, Any]:
+    """All arguments of a call of the denoiser by their names, which loops of somebody's own may give by place.
+
+    Raises `ValueError`, in one sentence, for more by place than can be told from the family's pipelines and the denoiser's class.
+    """
+    kind: type = type(denoiser)
+    names = (*family.by_place, *places_of(kind)[len(family.by_place) :])
+    if len(args) > len(names):
+        raise ValueError(
+            f"A call of the denoiser gives {len(args)} arguments by place, where it is known of {len(names)} what they are: under guard it "
+            f"has to give the others by name, as {TEXT}=..."
+        )
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def call_denoiser(forward: Callable[..., Any], family: Family, kwargs: dict[str, Any]) -> Any:

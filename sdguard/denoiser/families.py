@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers import ModularPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import Tensor, nn
 
 from sdguard.observation import noise_level, prediction_type, to_noise
@@ -98,6 +98,11 @@ def encode_three_in_blocks(pipe: Any, texts: list[str], options: dict[str, Any])
 
 def classifier_free(pipe: Any, given: dict[str, Any]) -> float:
     """Guidance in one call of the denoiser, unconditional rows first."""
+    if not hasattr(pipe, "_guidance_scale"):  # a loop of somebody's own need not say what it does
+        cls: type = type(pipe)
+        defaults = (of.parameters["guidance_scale"].default for of in signatures_of_call(cls) if "guidance_scale" in of.parameters)
+        scales = (given.get("guidance_scale"), *defaults)
+        return next(float(scale) for scale in scales if isinstance(scale, (int, float)))
     return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else 1.0
 
 
@@ -441,7 +446,9 @@ def family_of_class(cls: type) -> Family:
             raise TypeError(f"sdguard does not support {cls.__name__}: {why}.")
     names = [name.removesuffix("Pipeline") for name in FAMILIES]
     shortest = [name for name in names if not any(name != other and name.startswith(other) for other in names)]
-    raise TypeError(f"sdguard does not support {cls.__name__} yet; it does support pipelines of {', '.join(sorted(shortest))}.")
+    shortest += [name for name in ("StableDiffusionXL", "StableDiffusion3") if name in names]
+    what = f"{cls.__name__} yet" if issubclass(cls, DiffusionPipeline) else f"a {cls.__name__}, which is no pipeline of diffusers"
+    raise TypeError(f"sdguard does not support {what}; it does support pipelines of {', '.join(sorted(shortest))}.")
 
 
 def is_modular(pipe: Any) -> bool:

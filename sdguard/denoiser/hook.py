@@ -142,7 +142,7 @@ class DenoiserHook(ModelHook):
             return self.fn_ref.original_forward(*args, **kwargs)
         self.busy = True
         try:
-            return self.watched_forward(module, by_name(args, kwargs, self.family))
+            return self.watched_forward(module, by_name(module, args, kwargs, self.family))
         finally:
             self.busy = False
 

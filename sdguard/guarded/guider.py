@@ -225,7 +225,7 @@ class GuiderHook(DenoiserHook):
         if self.is_foreign:
             return self.fn_ref.original_forward(*args, **kwargs)
         self.detach()
-        kwargs = by_name(args, kwargs, self.family)
+        kwargs = by_name(module, args, kwargs, self.family)
         if not self.calls:
             self.begin_step(kwargs, len(kwargs[self.family.sample]))
             kwargs, output = self.evaluate(kwargs)

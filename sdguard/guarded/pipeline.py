@@ -30,8 +30,9 @@ from sdguard.files.inputs import shown
 from sdguard.guarded.arguments import arguments_in, arguments_of, check, check_inputs, limits, lora_scale
 from sdguard.guarded.audit_log import append_records
 from sdguard.guarded.config import GuardConfig, check_config
+from sdguard.guarded.outputs import blank, check_count, images_of, with_images
 from sdguard.guarded.report import GuardReport
-from sdguard.guarded.run import GuardedRun, blank, model_of, profile_of
+from sdguard.guarded.run import GuardedRun, model_of, profile_of
 from sdguard.guarded.verdicts import tell, tell_of_failure
 
 #: looked up at every call of `GuardedPipeline.encode_prompt`.
@@ -177,7 +178,7 @@ class GuardedPipeline(wrapt.ObjectProxy):
         inner = list(layers(found)) if callable(found) else []
         if any(holds(of, self.__wrapped__) for of in inner) and any(map(is_foreign, inner)):
             warnings.warn(
-                f"{name} is a method of somebody's own: what it makes by itself is not guarded, only calls of the guarded pipeline are.",
+                f"{name} is no method of diffusers and holds the pipeline itself: what it makes with that is not guarded.",
                 stacklevel=2,
             )
         if name == "progress_bar":
@@ -240,7 +241,9 @@ class GuardedPipeline(wrapt.ObjectProxy):
                 named = {name: alone.get(id(value), value) for name, value in kwargs.items()}
                 output = pipe(*(alone.get(id(value), value) for value in args), **named)
             run.finish()
-            images = blank(images_in(output, len(prompts)), run.withheld)
+            images = images_of(output)
+            check_count(images, len(prompts))
+            images = blank(images, run.withheld)
         except BaseException as error:
             run.abandon(error)
             tell_of_failure(config, run.reports)
@@ -248,32 +251,11 @@ class GuardedPipeline(wrapt.ObjectProxy):
         finally:
             self._self_reports = run.reports
         tell(config, run.reports)
-        if isinstance(output, tuple):
-            return (images, *output[1:])
-        output.images = images
-        output.guard = run.reports  # not those of the last call, which may be another thread's
-        return output
+        return with_images(output, images, run.reports)  # which are not those of the last call, which may be another thread's
 
     def profile(self, given: dict[str, Any]) -> Profile | None:
         """The profile of a run with these arguments: the one given, a known one or one made now, or None where it goes on without."""
         return profile_of(self.__wrapped__, self._self_config, lora_scale(given))
-
-
-def images_in(output: Any, count: int) -> Any:
-    """The images of a pipeline's output; raises `RuntimeError` where they are not as many as were judged, `TypeError` for none.
-
-    A run without steps has none.
-    """
-    if not isinstance(output, tuple) and not hasattr(output, "images"):
-        raise TypeError(
-            f"The pipeline gave a {type(output).__name__} and no output with images: it cannot be told which of them were judged."
-        )
-    images = output[0] if isinstance(output, tuple) else output.images
-    if not hasattr(images, "__len__"):
-        raise TypeError(f"The pipeline gave a {type(images).__name__} and no images in a row: it cannot be told which of them were judged.")
-    if len(images) not in (0, count):
-        raise RuntimeError(f"{len(images)} images were made where {count} were judged: the pipeline is changed by being called.")
-    return images
 
 
 def forwarded(kind: type) -> dict[str, Any]:

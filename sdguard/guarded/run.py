@@ -550,16 +550,3 @@ def able_to_descend() -> Iterator[None]:
     """No gradients are kept but those that are asked for, and they can be, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def blank(images: Any, withheld: list[int]) -> Any:
-    """The pipeline's images with the withheld ones blanked, whatever form they were asked for in."""
-    from PIL import Image
-
-    if not withheld:
-        return images
-    if isinstance(images, list):
-        return [Image.new(image.mode, image.size) if i in withheld else image for i, image in enumerate(images)]
-    images = images.clone() if isinstance(images, Tensor) else images.copy()
-    images[[i for i in withheld if i < len(images)]] = 0  # a run without steps has no image to blank
-    return images

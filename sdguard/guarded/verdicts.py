@@ -28,7 +28,8 @@ def tell(config: GuardConfig, reports: Sequence[GuardReport], delivered: bool = 
     finally:
         for report, record in zip(reports, records, strict=True):
             if report.verdict != "clean":
-                about = (report.verdict, record["id"], report.row, record["reason"])
+                verdict = "not judged" if report.error and report.verdict == "flagged" else report.verdict
+                about = (verdict, record["id"], report.row, record["reason"])
                 logger.warning("sdguard: %s: image %s, row %d of its call: %s", *about, extra={"sdguard": record})
             if config.on_verdict:
                 try:

@@ -6,7 +6,9 @@ import copy
 import functools
 import threading
 import warnings
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -108,6 +110,113 @@ def test_a_loop_that_puts_text_first_is_not_judged_and_so_not_clean(pipe: Any) -
     assert not output.images.any()
 
 
+class ByPlace(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
+    """A loop as people write it: the text by place, and nothing said of guidance; its pictures in a form of their own."""
+
+    form: Any = staticmethod(lambda images: images)
+
+    @torch.no_grad()
+    def __call__(self, prompt: list[str], num_inference_steps: int = 3, generator: Any = None) -> Any:
+        text, null = self.encode_prompt(prompt, "cpu", 1, True)
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.stack([torch.randn(4, 8, 8, generator=of) for of in generator])
+        for timestep in self.scheduler.timesteps:
+            eps_u, eps_c = self.unet(torch.cat([x, x]), timestep, torch.cat([null, text])).sample.chunk(2)
+            x = self.scheduler.step(eps_u + 4.0 * (eps_c - eps_u), timestep, x).prev_sample
+        images = self.image_processor.postprocess(self.vae.decode(x / self.vae.config.scaling_factor).sample)
+        return type(self).form(images)
+
+
+class Named(NamedTuple):
+    """An output of somebody's own."""
+
+    images: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Another, which is not written to."""
+
+    images: Any
+
+
+@dataclass(slots=True)
+class Slotted:
+    """Another, to which nothing is added."""
+
+    images: Any
+
+
+#: how pictures are handed back, and what they are then
+FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "a list": (lambda images: images, lambda output: output),
+    "an array": (lambda images: np.stack([np.asarray(of) for of in images]), lambda output: output),
+    "arrays": (lambda images: [np.asarray(of) for of in images], lambda output: output),
+    "a tuple": (lambda images: (images, 1.0), lambda output: output[0]),
+    "a named tuple": (lambda images: Named(images, 1.0), lambda output: output.images),
+    "a dictionary": (lambda images: {"images": images, "seconds": 1.0}, lambda output: output["images"]),
+    "a frozen class": (Frozen, lambda output: output.images),
+    "a class with slots": (Slotted, lambda output: output.images),
+    "diffusers' own": (lambda images: StableDiffusionPipelineOutput(images, None), lambda output: output.images),
+}
+
+
+def run_by_place(pipe: Any, prompts: list[str] = PROMPTS) -> Any:
+    return pipe(prompts, generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loop_as_people_write_it_is_judged_and_gives_what_it_gave(form: str, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, (made, images) = ByPlace(**pipe.components, requires_safety_checker=False), FORMS[form]
+    monkeypatch.setattr(ByPlace, "form", staticmethod(made))
+    plain, guard = run_by_place(own), sdguard.guard(own, GuardConfig("block", profile=profile_for(1e6)))
+    output = run_by_place(guard)
+    assert type(output) is type(plain)
+    assert all(np.array_equal(np.asarray(one), np.asarray(other)) for one, other in zip(images(output), images(plain), strict=True))
+    assert [report.verdict for report in guard.guard_reports] == ["clean"] * 3
+    norms = sorted(report.signals["guidance_norm"]["value"] for report in guard.guard_reports)
+    block = sdguard.guard(own, GuardConfig("block", profile=profile_for(sum(norms[1:]) / 2)))
+    output = run_by_place(block)
+    assert type(output) is type(plain)
+    withheld = [report.verdict == "withheld" for report in block.guard_reports]
+    assert sum(withheld) == 1
+    for one, other, gone in zip(images(output), images(plain), withheld, strict=True):
+        assert not np.asarray(one).any() if gone else np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_so_is_one_that_gives_a_single_picture(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ByPlace(**pipe.components, requires_safety_checker=False)
+    monkeypatch.setattr(ByPlace, "form", staticmethod(lambda images: images[0]))
+    plain = run_by_place(own, ["a cat"])
+    assert run_by_place(guarded(own), ["a cat"]) == plain
+    withheld = run_by_place(sdguard.guard(own, GuardConfig("block", profile=profile_for(1e-9))), ["a cat"])
+    assert withheld.size == plain.size
+    assert not np.asarray(withheld).any()
+
+
+def test_a_loop_whose_pictures_cannot_be_told_ends_in_one_sentence(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ByPlace(**pipe.components, requires_safety_checker=False)
+    monkeypatch.setattr(ByPlace, "form", staticmethod(lambda images: 5))
+    with pytest.raises(TypeError, match=r"^The pipeline's output, of class int, has no images that can be told by what was judged\.$"):
+        run_by_place(guarded(own))
+
+
+def test_more_by_place_than_is_known_ends_in_one_sentence(pipe: Any) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner, self.config, self.dtype = inner, inner.config, inner.dtype
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    own = ByPlace(**pipe.components, requires_safety_checker=False)
+    own.unet = Wrapper(pipe.unet)
+    with pytest.raises(ValueError, match=r"^A call of the denoiser gives 3 arguments by place, where it is known of 2 what they are"):
+        run_by_place(guarded(own))
+
+
 class OneByOne(TextFirst):
     """A loop of its own, which asks for the two halves one after the other."""
 
@@ -202,7 +311,7 @@ def test_a_call_need_not_take_what_diffusers_calls_take(pipe: Any) -> None:
 
 def test_another_method_that_makes_pictures_comes_with_a_warning(pipe: Any) -> None:
     own = sdguard.guard(Brief(**pipe.components, requires_safety_checker=False), GuardConfig("block", profile=profile_for(1e-9)))
-    with pytest.warns(UserWarning, match=r"^generate is a method of somebody's own: what it makes by itself is not guarded"):
+    with pytest.warns(UserWarning, match=r"^generate is no method of diffusers and holds the pipeline itself"):
         assert len(own.generate(PROMPTS).images) == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -243,16 +352,6 @@ def test_more_images_than_were_judged_are_not_delivered(pipe: Any) -> None:
     with pytest.raises(RuntimeError, match="6 images were made where 3 were judged"):
         call(sdguard.guard(pipe, GuardConfig("observe", profile=NONE, on_verdict=told.append)))
     assert len(told) == 3
-
-
-def test_what_is_no_output_is_one_sentence(pipe: Any) -> None:
-    class StableDiffusionPipeline(diffusers.StableDiffusionPipeline):  # type: ignore[misc]
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return super().__call__(*args, **kwargs).images
-
-    pipe.__class__ = StableDiffusionPipeline
-    with pytest.raises(TypeError, match="gave a ndarray and no output with images"):
-        call(guarded(pipe))
 
 
 class Peek(PipelineCallback):  # type: ignore[misc]
