@@ -447,7 +447,11 @@ def family_of_class(cls: type) -> Family:
     names = [name.removesuffix("Pipeline") for name in FAMILIES]
     shortest = [name for name in names if not any(name != other and name.startswith(other) for other in names)]
     shortest += [name for name in ("StableDiffusionXL", "StableDiffusion3") if name in names]
-    what = f"{cls.__name__} yet" if issubclass(cls, DiffusionPipeline) else f"a {cls.__name__}, which is no pipeline of diffusers"
+    what = (
+        f"{cls.__name__} yet"
+        if issubclass(cls, (DiffusionPipeline, ModularPipeline))
+        else f"a {cls.__name__}, which is no pipeline of diffusers"
+    )
     raise TypeError(f"sdguard does not support {what}; it does support pipelines of {', '.join(sorted(shortest))}.")
 
 
