@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers import ModularPipeline
 from torch import Tensor, nn
 
 from sdguard.observation import noise_level, prediction_type, to_noise
@@ -447,12 +447,8 @@ def family_of_class(cls: type) -> Family:
     names = [name.removesuffix("Pipeline") for name in FAMILIES]
     shortest = [name for name in names if not any(name != other and name.startswith(other) for other in names)]
     shortest += [name for name in ("StableDiffusionXL", "StableDiffusion3") if name in names]
-    what = (
-        f"{cls.__name__} yet"
-        if issubclass(cls, (DiffusionPipeline, ModularPipeline))
-        else f"a {cls.__name__}, which is no pipeline of diffusers"
-    )
-    raise TypeError(f"sdguard does not support {what}; it does support pipelines of {', '.join(sorted(shortest))}.")
+    yet = " yet" if cls.__name__.endswith("Pipeline") else ""
+    raise TypeError(f"sdguard does not support {cls.__name__}{yet}; it does support pipelines of {', '.join(sorted(shortest))}.")
 
 
 def is_modular(pipe: Any) -> bool:

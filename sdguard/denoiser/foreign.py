@@ -14,7 +14,9 @@ from torch import nn
 DEEP_CACHE = "DeepCache"
 
 #: packages whose module classes, forwards and hooks compute what the weights say, or stand aside wherever the guard reads.
-TRUSTED = frozenset({"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", DEEP_CACHE, __name__.partition(".")[0]})
+TRUSTED = frozenset(
+    {"torch", "diffusers", "transformers", "peft", "accelerate", "xformers", "huggingface_hub", DEEP_CACHE, __name__.partition(".")[0]}
+)
 
 #: attributes of a module's own under which forwards and hooks are put on it.
 MARKS = frozenset({"forward", "_old_forward", "_diffusers_hook"})
@@ -44,11 +46,12 @@ def is_foreign(function: Any) -> bool:
 
 
 def layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """A function and those that it is wrapped around, from without."""
+    """A function and those that it is wrapped around, from without; of objects that answer to every name nothing is asked."""
     found: Callable[..., Any] | None = function
     while found is not None:
         yield found
-        found = getattr(found, "__wrapped__", None)
+        under = found.__func__ if isinstance(found, MethodType) else found
+        found = vars(under).get("__wrapped__") if isinstance(under, (FunctionType, partial)) else None
 
 
 def is_foreign_class(kind: type) -> bool:

@@ -273,9 +273,10 @@ class DenoiserHook(ModelHook):
         Returns ``call.prediction`` itself where no row is corrected.
         """
         if not (self.watcher.follows(self.record.step) or self.record.new_condition):
-            self.glanced.append(self.predicted(call))
-            if len(self.glanced) == GLANCES:
+            seen = self.predicted(call)
+            if len(self.glanced) == GLANCES or (self.glanced and seen.x.shape != self.glanced[0].x.shape):
                 self.show_glances()
+            self.glanced.append(seen)
             return call.prediction
         self.show_glances()
         observation = self.observation(module, call)

@@ -17,6 +17,7 @@ import pickle
 import random
 import sys
 import threading
+import weakref
 from array import array
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,15 +37,17 @@ class Kept(NamedTuple):
     """One object that may change.
 
     Attributes:
-        is_same: whether it is what it was.
-        restore: puts it back to that.
+        is_same: whether it is what it was, but for what is set up once.
+        restore: puts it back to that; told whether anything was made, it leaves switches on that went on with it.
         again: gives the same of what it is now.
+        has_made: whether something was made in it where there was nothing.
         is_memory: whether it is memory alone, which a captured graph writes what it gives into.
     """
 
     is_same: Callable[[], bool]
-    restore: Callable[[], None]
+    restore: Callable[[bool], None]
     again: Callable[[], Kept]
+    has_made: Callable[[], bool] = lambda: False
     is_memory: bool = False
 
 
@@ -63,7 +66,7 @@ SMALL = 1 << 16
 #: elements of a container, and bytes of all tensors, beyond which they are left alone: it is data, and no patch's memory of a call.
 MANY, LARGE = 100_000, 1 << 28
 #: elements of a container beyond which they are not looked into, and objects that are looked at in all.
-LOOKED_INTO, MOST = 1 << 12, 1 << 14
+LOOKED_INTO, MOST = 1 << 9, 1 << 11
 #: packages whose objects threads and processes wait for each other by.
 CONCURRENT = frozenset({"_thread", "threading", "queue", "_queue", "concurrent", "asyncio", "multiprocessing", "subprocess", "socket"})
 MISSING = object()
@@ -76,12 +79,12 @@ def kept_by(roots: Iterable[Any], within: Iterable[nn.Module] = ()) -> list[Kept
     """Copies of all that is kept by ``roots`` and by what can be reached from them.
 
     Of modules, all inside them is looked at as well, but for those of ``within``, which are looked at where they are roots or reached.
-    What is data by its size, or cannot be read, is left as it is; so is, with a warning, what is still to come once `MOST` objects or
-    `LARGE` bytes have been copied.
+    What is data by its size, or cannot be read, is left as it is; so is, with a warning, what is still to come once `MOST` objects, `MANY`
+    entries of containers or `LARGE` bytes have been copied.
     """
     seen: dict[int, Any] = {}
     known = set(map(id, within))
-    found, things, room = [], list(roots), LARGE
+    found, things, room, entries = [], list(roots), LARGE, MANY
     own = frozenset(code_of(root)[0] for root in things) - TRUSTED
     for thing in things:
         with contextlib.suppress(Exception):
@@ -89,7 +92,8 @@ def kept_by(roots: Iterable[Any], within: Iterable[nn.Module] = ()) -> list[Kept
                 continue
             seen[id(thing)] = thing  # held, so that no other object comes to have its id
             room -= int(thing.nbytes) if isinstance(thing, (Tensor, np.ndarray)) else 0
-            if len(seen) > MOST or room < 0:
+            entries -= len(thing) if isinstance(thing, CONTAINERS) else 0
+            if len(seen) > MOST or room < 0 or entries < 0:
                 warn_of_much()
                 break
             kept, below = copied(thing, own)
@@ -146,11 +150,18 @@ def changed_since(kept: Iterable[Kept]) -> list[Kept]:
 
 
 def put_back(kept: Iterable[Kept]) -> None:
-    """Put everything back to what it was when it was copied."""
+    """Put everything back to what it was when it was copied, but for what is set up once.
+
+    That is what was made where there was nothing, with the switches that went on beside it: it would be made twice. A switch that went on
+    by itself goes back with the numbers that it stands for.
+    """
+    kept, made = list(kept), False
+    for of in kept:
+        with contextlib.suppress(Exception):
+            made = made or of.has_made()
     for of in kept:
         with contextlib.suppress(Exception):  # what cannot be compared or written to; the others are
-            if not of.is_same():
-                of.restore()
+            of.restore(made)
 
 
 @contextlib.contextmanager
@@ -204,6 +215,8 @@ def copied(thing: Any, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]]:
             return [], (thing.__func__,)
         case property():
             return [], (thing.fget, thing.fset)
+        case weakref.ref():
+            return [], (thing(),)
         case partial():
             return [], (thing.func, *thing.args, *thing.keywords.values())
         case FunctionType():
@@ -239,19 +252,25 @@ def refill(kind: Any, collection: Any, add: Callable[[Any, Any], None], elements
 def of_state(read: Callable[[], Any], write: Callable[[Any], Any], same: Callable[[Any, Any], bool] = operator.eq) -> Kept:
     """What is read and written as a whole."""
     before = read()
-    return Kept(lambda: same(read(), before), lambda: write(before), partial(of_state, read, write, same))
+
+    def restore(made: bool) -> None:
+        if not same(read(), before):
+            write(before)
+
+    return Kept(lambda: same(read(), before), restore, partial(of_state, read, write, same))
 
 
 def of_tensor(tensor: Tensor) -> Kept:
     """A tensor's values, of which torch's own count of writes does not tell all."""
     values = tensor.detach().clone()
 
-    def restore() -> None:
-        with torch.inference_mode():
-            tensor.copy_(values)
-
     def is_same() -> bool:
         return torch.equal(tensor, values) or bool(((tensor == values) | (tensor.isnan() & values.isnan())).all())
+
+    def restore(made: bool) -> None:
+        if not is_same():
+            with torch.inference_mode():
+                tensor.copy_(values)
 
     return Kept(is_same, restore, partial(of_tensor, tensor), is_memory=True)
 
@@ -264,7 +283,7 @@ def of_mapping(live: dict[Any, Any]) -> Kept:
     def now() -> dict[Any, Any]:
         return dict(kind.items(live))
 
-    def restore() -> None:
+    def restore(made: bool) -> None:
         for key in now().keys() - before.keys():
             kind.__delitem__(live, key)
         if list(now()) != [key for key in before if key in now()]:
@@ -280,30 +299,42 @@ def of_mapping(live: dict[Any, Any]) -> Kept:
     return Kept(is_same, restore, partial(of_mapping, live))
 
 
-def is_set_up(was: Any, now: Any) -> bool:
-    """Whether something that was unset is a switch that is on now, or what is made once, and not what is kept of a call."""
-    if was is not MISSING and was is not None and was is not False:
-        return False
-    return now is True or not (now is None or isinstance(now, (int, float, complex, str, tuple, Tensor, np.ndarray, *CONTAINERS)))
+def is_made(was: Any, now: Any) -> bool:
+    """Whether something was made where there was nothing, and is no value that is kept of a call."""
+    plain = (bool, int, float, complex, str, tuple, Tensor, np.ndarray, *CONTAINERS)
+    return (was is MISSING or was is None) and not (now is MISSING or now is None or isinstance(now, plain))
+
+
+def is_switch(was: Any, now: Any) -> bool:
+    """Whether a switch went on."""
+    return (was is MISSING or was is None or was is False) and now is True
 
 
 def of_names(read: Callable[[], dict[str, Any]], write: Callable[[str, Any], None], remove: Callable[[str], None]) -> Kept:
-    """What stands under names; what is set up once stays, as it would be set up twice."""
+    """What stands under names."""
     before = read()
 
-    def changed() -> list[str]:
+    def pairs() -> dict[str, tuple[Any, Any]]:
         now = read()
-        pairs = [(name, before.get(name, MISSING), now.get(name, MISSING)) for name in {*before, *now}]
-        return [name for name, was, of in pairs if not unchanged(of, was)]
+        found = {name: (before.get(name, MISSING), now.get(name, MISSING)) for name in {*before, *now}}
+        return {name: (was, of) for name, (was, of) in found.items() if of is not was}
 
-    def restore() -> None:
-        for name in changed():
-            if name in before:
-                write(name, before[name])
-            else:
+    def is_same() -> bool:
+        return all(is_made(*pair) or is_switch(*pair) for pair in pairs().values())
+
+    def has_made() -> bool:
+        return any(is_made(*pair) for pair in pairs().values())
+
+    def restore(made: bool) -> None:
+        for name, (was, now) in pairs().items():
+            if is_made(was, now) or (made and is_switch(was, now)):
+                continue
+            if was is MISSING:
                 remove(name)
+            else:
+                write(name, was)
 
-    return Kept(lambda: not changed(), restore, partial(of_names, read, write, remove))
+    return Kept(is_same, restore, partial(of_names, read, write, remove), has_made)
 
 
 def of_namespace(live: dict[str, Any], names: Callable[[str], bool] = lambda name: True) -> Kept:
@@ -313,16 +344,10 @@ def of_namespace(live: dict[str, Any], names: Callable[[str], bool] = lambda nam
 
 def of_cell(cell: Any) -> tuple[list[Kept], Iterable[Any]]:
     """What a closure's variable holds."""
-    try:
-        before = cell.cell_contents
-    except ValueError:  # not assigned yet
+    if cell == CellType():  # not assigned yet
         return [], ()
-    return [of_state(lambda: cell.cell_contents, partial(setattr, cell, "cell_contents"), unchanged)], (before,)
-
-
-def unchanged(now: Any, was: Any) -> bool:
-    """Whether a variable holds what it held, or what is set up once."""
-    return now is was or is_set_up(was, now)
+    names = partial(of_names, lambda: {"contents": cell.cell_contents}, lambda _, value: setattr(cell, "cell_contents", value))
+    return [names(lambda _: None)], (cell.cell_contents,)
 
 
 def package_of(thing: Any) -> str:
@@ -393,12 +418,13 @@ def of_class(kind: type, own: frozenset[str]) -> tuple[list[Kept], Iterable[Any]
         return kept, held.values()
     bases = [base for base in kind.__bases__ if is_looked_into(package_of(base), own)]
     code = [of for of in vars(kind).values() if isinstance(of, (FunctionType, staticmethod, classmethod, property))]
-    return kept, [*held.values(), *bases, *code]
+    inner = [of for of in vars(kind).values() if isinstance(of, type) and is_looked_into(package_of(of), own)]
+    return kept, [*held.values(), *bases, *code, *inner]
 
 
 def is_attribute(name: str, value: Any) -> bool:
     """Whether a class's attribute is data: no method, no property and nothing of Python's own."""
-    return not (name.startswith(("__", "_abc_")) or callable(value) or hasattr(value, "__get__"))
+    return not (name.startswith(("__", "_abc_")) or isinstance(value, type) or hasattr(value, "__get__"))
 
 
 def of_module(module: nn.Module) -> tuple[list[Kept], Iterable[Any]]:
@@ -416,18 +442,17 @@ def hooks_of(modules: Iterable[nn.Module]) -> list[Kept]:
 
 
 def of_hooks(module: nn.Module) -> Kept:
-    """The hooks of torch's on a module: one that takes itself away at its first call was not there for this one. Those added since stay."""
+    """The hooks of torch's on a module: one that takes itself away at a call is there for the next. Where none did, those added stay."""
     before = {name: dict(vars(module)[name]) for name in HOOKS}
 
     def lost() -> list[str]:
         return [name for name, hooks in before.items() if hooks.keys() - vars(module)[name].keys()]
 
-    def restore() -> None:
-        for name in lost():
+    def restore(made: bool) -> None:
+        for name in before if lost() else ():  # what was added beside is what a lost one will add again
             live = vars(module)[name]  # the very one that a hook's handle takes it from
-            merged = {**before[name], **live}
             live.clear()
-            live.update(merged)
+            live.update(before[name])
 
     return Kept(lambda: not lost(), restore, partial(of_hooks, module))
 
@@ -448,10 +473,14 @@ def of_instance(thing: Any, own: frozenset[str]) -> tuple[list[Kept], Iterable[A
         seen = {name: of for name, of in held.items() if isinstance(of, shallow) or is_looked_into(package_of(type(of)), own)}
         # a function whose results are remembered holds that which gives them
         return [of_namespace(held, seen.keys().__contains__)], [held.get("__wrapped__"), *seen.values()]
-    slots = [name for name in slots_of(type(thing)) if hasattr(thing, name)]
+    slots = list(slots_of(type(thing)))
+
+    def filled() -> dict[str, Any]:
+        return {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
+
     # past what a class does where it is written to, as a frozen one refuses
-    kept = [of_state(partial(getattr, thing, name), partial(object.__setattr__, thing, name), unchanged) for name in slots]
-    below = [getattr(thing, name) for name in slots]
+    kept = [of_names(filled, partial(object.__setattr__, thing), partial(object.__delattr__, thing))] if slots else []
+    below = list(filled().values())
     if isinstance(held, dict):
         kept.append(of_namespace(held))
         below += held.values()

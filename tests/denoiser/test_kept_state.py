@@ -7,6 +7,7 @@ import math
 import random
 import threading
 import time
+import weakref
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -884,6 +885,103 @@ def test_a_module_of_somebodys_own_class_counts_the_pipelines_calls_alone(hooked
     pipe, plain = made(), call(made(), negative_prompt=["a cow"] * 3).images
     read_prompts(pipe, PROMPTS, [7, 8, 9])
     assert np.array_equal(call(guarded(1e6)(pipe), negative_prompt=["a cow"] * 3).images, plain)
+
+
+class Switched:
+    """Sets itself up at its first call by a switch, with the number that it then counts in."""
+
+    ready: bool = False
+
+    def __call__(self) -> float:
+        if not self.ready:
+            self.ready, self.count = True, 0
+        self.count += 1
+        return self.count
+
+
+class Turning:
+    """Tells the first of two calls from the second."""
+
+    second = False
+
+    def __call__(self) -> float:
+        self.second = not self.second
+        return float(self.second)
+
+
+class Tally:
+    """Counts, and may be called."""
+
+    count = 0
+
+    def __call__(self) -> float:
+        self.count += 1
+        return self.count
+
+
+class OfItsClass:
+    """Counts in what its class holds."""
+
+    controller = Tally()
+
+    class Inner:
+        count = 0
+
+    def __call__(self) -> float:
+        self.Inner.count += 1
+        return self.controller() + self.Inner.count
+
+
+class WeaklyHeld:
+    """Counts in what somebody else holds."""
+
+    def __init__(self, controller: Tally) -> None:
+        self.reference, self.named = weakref.ref(controller), weakref.WeakValueDictionary(controller=controller)
+
+    def __call__(self) -> float:
+        controller = self.reference()
+        assert controller is not None
+        return controller() + self.named["controller"]()
+
+
+class Unfilled:
+    """Counts in a slot that is filled at the first call."""
+
+    __slots__ = ("count",)
+
+    def __call__(self) -> float:
+        self.count = getattr(self, "count", 0) + 1
+        return self.count
+
+
+@pytest.mark.parametrize("kind", [Switched, Turning, OfItsClass, WeaklyHeld, Unfilled])
+def test_what_is_set_up_at_the_first_call_is_as_without_the_guard(kind: Any, embedded: Any) -> None:
+    def made() -> Any:
+        OfItsClass.controller, OfItsClass.Inner.count = Tally(), 0
+        pipe, controller = build("StableDiffusionPipeline", embedded.tokenizer), Tally()
+        held.append(controller)
+        return patched(pipe, kind(controller) if kind is WeaklyHeld else kind())
+
+    held: list[Tally] = []
+    plain, pipe = call(made(), negative_prompt=["a cow"] * 3).images, made()
+    read_prompts(pipe, PROMPTS, [7, 8, 9])
+    assert np.array_equal(call(guarded(1e6)(pipe), negative_prompt=["a cow"] * 3).images, plain)
+
+
+def test_a_hook_that_puts_its_successor_in_its_place_stays_one_hook(pipe: Any) -> None:
+    seen: list[int] = []
+
+    def put() -> None:
+        def hook(module: Any, given: Any, output: Tensor) -> None:
+            seen.append(1)
+            handle.remove()
+            put()
+
+        handle = pipe.unet.mid_block.register_forward_hook(hook)
+
+    put()
+    call(guarded(1e-9)(pipe), negative_prompt=["a cow"] * 3)
+    assert (len(seen), len(pipe.unet.mid_block._forward_hooks)) == (4, 1)
 
 
 def test_what_is_taken_from_a_patch_is_of_the_pipelines_calls_alone(pipe: Any) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import build, call, profile_for
@@ -76,6 +77,16 @@ def test_what_is_written_over_before_it_is_read_is_read_as_the_call_had_it(embed
     for one, other in zip(found, observed, strict=True):
         for name, values in one.items():
             assert values == pytest.approx(other[name], rel=1e-5)
+
+
+def test_pictures_may_change_their_size_on_the_way(embedded: Any) -> None:
+    def larger(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": torch.nn.functional.interpolate(values["latents"], scale_factor=2)} if step == 1 else {}
+
+    pipe = build(FAMILIES[0], embedded.tokenizer)
+    output = call(guarded(pipe), callback_on_step_end=larger)
+    assert np.array_equal(output.images, call(pipe, callback_on_step_end=larger).images)
+    assert [len(report.series["guidance_norm"]) for report in output.guard] == [4] * 3
 
 
 def test_a_run_that_an_error_ends_has_the_series_up_to_there(pipe: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -10,6 +11,7 @@ import os
 import pickle
 import pydoc
 import threading
+import unittest.mock
 import warnings
 from pathlib import Path
 from types import MethodType
@@ -309,6 +311,22 @@ def test_other_functions_on_a_pipeline_come_without(pipe: Any) -> None:
         warnings.simplefilter("error")
         assert (guarded.count(), guarded.helper()) == (1, 3)
         assert callable(guarded.check_inputs)
+
+
+def test_what_answers_to_every_name_is_looked_up(pipe: Any) -> None:
+    pipe.remote = unittest.mock.call
+    assert sdguard.guard(pipe, OBSERVE).remote is unittest.mock.call
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_diffusers_pipelines_have_comes_without_a_warning(name: str, embedded: Any) -> None:
+    guarded = sdguard.guard(build(name, embedded.tokenizer), OBSERVE)
+    for attribute in dir(guarded):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            with contextlib.suppress(AttributeError):  # of what a run sets
+                getattr(guarded, attribute)
+        assert attribute in ("components", "progress_bar") or not [of for of in said if "guard" in str(of.message)]
 
 
 @pytest.mark.usefixtures("_given_profile")
