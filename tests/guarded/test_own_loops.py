@@ -16,13 +16,14 @@ import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from families import PROMPTS, SIZE, build, call, profile_for
+from families import PROMPTS, SIZE, build, call, profile_for, reworded
 
 import sdguard
 from sdguard import GuardConfig
 from sdguard.denoiser.calls import DenoiserCall, concat_calls
 from sdguard.denoiser.families import TEXT, check_pipeline
 from sdguard.guarded import pipeline as pipeline_module
+from sdguard.guarded import run as run_module
 
 NONE = profile_for(1e6)
 
@@ -391,6 +392,25 @@ def test_a_callback_may_wait_for_a_run_of_another_thread(pipe: Any) -> None:
     assert len(made) == 4
     assert all(np.array_equal(output.images, beside) for output in made)
     assert {report.verdict for output in (found, *made) for report in output.guard} == {"clean"}
+
+
+def test_who_is_shown_a_call_may_run_the_pipeline_itself(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another number of images, while one is steered."""
+    made: list[Any] = []
+
+    def show(observation: Any, reports: Any) -> None:
+        if observation.step == 1 and not made:
+            made.append(None)
+            scheduler = copy.deepcopy(pipe.scheduler)
+            made.append(target(["a cat"], num_inference_steps=3, output_type="np"))
+            pipe.scheduler.__dict__.update(vars(scheduler))
+
+    monkeypatch.setattr(run_module, "try_in_order", reworded)
+    target = sdguard.guard(pipe, GuardConfig(profile=profile_for(1e-9), on_call=show))
+    output = call(target)
+    assert len(made) == 2
+    assert "steered" in {report.verdict for report in output.guard}
+    assert not [report.error for report in output.guard if report.error]
 
 
 def test_latents_need_no_vae(pipe: Any) -> None:
