@@ -402,7 +402,7 @@ def test_who_is_shown_a_call_may_run_the_pipeline_itself(pipe: Any, monkeypatch:
         if observation.step == 1 and not made:
             made.append(None)
             scheduler = copy.deepcopy(pipe.scheduler)
-            made.append(target(["a cat"], num_inference_steps=3, output_type="np"))
+            made.append(target(["a cat"], num_inference_steps=4, output_type="np"))
             pipe.scheduler.__dict__.update(vars(scheduler))
 
     monkeypatch.setattr(run_module, "try_in_order", reworded)
