@@ -135,10 +135,12 @@ class Patches(NamedTuple):
     Attributes:
         code: as `foreign_in` finds it.
         kept: what it keeps between calls, as it is now; and the numbers that modules of classes of its own count in.
+        hooks: those of torch's on the modules, where there is such code.
     """
 
     code: list[Any]
     kept: list[Kept]
+    hooks: list[Kept]
 
 
 def patches_of(denoiser: nn.Module) -> Patches:
@@ -147,18 +149,18 @@ def patches_of(denoiser: nn.Module) -> Patches:
     foreign, kinds = foreign_in(modules), {kind for kind in set(map(type, modules)) if is_foreign_class(kind)}
     counting = [numbers_of(module) for module in modules if type(module) in kinds] if kinds else []
     # such code is given the denoiser, and puts what it keeps there
-    return Patches(foreign, [*(kept_by([denoiser, *foreign], modules) if foreign else ()), *counting])
+    kept = [*(kept_by([denoiser, *foreign], modules) if foreign else ()), *counting]
+    return Patches(foreign, kept, hooks_of(modules) if foreign else [])
 
 
 @contextmanager
 def unmoved(denoiser: nn.Module) -> Iterator[None]:
     """After the block the patches on a denoiser keep what they kept before, whatever run was made in it."""
     patches = patches_of(denoiser)
-    hooks = hooks_of(modules_in(denoiser)) if patches.code else []
     try:
         yield
     finally:
-        put_back([*patches.kept, *hooks])
+        put_back([*patches.kept, *patches.hooks])
 
 
 @contextmanager
@@ -201,8 +203,7 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
     """
     registries, references, helpers, compiled, trains = around(denoiser)
     patches = patches_of(denoiser)
-    kept = [*patches.kept, *changed_since(fresh)]  # of code that is gone by now too
-    hooks = hooks_of(modules_in(denoiser)) if patches.code else []
+    kept = [*patches.kept, *patches.hooks, *changed_since(fresh)]  # of code that is gone by now too
     before = [(of, dict(vars(of))) for of in (*references, *helpers)]
     put_back(fresh)  # before the caches' own, which may be reached from code from elsewhere
     for reference in references:
@@ -220,7 +221,7 @@ def bare(denoiser: nn.Module, fresh: Iterable[Kept] = ()) -> Iterator[None]:
             yield
     finally:
         put_back(fresh)  # what nobody reaches any more was as it began
-        put_back([*kept, *hooks])
+        put_back(kept)
         for (held, name, _), call in zip(compiled, calls, strict=True):
             held[name] = call
         for of, was in before:

@@ -250,7 +250,7 @@ class DenoiserHook(ModelHook):
         sample, timestep = kwargs[self.family.sample], kwargs["timestep"]
         if not self.record.timesteps:
             # now, as the pipeline's call may set up what such code keeps, and not when the run began
-            self.patches, self.fresh = patches_of(denoiser_of(self.pipe))
+            self.patches, self.fresh, _ = patches_of(denoiser_of(self.pipe))  # of its hooks those that are gone stay away
             places = kwargs["img_ids"] if self.family.packed_latents else None
             self.record.begin(self.pipe.scheduler, images, sample.dtype, timestep, places)
         self.record.note_timestep(timestep, self.family.timestep_scale)
